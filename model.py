@@ -1,0 +1,452 @@
+"""model.py: the architecture, i.e. what one forward pass computes; and the sampler.
+
+    python model.py runs/1/ckpt.pt --prompt "def " --tokens 200
+
+A decoder-only GPT in the style of Llama and Qwen3: pre-norm RMSNorm, rotary positions, grouped-query attention,
+gated MLP, no biases. Read it from `GPT.forward` upwards or from the top downwards; both take ten minutes.
+
+Names and symbols
+    B, T, C     sequences in a batch, tokens in a sequence, width of the residual stream (n_embd, d_model in papers)
+    H, H_kv, D  query heads, key/value heads, channels of one head (C / H)
+    V           vocabulary size; V_pad is V rounded up to a multiple of 64, which matrix units like
+    x           the residual stream, (B, T, C)
+    state k     x after block k; blocks are numbered from 1 and state 0 is the output of the embedding
+    rope        rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves paired as in Llama
+    nats        the unit of every loss here: mean negative log-likelihood per token, natural logarithm
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import pickle
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+END_OF_TEXT = "<|endoftext|>"
+IGNORE = -100  # a target with this value is not counted in the loss
+
+
+class BadInput(ValueError):
+    """Something the user gave is wrong. Every command prints the message as it stands and exits with code 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@dataclass
+class ModelConfig:
+    """What fixes the shapes and the function of a GPT. train.py makes it from the flags of the same names."""
+
+    vocab_size: int
+    block_size: int  # longest sequence, in tokens
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_kv_head: int  # heads of keys and values; each serves n_head / n_kv_head query heads
+    mlp: str = "swiglu"  # swiglu | relu2 | gelu
+    mlp_hidden: int = 0  # width inside the MLP; 0 means 8/3 C for swiglu and 4 C for the others: equal parameters
+    qk_norm: bool = True  # RMSNorm on queries and keys, per head, as Qwen3
+    tie_embeddings: bool = False
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.mlp_hidden == 0:
+            self.mlp_hidden = round(8 / 3 * self.n_embd / 64) * 64 if self.mlp == "swiglu" else 4 * self.n_embd
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gain over the last axis, in the dtype of x (Zhang & Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+
+
+class Fused(nn.Linear):
+    """Several matrices on the same input, stored as one: `Fused(C, q=512, k=128, v=128)(x)` gives q, k, v.
+
+    One large product is faster than three small ones. The optimizer sees the pieces (`self.pieces`) apart."""
+
+    def __init__(self, d_in: int, **pieces: int):
+        super().__init__(d_in, sum(pieces.values()), bias=False)
+        self.pieces = pieces
+
+    def forward(self, x):
+        return super().forward(x).split(tuple(self.pieces.values()), dim=-1)
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x_j, x_{j+D/2}) by its position's angle. x: (B, heads, T, D); cos, sin: (T, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, for one attention layer; each (B, H_kv, T so far, D)."""
+
+    def __init__(self):
+        self.k = self.v = None
+
+    def append(self, k, v):
+        if self.k is not None:
+            k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
+        self.k, self.v = k, v
+        return k, v
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention. softmax(q k^T / sqrt(D)) v, each query head with its group's k and v."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.n_embd // c.n_head
+        kv = c.n_kv_head * self.head_dim
+        self.qkv = Fused(c.n_embd, q=c.n_embd, k=kv, v=kv)
+        self.o = nn.Linear(c.n_embd, c.n_embd, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x)
+        q = self.q_norm(q.view(B, T, self.n_head, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(k.view(B, T, self.n_kv_head, self.head_dim)).transpose(1, 2)  # (B, H_kv, T, D)
+        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        # New queries are the last T of the T_all keys. Without a past that is the plain causal mask; one new
+        # token sees everything; only several new tokens after a past need a mask of their own.
+        T_all = k.shape[2]
+        mask = None
+        if T not in (1, T_all):
+            mask = torch.ones(T, T_all, dtype=torch.bool, device=x.device).tril(T_all - T)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=T == T_all and T > 1, enable_gqa=self.n_kv_head != self.n_head)
+        return self.o(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Position-wise network. swiglu: down(silu(gate x) * up x); relu2: down(relu(up x)^2); gelu: down(gelu(up x))."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.kind = c.mlp
+        gate = {"gate": c.mlp_hidden} if c.mlp == "swiglu" else {}
+        self.up = Fused(c.n_embd, **gate, up=c.mlp_hidden)
+        self.down = nn.Linear(c.mlp_hidden, c.n_embd, bias=False)
+
+    def forward(self, x):
+        h = self.up(x)
+        if self.kind == "swiglu":
+            return self.down(F.silu(h[0]) * h[1])
+        return self.down(F.relu(h[0]).square() if self.kind == "relu2" else F.gelu(h[0]))
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)): the mixer moves information between tokens, the MLP within one."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.mixer_norm, self.mixer = RMSNorm(c.n_embd, c.norm_eps), Attention(c)
+        self.mlp_norm, self.mlp = RMSNorm(c.n_embd, c.norm_eps), MLP(c)
+
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.mixer(self.mixer_norm(x), cos, sin, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    """Tokens to next-token logits, or to the loss; and, when asked, the residual states on the way.
+
+    Initialisation is by name, and a parameter that no rule names raises ValueError: see `init_weights`."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.config = c
+        V_pad = -(-c.vocab_size // 64) * 64
+        self.embed = nn.Embedding(V_pad, c.n_embd)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.norm = RMSNorm(c.n_embd, c.norm_eps)
+        self.head = nn.Linear(c.n_embd, V_pad, bias=False)
+        if c.tie_embeddings:
+            self.head.weight = self.embed.weight
+        angles = rope_angles(c.block_size, c.n_embd // c.n_head, c.rope_base)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Gains 1; what writes into the residual stream 0, so that every block starts as the identity; matrices
+        that read it N(0, 1/fan_in); the embedding N(0, 1), near the scale the norms give anyway; the head small,
+        so that the first loss is ln V: logits of standard deviation s add s^2 / 2 to it, and s is 0.1 here."""
+        for name, p in self.named_parameters():
+            if p.ndim == 1:
+                p.fill_(1.0)
+            elif name.endswith((".o.weight", ".down.weight")):
+                p.zero_()
+            elif name.endswith((".qkv.weight", ".up.weight")):
+                p.normal_(std=p.shape[1] ** -0.5)
+            elif name == "embed.weight":
+                p.normal_(std=0.1 * p.shape[1] ** -0.5 if self.config.tie_embeddings else 1.0)
+            elif name == "head.weight":
+                p.normal_(std=0.1 * p.shape[1] ** -0.5)
+            else:
+                raise ValueError(f"no initialisation rule for the parameter {name}")
+
+    def trunk(self, idx, hidden=(), caches=None, blocks=None):
+        """The residual stream without the head.
+
+        idx: (B, T) token ids; hidden: numbers of the states to keep; caches: one KVCache a block, filled in place;
+        blocks: run only so many of the blocks. Returns x (B, T, C) before the final norm, and the tuple of states."""
+        past = 0 if caches is None or caches[0].k is None else caches[0].k.shape[2]
+        T = idx.shape[1]
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens, but block_size is {self.config.block_size}")
+        cos, sin = self.cos[past:past + T], self.sin[past:past + T]  # (T, D/2)
+        x = self.embed(idx)
+        states = {0: x}
+        for k, block in enumerate(self.blocks[:blocks], start=1):
+            x = block(x, cos, sin, None if caches is None else caches[k - 1])
+            states[k] = x
+        return x, tuple(states[k] for k in hidden)
+
+    def forward(self, idx, targets=None, hidden=(), caches=None):
+        """idx: (B, T). Returns (logits (B, T, V), states) without targets, (mean loss in nats, states) with them.
+
+        states is the tuple of residual streams (B, T, C) after the blocks numbered in `hidden` (0: the embedding),
+        before any norm. Targets equal to -100 are not counted."""
+        x, states = self.trunk(idx, hidden, caches)
+        x = self.norm(x)
+        V = self.config.vocab_size
+        if targets is None:
+            return self.head(x)[..., :V], states
+        return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), V), states
+
+    def num_params(self) -> int:
+        """All parameters; a tied matrix counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, backward=True, head=True, blocks=None) -> int:
+        """Floating-point operations per token at full context: 2 a weight in each matrix product, 4 T C a block in
+        attention (the full square, as nanoGPT and PaLM count it), and twice as much again for the backward pass.
+        The embedding is a look-up and costs none. So 6 N + 12 L C T with N without the embedding."""
+        c = self.config
+        n = sum(p.numel() for b in self.blocks[:blocks] for p in b.parameters() if p.ndim == 2)
+        n += self.head.weight.numel() if head else 0
+        forward = 2 * n + 4 * len(self.blocks[:blocks]) * c.n_embd * c.block_size
+        return 3 * forward if backward else forward
+
+
+def rope_angles(length: int, head_dim: int, base: float):
+    """Angle of position t and pair j: t * base^(-2j/D). Returns (length, D/2), float32."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    return torch.arange(length, dtype=torch.float32)[:, None] * frequency
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Cross entropy of x W^T without ever holding all its logits: chunk by chunk, gradients formed on the way.
+
+    With p = softmax(x W^T) the gradient of the summed loss is p - onehot(target) at the logits, so each chunk can be
+    turned into its share of dx and dW while its logits are at hand, and then forgotten. Same FLOPs as the plain
+    form, and memory for `chunk` rows of fp32 logits in place of all."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, chunk, dtype):
+        need_grad = x.requires_grad or weight.requires_grad
+        x_low, w_low = x.to(dtype), weight.to(dtype)
+        counted = targets != IGNORE
+        n = counted.sum().clamp(min=1)
+        loss = x.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
+        dx = torch.empty_like(x_low) if need_grad else None
+        dw = torch.zeros_like(weight) if need_grad else None
+        for i in range(0, len(x), chunk):
+            rows, keep = slice(i, i + chunk), counted[i:i + chunk, None]
+            target = targets[rows, None].clamp(min=0)
+            logits = (x_low[rows] @ w_low.T).to(loss.dtype)  # (chunk, V_pad)
+            logits[:, vocab_size:] = -math.inf  # rows that only pad the matrix are no tokens
+            log_p = logits.log_softmax(-1)
+            loss -= (log_p.gather(1, target) * keep).sum()
+            if need_grad:
+                dlogits = log_p.exp_()
+                dlogits.scatter_add_(1, target, -torch.ones_like(target, dtype=dlogits.dtype))
+                dlogits = (dlogits * keep).to(dtype)
+                dx[rows] = dlogits @ w_low
+                dw += dlogits.T @ x_low[rows]
+        if need_grad:
+            ctx.save_for_backward(dx, dw, n)
+            ctx.dtype = x.dtype
+        return loss / n
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        dx, dw, n = ctx.saved_tensors
+        scale = grad / n
+        return dx.to(ctx.dtype) * scale.to(ctx.dtype), dw * scale, None, None, None, None
+
+
+def linear_cross_entropy(x, weight, targets, vocab_size: int, chunk: int = 1024):
+    """Mean over counted targets of -log softmax(x W^T)[target], in nats.
+
+    x: (N, C); weight: (V_pad, C), of which the first vocab_size rows are tokens; targets: (N,) int64, -100 not counted.
+    The products run in the autocast dtype where autocast is on, the softmax in float32. Not twice differentiable:
+    curvature needs the plain form, `F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten())`."""
+    device = "cpu" if x.is_meta else x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        return LinearCrossEntropy.apply(x, weight, targets, vocab_size, chunk, dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def pick(logits, temperature: float, top_k: int, top_p: float, generator):
+    """One token a row. logits: (B, V). Temperature 0 is greedy. top_k keeps the k likeliest; top_p keeps the fewest
+    of the likeliest whose probabilities add up to p (nucleus sampling, Holtzman et al. 2019). Returns (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_p < 1:
+        p, order = logits.softmax(-1).sort(-1, descending=True)
+        drop = (p.cumsum(-1) - p >= top_p).scatter(1, order, p.cumsum(-1) - p >= top_p)
+        logits = logits.masked_fill(drop, -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+@torch.no_grad()
+def generate(model, idx, n_tokens: int, temperature=1.0, top_k=0, top_p=1.0, seed=0, use_cache=True):
+    """Append n_tokens sampled tokens to idx (B, T). Returns (B, T + n_tokens).
+
+    When the context is full it starts anew from its last half: one long prefill every block_size / 2 tokens. With
+    and without the cache the same context is seen, so the same tokens come out; without, each costs a whole pass."""
+    generator = torch.Generator(idx.device).manual_seed(seed)
+    block_size = model.config.block_size
+    start, caches = max(0, idx.shape[1] - block_size), None  # the context is idx[:, start:]
+    for _ in range(n_tokens):
+        if idx.shape[1] - start > block_size:
+            start, caches = idx.shape[1] - block_size // 2, None
+        if not use_cache:
+            caches = None
+        new = idx[:, start:] if caches is None else idx[:, -1:]
+        caches = caches or [KVCache() for _ in model.blocks]
+        logits, _ = model.forward(new, caches=caches)  # .forward: lengths vary, so never the compiled call
+        idx = torch.cat((idx, pick(logits[:, -1], temperature, top_k, top_p, generator)), dim=1)
+    return idx
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers and checkpoints, as far as reading them back goes
+
+
+def tokenizer_to_dict(enc: tiktoken.Encoding) -> dict:
+    """All that makes an encoding, in plain types, so that a checkpoint can be read with nothing else at hand."""
+    return {"name": enc.name, "pattern": enc._pat_str, "special": dict(enc._special_tokens),
+            "ranks": {token.hex(): rank for token, rank in enc._mergeable_ranks.items()}}
+
+
+def tokenizer_from_dict(d: dict) -> tiktoken.Encoding:
+    """The inverse of tokenizer_to_dict."""
+    ranks = {bytes.fromhex(token): rank for token, rank in d["ranks"].items()}
+    return tiktoken.Encoding(d["name"], pat_str=d["pattern"], mergeable_ranks=ranks, special_tokens=d["special"])
+
+
+def tokenizer_id(d: dict) -> str:
+    """A hash of what the tokenizer does (not of its name): equal ids give equal tokens."""
+    rules = json.dumps([d["pattern"], sorted(d["special"].items()), sorted(d["ranks"].items())])
+    return hashlib.sha256(rules.encode()).hexdigest()[:16]
+
+
+def load_checkpoint(path, device="cpu") -> dict:
+    """Read a checkpoint that train.py wrote. Raises BadInput, naming the file, when it is no such thing."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such checkpoint file")
+    try:
+        ckpt = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:
+        raise BadInput(f"{path}: holds pickled objects beyond tensors and plain values; not read, as they could run "
+                       "code") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        raise BadInput(f"{path}: truncated, or no checkpoint at all ({str(e).splitlines()[0][:100]})") from None
+    if not isinstance(ckpt, dict) or ckpt.get("format") != "nanolet-1":
+        raise BadInput(f"{path}: not a nanolet checkpoint (another program's?)")
+    return ckpt
+
+
+def model_from_checkpoint(ckpt: dict, device="cpu") -> GPT:
+    """The model of a loaded checkpoint, with its weights."""
+    names = {f.name for f in fields(ModelConfig)}
+    model = GPT(ModelConfig(**{k: v for k, v in ckpt["model_config"].items() if k in names}))
+    model.load_state_dict(ckpt["model"])
+    return model.to(device)
+
+
+def command(main):
+    """Run a command line: bad input is one message and exit code 2, a full or broken disk one and exit code 1."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except BadInput as e:
+        message, code = str(e), 2
+    except OSError as e:
+        message, code = f"{e.filename or 'the disk'}: {e.strerror or e}", 1
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks for all
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="model.py", description="Sample text from a checkpoint of train.py.")
+    parser.add_argument("checkpoint")
+    parser.add_argument("--prompt", default="", help="text to continue; empty: start a new document")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens to sample")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest tokens; 0: all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest tokens up to this probability")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=1, help="continuations of the prompt")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a = parser.parse_args(argv)
+    problems = [text for bad, text in (
+        (a.tokens < 1, f"--tokens={a.tokens}: at least 1"),
+        (a.samples < 1, f"--samples={a.samples}: at least 1"),
+        (not a.temperature >= 0, f"--temperature={a.temperature}: not negative"),
+        (a.top_k < 0, f"--top_k={a.top_k}: not negative"),
+        (not 0 < a.top_p <= 1, f"--top_p={a.top_p}: above 0, at most 1")) if bad]
+    if problems:
+        raise BadInput("\n       ".join(problems))
+    ckpt = load_checkpoint(a.checkpoint)
+    enc = tokenizer_from_dict(ckpt["tokenizer"])
+    model = model_from_checkpoint(ckpt, a.device).eval()
+    ids = [enc.eot_token] + enc.encode_ordinary(a.prompt)
+    out = generate(model, torch.tensor([ids] * a.samples, device=a.device), a.tokens, a.temperature, a.top_k, a.top_p,
+                   a.seed)
+    for row in out.tolist():
+        print(enc.decode(row[1:]))
+        if a.samples > 1:
+            print("-" * 80)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,251 @@
+"""Benchmarks: what a training step costs. Nothing here asserts; it prints.
+
+    python tests/bench.py                              # every part that this machine can run
+    python tests/bench.py gpt --json                   # one part, one JSON object a line
+    python tests/bench.py nanogpt --nanogpt=PATH       # against a checkout of nanoGPT, at its shape
+
+Parts: gpt (AdamW against Muon), let (a step with the teacher against one without), loss (the chunked loss against torch's),
+nanogpt, 124m (CUDA: GPT-2's shape, compiled and eager, with MFU). The variants of a part take turns, step by step, so
+that a noisy machine slows all of them; the figure is the median over the steps. FLOPs as GPT.flops_per_token counts them.
+"""
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import train as t  # noqa: E402
+from model import GPT, ModelConfig, linear_cross_entropy  # noqa: E402
+from teacher import LET  # noqa: E402
+
+DEFAULT = t.Config()
+NANO = dict(vocab_size=4096, block_size=256, n_layer=6, n_embd=256, n_head=4, n_kv_head=4)
+GPT2 = dict(vocab_size=50257, block_size=1024, n_layer=12, n_embd=768, n_head=12, n_kv_head=12)
+
+
+def shape_of(c: t.Config) -> ModelConfig:
+    return t.model_config(c, c.vocab_size)
+
+
+def random_batch(config, rows, device):
+    ids = torch.randint(config.vocab_size, (rows, config.block_size + 1), device=device)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def training_step(config: ModelConfig, rows: int, devices: t.Devices, optimizer="muon", compile=False, teacher=None,
+                  backward_only=False):
+    """(a function that makes one training step, the model, FLOPs of the step)."""
+    torch.manual_seed(0)
+    model = GPT(config).to(devices.device)
+    optimizers = t.make_optimizers(model, optimizer, 1e-3, dtype=torch.bfloat16 if devices.bf16 else torch.float32)
+    idx, targets = random_batch(config, rows, devices.device)
+    flops = model.flops_per_token() * idx.numel()
+    let = None
+    if teacher is not None:
+        let = LET(GPT(teacher).to(devices.device).eval().requires_grad_(False), config.n_embd).to(devices.device)
+        flops += let.flops_per_token() * idx.numel()
+    if compile:
+        model.compile(dynamic=False)
+        if let:
+            let.compile_teacher()
+
+    def step():
+        with devices.autocast():
+            loss, states = model(idx, targets, hidden=(3,) if let else ())
+            if let:
+                loss = loss + let(states[0], let.teach(idx))[0]
+        loss.backward()
+        t.clip_gradients(model.parameters(), 1.0)
+        for o in optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step, model, flops
+
+
+def take_turns(steps: dict, seconds: float, devices: t.Devices, warm_up=3) -> dict[str, float]:
+    """Median seconds of each function, called in turn for about so many seconds in all."""
+    times = {name: [] for name in steps}
+    for _ in range(warm_up):
+        for step in steps.values():
+            step()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+        for name, step in steps.items():
+            devices.sync()
+            start = time.perf_counter()
+            step()
+            devices.sync()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(ts) for name, ts in times.items()}
+
+
+CASES = {  # name -> (shape, rows, optimizer), each also measured for memory in a process of its own
+    "default, AdamW": (shape_of(DEFAULT), DEFAULT.micro_batch, "adamw"),
+    "default, Muon": (shape_of(DEFAULT), DEFAULT.micro_batch, "muon"),
+    "nanoGPT-sized, AdamW": (ModelConfig(**NANO), 8, "adamw"),
+    "nanoGPT-sized, Muon": (ModelConfig(**NANO), 8, "muon"),
+}
+
+
+def peak_memory(name: str, devices: t.Devices) -> int:
+    """Bytes that three steps of a case add at the peak, to the process on a CPU, on the device with CUDA."""
+    before = 0 if devices.device.type == "cuda" else devices.peak_memory()
+    config, rows, optimizer = CASES[name]
+    step, _, _ = training_step(config, rows, devices, optimizer)
+    for _ in range(3):
+        step()
+    return devices.peak_memory() - before
+
+
+def bench_gpt(a, devices, report):
+    for size in ("default", "nanoGPT-sized"):
+        names = [n for n in CASES if n.startswith(size)]
+        made = {n: training_step(*CASES[n][:2], devices, CASES[n][2]) for n in names}
+        seconds = take_turns({n: made[n][0] for n in names}, a.seconds, devices)
+        for n in names:
+            config, rows, _ = CASES[n]
+            memory = int(subprocess.run([sys.executable, __file__, "--memory", n, "--device", a.device], text=True,
+                                        capture_output=True, check=True).stdout.split()[-1])
+            tokens = rows * config.block_size
+            report(name=n, parameters=made[n][1].num_params(), ms_per_step=1e3 * seconds[n],
+                   tokens_per_second=tokens / seconds[n], flops_per_token=made[n][2] // tokens,
+                   peak_memory_mb=memory / 1e6, time_over_first=seconds[n] / seconds[names[0]])
+
+
+def bench_let(a, devices, report):
+    """A step while the teacher runs, over one without; beside it the same ratio in FLOPs."""
+    config = shape_of(DEFAULT)
+    tokenizer = t.make_tokenizer("bench", {bytes([i]): i for i in range(256)}, t.PATTERN)
+    small = t.replace(t.auto_teacher(t.replace(DEFAULT, tokenizer="bpe"), tokenizer))
+    teacher = t.model_config(small, config.vocab_size)
+    made = {"plain": training_step(config, DEFAULT.micro_batch, devices),
+            "LET": training_step(config, DEFAULT.micro_batch, devices, teacher=teacher)}
+    seconds = take_turns({n: m[0] for n, m in made.items()}, a.seconds, devices)
+    report(name="LET over plain", ms_plain=1e3 * seconds["plain"], ms_let=1e3 * seconds["LET"],
+           time_ratio=seconds["LET"] / seconds["plain"], flops_ratio=made["LET"][2] / made["plain"][2])
+
+
+def bench_loss(a, devices, report):
+    """Head and cross entropy, forward and backward, at the default shape: ours, torch's chunked one, the plain form."""
+    c = shape_of(DEFAULT)
+    N, dtype = DEFAULT.batch_tokens, torch.bfloat16 if devices.bf16 else torch.float32
+    x = torch.randn(N, c.n_embd, device=devices.device, requires_grad=True)
+    w = (torch.randn(c.vocab_size, c.n_embd, device=devices.device) * 0.02).requires_grad_()
+    y = torch.randint(c.vocab_size, (N,), device=devices.device)
+
+    def ours():
+        with devices.autocast():
+            loss = linear_cross_entropy(x, w, y, c.vocab_size)
+        loss.backward()
+
+    steps = {"ours": ours, "plain": lambda: F.cross_entropy((x.to(dtype) @ w.to(dtype).T).float(), y).backward()}
+    if hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        steps["torch chunked"] = lambda: F.linear_cross_entropy(x.to(dtype), w.to(dtype), y, options=options).backward()
+    seconds = take_turns(steps, a.seconds, devices)
+    for n, s in seconds.items():
+        report(name=f"loss, {n}", ms=1e3 * s, time_over_ours=s / seconds["ours"])
+
+
+def bench_nanogpt(a, devices, report):
+    """nanoGPT's own model and optimizer (AdamW, fused where it asks for that) at its small shape against ours."""
+    if not a.nanogpt:
+        return
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(a.nanogpt) / "model.py")
+    nanogpt = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
+
+    def theirs(bf16):
+        torch.manual_seed(0)
+        model = nanogpt.GPT(nanogpt.GPTConfig(block_size=256, vocab_size=4096, n_layer=6, n_head=4, n_embd=256,
+                                              dropout=0.0, bias=False)).to(devices.device)
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), devices.device.type)
+        idx, targets = random_batch(ModelConfig(**NANO), 8, devices.device)
+
+        def step():
+            with torch.autocast(devices.device.type, torch.bfloat16, enabled=bf16):
+                _, loss = model(idx, targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss.item()
+
+        return step
+
+    plain = t.Devices(devices.device, bf16=False)
+    steps = {"nanoGPT, fp32": theirs(False),
+             "ours, fp32, AdamW": training_step(ModelConfig(**NANO), 8, plain, "adamw")[0],
+             "ours, fp32, Muon": training_step(ModelConfig(**NANO), 8, plain, "muon")[0]}
+    if devices.bf16:
+        steps |= {"nanoGPT, bf16": theirs(True),
+                  "ours, bf16, AdamW": training_step(ModelConfig(**NANO), 8, devices, "adamw")[0],
+                  "ours, bf16, Muon": training_step(ModelConfig(**NANO), 8, devices, "muon")[0]}
+    seconds = take_turns(steps, 2 * a.seconds, devices)
+    for n, s in seconds.items():
+        report(name=n, ms_per_step=1e3 * s, tokens_per_second=8 * 256 / s,
+               time_over_nanogpt=s / seconds["nanoGPT, bf16" if "bf16" in n else "nanoGPT, fp32"])
+
+
+def bench_124m(a, devices, report):
+    if devices.device.type != "cuda":
+        return
+    for compile in (True, False):
+        for optimizer in ("muon", "adamw"):
+            torch.cuda.reset_peak_memory_stats()
+            rows = 32
+            step, model, flops = training_step(ModelConfig(**GPT2), rows, devices, optimizer, compile=compile)
+            seconds = take_turns({"124m": step}, a.seconds, devices, warm_up=10)["124m"]
+            peak = devices.peak_flops()
+            report(name=f"124M, {optimizer}, {'compiled' if compile else 'eager'}", ms_per_step=1e3 * seconds,
+                   tokens_per_second=rows * 1024 / seconds, mfu=flops / seconds / peak if peak else None,
+                   peak_memory_mb=devices.peak_memory() / 1e6)
+            del step, model
+            torch._dynamo.reset()
+
+
+PARTS = {"gpt": bench_gpt, "let": bench_let, "loss": bench_loss, "nanogpt": bench_nanogpt, "124m": bench_124m}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--seconds", type=float, default=20, help="of measuring, for each comparison")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--nanogpt", help="folder of a checkout of nanoGPT")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    devices = t.set_up_devices(t.Config(device=a.device))
+    if a.memory:
+        return print(peak_memory(a.memory, devices))
+
+    def report(**row):
+        row |= {"device": devices.name(), "torch": str(torch.__version__)}
+        if a.json:
+            print(json.dumps(row), flush=True)
+        else:
+            print(f"{row['name']:<24}" + "  ".join(
+                f"{k} {v:,.3f}" if isinstance(v, float) and v < 100 else f"{k} {v:,.0f}" if isinstance(v, (int, float))
+                else f"{k} {v}" for k, v in row.items() if k not in ("name", "device", "torch")), flush=True)
+
+    if not a.json:
+        print(f"{devices.name()}, {torch.get_num_threads()} threads, {'bf16' if devices.bf16 else 'fp32'}, torch "
+              f"{torch.__version__}")
+    for part in a.parts or PARTS:
+        PARTS[part](a, devices, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1160 @@
+"""train.py: one training run: flags, tokens, the loop, evaluation, checkpoints, one device or many.
+
+    python train.py                                       # a small GPT on Python's own standard library, on this machine
+    python train.py --teacher=auto --let_weight=1         # the same, guided by a smaller pretrained teacher (LET)
+    torchrun --nproc_per_node=8 train.py --n_layer=12     # eight GPUs of one machine; on CPUs it works too
+    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 train.py      # and with --node_rank=1
+    python train.py --resume=runs/1/ckpt.pt               # go on where a run stopped, bit for bit on a CPU
+
+Read `train` first: it is the whole loop. Above it stand, in the order it uses them, the flags, the tokens, the
+devices and the checkpoint.
+
+Names and symbols
+    step            optimizer steps taken so far; N in the papers' tables of runs is the model's size, D its tokens
+    block           block_size + 1 consecutive tokens: block_size inputs and, shifted by one, their targets
+    rank, world     this process among `world` equal ones, each with its own device
+    nats            mean negative log-likelihood per token; bits per byte is nats per token / ln 2 / bytes per token,
+                    which does not depend on the tokenizer
+    MFU             model FLOPs utilisation: FLOPs the model needs per second over what the device can do in bf16
+"""
+import contextlib
+import ctypes
+import difflib
+import functools
+import glob
+import hashlib
+import heapq
+import json
+import math
+import os
+import platform
+import re
+import signal
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.request
+from collections import Counter, defaultdict
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from model import (END_OF_TEXT, GPT, IGNORE, BadInput, ModelConfig, command, generate, load_checkpoint,
+                   tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
+from optim import SCHEDULES, clip_gradients, make_optimizers, set_lr
+from teacher import LET, LET_LOSSES, let_weight, load_teacher
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def flag(default, help, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    """Every flag, once: name, type, default, help. `--help`, the checks and the checkpoint are made from it."""
+
+    # data
+    data: str = flag("stdlib", "stdlib, a text file, a glob or folder of text, shards (.bin, .npy) or a folder of them, "
+                     "or a download: shakespeare, tinystories, fineweb")
+    tokenizer: str = flag("bpe", "bpe (trained on the data at first use), bytes, or a tiktoken name such as gpt2; for "
+                          "shards, the one that made them")
+    vocab_size: int = flag(2048, "tokens of the bpe tokenizer, the end-of-text token included")
+    block_size: int = flag(256, "tokens in a sequence")
+    batch_tokens: int = flag(4096, "tokens in an optimizer step, over all devices")
+    micro_batch: int = flag(16, "sequences in one forward pass on one device")
+    eval_tokens: int = flag(65_536, "held-out tokens that an evaluation reads, the same ones every time")
+    # model
+    n_layer: int = flag(6, "blocks")
+    n_embd: int = flag(256, "width of the residual stream")
+    n_head: int = flag(2, "query heads")
+    n_kv_head: int = flag(0, "key and value heads, a divisor of n_head; 0: n_head")
+    mlp: str = flag("swiglu", "kind of MLP", ("swiglu", "relu2", "gelu"))
+    qk_norm: bool = flag(True, "normalise queries and keys")
+    tie_embeddings: bool = flag(False, "one matrix for the embedding and the head")
+    # optimizer
+    optimizer: str = flag("muon", "for the matrices; the rest always gets AdamW", ("muon", "adamw"))
+    lr: float = flag(1e-2, "peak learning rate")
+    schedule: str = flag("wsd", "shape of the learning rate over the run", tuple(SCHEDULES))
+    warmup_steps: int = flag(20, "steps of linear warm-up")
+    decay_fraction: float = flag(0.4, "share of the run in which wsd decays to 0")
+    weight_decay: float = flag(0.1, "decoupled weight decay of matrices and head")
+    clip: float = flag(1.0, "largest L2 norm of the gradient; 0: no clipping")
+    beta1: float = flag(0.9, "AdamW: decay of the mean of the gradient")
+    beta2: float = flag(0.95, "AdamW: decay of the mean of its square")
+    momentum: float = flag(0.95, "Muon: decay of the mean of the gradient")
+    muon_scale: str = flag("match_rms_adamw", "Muon: factor on the update of an (out, in) matrix: match_rms_adamw is "
+                           "0.2 sqrt(max(out, in)), original sqrt(max(1, out/in)), spectral sqrt(out/in)",
+                           ("match_rms_adamw", "original", "spectral"))
+    # teacher
+    teacher: str = flag("none", "none, auto (train a small one first, once), or a checkpoint of ours")
+    let_weight: float = flag(0.1, "LET: lambda_0, weight of the alignment at step 0; 0.1 is the paper's")
+    let_stop: float = flag(0.3, "LET: S_stop, where the weight reaches 0: steps, or a fraction of the run if below 1")
+    let_student_layer: int = flag(3, "LET: block of the student whose state is guided, from 1; 0 is the embedding")
+    let_teacher_layer: int = flag(-1, "LET: block of the teacher that guides, from 1; -1 is the last")
+    let_teacher_norm: bool = flag(True, "LET: take the teacher's state after its final norm")
+    let_loss: str = flag("cosine", "LET: the alignment loss", tuple(LET_LOSSES))
+    let_resize: str = flag("interpolate", "LET: how unequal widths meet", ("interpolate", "project"))
+    let_resize_side: str = flag("teacher", "LET: whose state is resized", ("teacher", "student"))
+    # run
+    steps: int = flag(400, "optimizer steps")
+    eval_every: int = flag(100, "steps between evaluations; there is always one at the end")
+    log_every: int = flag(10, "steps between lines of metrics.jsonl")
+    save_every: int = flag(100, "steps between checkpoints; there is always one at the end")
+    seed: int = flag(0, "of the initial weights and the order of the data")
+    device: str = flag("auto", "auto, cpu, cuda or mps")
+    dtype: str = flag("auto", "of the matrix products: auto is bf16 where the hardware has it, else fp32",
+                      ("auto", "bf16", "fp32"))
+    compile: str = flag("auto", "torch.compile: auto is on for CUDA only", ("auto", "true", "false"))
+    out_dir: str = flag("", "folder of the run; empty: the next free runs/N")
+    resume: str = flag("", "checkpoint to go on from, or auto: that of out_dir where there is one. Flags not given are "
+                       "the checkpoint's")
+    dry_run: bool = flag(False, "print parameters, FLOPs, memory and steps, and stop")
+    sample_tokens: int = flag(100, "tokens of the sample at the end")
+
+
+FLAGS = {f.name: f for f in fields(Config)}
+
+
+def convert(name: str, text: str):
+    """A flag's text as its type. Raises ValueError with a readable reason."""
+    kind = FLAGS[name].type
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ValueError("true or false")
+        return text.lower() in ("true", "1")
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ValueError({int: "a whole number", float: "a number"}[kind]) from None
+    if kind is float and not math.isfinite(value):
+        raise ValueError("a finite number")
+    return value
+
+
+def parse_flags(argv) -> Config:
+    """--name=value or --name value (a switch alone is true). All problems are raised together as one BadInput."""
+    given, problems, words = {}, [], list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            raise SystemExit(print(help_text()))
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in FLAGS:
+            near = difflib.get_close_matches(name, FLAGS, 1, 0.5)
+            problems.append(f"{word.split('=')[0]}: no such flag" + (f"; did you mean --{near[0]}?" if near else ""))
+            if not equals and words and not words[0].startswith("--"):
+                words.pop(0)  # the unknown flag's value is not a second problem
+            continue
+        if not equals:
+            alone = not words or words[0].startswith("--")
+            if alone and FLAGS[name].type is not bool:
+                problems.append(f"--{name}: a value is missing")
+                continue
+            text = "true" if alone else words.pop(0)
+        try:
+            given[name] = convert(name, text)
+        except ValueError as e:
+            problems.append(f"--{name}={text}: {e} is needed")
+    if problems:
+        raise BadInput("\n       ".join(problems))
+    resume = given.get("resume", "")
+    if resume == "auto":
+        if "out_dir" not in given:
+            raise BadInput("--resume=auto: looks in --out_dir, which is not given")
+        found = Path(given["out_dir"]) / "ckpt.pt"
+        given["resume"] = resume = str(found) if found.exists() else ""
+    if resume:  # start from the checkpoint's flags and go on in its folder
+        stored = load_checkpoint(resume)["config"]
+        given = {**{k: v for k, v in stored.items() if k in FLAGS}, "out_dir": str(Path(resume).parent), **given}
+    return Config(**given)
+
+
+def help_text() -> str:
+    lines = ["usage: python train.py [--name=value ...]    or    torchrun --nproc_per_node=N train.py ...", ""]
+    for name, f in FLAGS.items():
+        choices = f" [{'|'.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
+        lines.append(f"  --{name + '=' + (str(f.default) or '...'):<32} {f.metadata['help']}{choices}")
+    return "\n".join(lines)
+
+
+def check(c: Config, world: int = 1):
+    """Refuse values that are out of range or contradict each other, all in one BadInput."""
+    bad = []
+    for name, f in FLAGS.items():
+        if f.metadata["choices"] and getattr(c, name) not in f.metadata["choices"]:
+            bad.append(f"--{name}={getattr(c, name)}: one of {', '.join(f.metadata['choices'])} is needed")
+
+    def need(ok, *names, why):
+        if not ok:
+            bad.append(" ".join(f"--{n}={getattr(c, n)}" for n in names) + f": {why}")
+
+    for name in ("block_size", "batch_tokens", "micro_batch", "eval_tokens", "n_layer", "n_embd", "n_head", "steps",
+                 "eval_every", "log_every", "save_every"):
+        need(getattr(c, name) >= 1, name, why="at least 1 is needed")
+    for name in ("n_kv_head", "warmup_steps", "weight_decay", "clip", "let_weight", "seed",
+                 "sample_tokens"):
+        need(getattr(c, name) >= 0, name, why="must not be negative")
+    for name in ("beta1", "beta2", "momentum"):
+        need(0 <= getattr(c, name) < 1, name, why="must be in [0, 1)")
+    need(c.lr > 0, "lr", why="must be positive")
+    need(0 <= c.decay_fraction <= 1, "decay_fraction", why="must be in [0, 1]")
+    if c.n_head >= 1:
+        need(c.n_embd % (2 * c.n_head) == 0, "n_embd", "n_head", why="each head needs the same even number of channels")
+        need(c.n_head % (c.n_kv_head or c.n_head) == 0, "n_head", "n_kv_head", why="the first must be a multiple of "
+             "the second")
+    if min(c.block_size, c.batch_tokens, c.micro_batch) >= 1:
+        sequences, rest = divmod(c.batch_tokens, c.block_size)
+        need(rest == 0, "batch_tokens", "block_size", why="the first must be a multiple of the second")
+        need(rest or sequences % world == 0, "batch_tokens", why=f"{sequences} sequences do not split over {world} ranks")
+        mine = sequences // world
+        need(rest or sequences % world or mine % min(c.micro_batch, mine) == 0, "micro_batch", why=f"does not divide the "
+             f"{mine} sequences of a rank")
+    if c.tokenizer == "bpe":
+        need(c.vocab_size >= 257, "vocab_size", why="bpe needs the 256 bytes and the end-of-text token, 257")
+    elif c.vocab_size != FLAGS["vocab_size"].default:
+        need(False, "vocab_size", "tokenizer", why="vocab_size is a setting of the bpe tokenizer alone")
+    if c.schedule == "wsd":
+        need(c.warmup_steps <= c.steps, "warmup_steps", "steps", why="the warm-up does not fit into the run")
+    if c.teacher == "none":
+        for name in (n for n in FLAGS if n.startswith("let_")):
+            need(getattr(c, name) == FLAGS[name].default, name, why="has no effect without --teacher")
+    else:
+        need(0 <= c.let_student_layer <= c.n_layer, "let_student_layer", "n_layer", why="the student has no such block")
+        need(c.let_stop > 0, "let_stop", why="must be positive")
+        need(c.let_stop < 1 or c.let_stop == int(c.let_stop), "let_stop", why="a whole number of steps, or a fraction "
+             "below 1")
+    if c.optimizer == "adamw":
+        for name in ("momentum", "muon_scale"):
+            need(getattr(c, name) == FLAGS[name].default, name, "optimizer", why="is a setting of Muon")
+    need(c.device in ("auto", "cpu", "mps") or re.fullmatch(r"cuda(:\d+)?", c.device), "device", why="one of auto, cpu, "
+         "cuda, cuda:N, mps is needed")
+    need(not c.device.startswith("cuda") or torch.cuda.is_available(), "device", why="this machine has no CUDA device")
+    need(c.device != "mps" or torch.backends.mps.is_available(), "device", why="this machine has no MPS device")
+    if c.out_dir:
+        parent = next(p for p in [Path(c.out_dir), *Path(c.out_dir).resolve().parents] if p.exists())
+        need(parent.is_dir() and os.access(parent, os.W_OK), "out_dir", why=f"{parent} is no folder to write to")
+        need(c.resume or c.dry_run or not (Path(c.out_dir) / "ckpt.pt").exists(), "out_dir", why="holds a run already; "
+             "go on with it by --resume=auto, or name another folder")
+    if bad:
+        raise BadInput("\n       ".join(bad))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers. A tokenizer is a tiktoken.Encoding; the byte-level BPE is trained here and run there.
+
+# A run of letters, up to three digits, or a run of signs, each with at most one character or blank before it; line ends
+# with the indentation around them. Written so that Python's re, which trains, and tiktoken's Rust, which encodes, read
+# it alike; every character matches somewhere.
+PATTERN = r"(?:[^\w\r\n]|_)?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+BYTES_PATTERN = r"[^\n]+|\n"
+
+
+def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
+    """Byte-level byte-pair encoding (Sennrich et al. 2016): start from the 256 bytes, merge the most frequent
+    neighbours, vocab_size - 256 times. Returns {token bytes: rank}; rank is the order of merging, as tiktoken wants it.
+
+    Pairs are counted once over the distinct words and then kept up to date: a merge touches only the words that hold
+    the pair. The heap may hold stale counts; one that does not agree with `pairs` is put back with its true count."""
+    words = Counter()
+    for text in texts:
+        words.update(re.findall(PATTERN, text))
+    tokens = [bytes([i]) for i in range(256)]
+    counts = list(words.values())
+    words = [list(word.encode()) for word in words]
+    pairs, where = Counter(), defaultdict(set)  # pair of ids -> occurrences, -> indices of words that hold it
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pairs[pair] += counts[i]
+            where[pair].add(i)
+    heap = [(-n, pair) for pair, n in pairs.items()]  # ties: the pair of lowest ids, so the result is reproducible
+    heapq.heapify(heap)
+    while len(tokens) < vocab_size and heap:
+        n, pair = heapq.heappop(heap)
+        if -n != pairs[pair]:
+            if pairs[pair] > 0:
+                heapq.heappush(heap, (-pairs[pair], pair))
+            continue
+        new = len(tokens)
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        changed = set()
+        for i in where.pop(pair):
+            word, merged, j = words[i], [], 0
+            while j < len(word):
+                if j + 1 < len(word) and (word[j], word[j + 1]) == pair:
+                    merged.append(new)
+                    j += 2
+                else:
+                    merged.append(word[j])
+                    j += 1
+            for p in zip(word, word[1:]):
+                pairs[p] -= counts[i]
+            for p in zip(merged, merged[1:]):
+                pairs[p] += counts[i]
+                where[p].add(i)
+                changed.add(p)
+            words[i] = merged
+        for p in changed:
+            heapq.heappush(heap, (-pairs[p], p))
+        if progress is not None:
+            progress.update()
+    # Two merges can spell the same bytes; the first one stands, and tiktoken needs ranks without a gap.
+    return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
+
+
+def make_tokenizer(name: str, ranks: dict[bytes, int], pattern: str) -> dict:
+    return tokenizer_to_dict(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                               special_tokens={END_OF_TEXT: len(ranks)}))
+
+
+def named_tokenizer(name: str) -> dict:
+    """`bytes`, or one of tiktoken's, which it fetches at first use."""
+    if name == "bytes":
+        return make_tokenizer("bytes", {bytes([i]): i for i in range(256)}, BYTES_PATTERN)
+    if name not in tiktoken.list_encoding_names():
+        raise BadInput(f"--tokenizer={name}: bpe, bytes, or one of tiktoken's: {', '.join(tiktoken.list_encoding_names())}")
+    try:
+        return tokenizer_to_dict(tiktoken.get_encoding(name))
+    except OSError as e:  # requests' errors are OSErrors
+        raise BadInput(f"--tokenizer={name}: tiktoken could not fetch its vocabulary ({type(e).__name__}); on a machine "
+                       "with a network run it once with TIKTOKEN_CACHE_DIR=FOLDER, and copy that folder here") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens. Whatever --data is, it ends up as memory-mapped arrays of token ids, a training and a held-out part.
+
+HELD_OUT = 0.05  # share of the text, in whole documents
+CACHE_VERSION = 1  # part of every key; raise it when what is cached changes its meaning
+SHARD_DTYPES = {20240520: np.uint16, 20240801: np.uint32}  # the magic number of llm.c's shards -> their tokens
+HUB = "https://huggingface.co/datasets/"
+DOWNLOADS = {  # name -> files: (address, sha256; None: asked of the hub, which knows its large files by it)
+    "shakespeare": [("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+                     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")],
+    "tinystories": [(HUB + "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt", None)],
+    "fineweb": [(HUB + f"kjj0/fineweb10B-gpt2/resolve/main/fineweb_{part}.bin", None)
+                for part in ("val_000000", *(f"train_{i:06d}" for i in range(1, 10)))],
+}
+
+
+def cache_dir() -> Path:
+    """Where tokens, tokenizers, downloads and teachers are kept: NANOLET_CACHE, or the user's cache folder."""
+    root = os.environ.get("NANOLET_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanolet"
+    return Path(root)
+
+
+def key(*parts) -> str:
+    return hashlib.sha256(json.dumps([CACHE_VERSION, *parts]).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def written_whole(path: Path):
+    """A path beside `path` to write to; it takes the name only when it is complete and on the disk. A kill at any
+    moment leaves what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield tmp
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        if os.name == "posix":  # the new name itself
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def bar(total, what, unit, **kwargs):
+    """A progress bar on a terminal, nothing elsewhere."""
+    return tqdm(total=total, desc=what, unit=unit, disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True,
+                **kwargs)
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args):
+        return None
+
+
+def download(name: str) -> list[Path]:
+    """The files of a named download, fetched at first use, each checked by its SHA-256 before it takes its name."""
+    folder = cache_dir() / "downloads" / name
+    for url, sha256 in DOWNLOADS[name]:
+        path = folder / url.rsplit("/", 1)[1]
+        if path.exists():
+            continue
+        try:
+            if sha256 is None:
+                try:
+                    headers = urllib.request.build_opener(NoRedirect).open(
+                        urllib.request.Request(url, method="HEAD"), timeout=30).headers
+                except urllib.error.HTTPError as e:  # the redirect to the storage, whose headers name the hash
+                    headers = e.headers
+                sha256 = (headers.get("X-Linked-Etag") or "").strip('"')
+            digest = hashlib.sha256()
+            with urllib.request.urlopen(url, timeout=30) as response, written_whole(path) as tmp:
+                total = int(response.headers.get("Content-Length") or 0) or None
+                with open(tmp, "wb") as f, bar(total, path.name, "B", unit_scale=True) as progress:
+                    while chunk := response.read(1 << 20):
+                        f.write(chunk)
+                        digest.update(chunk)
+                        progress.update(len(chunk))
+                if digest.hexdigest() != sha256:
+                    raise BadInput(f"--data={name}: {url} has the SHA-256 {digest.hexdigest()}, not {sha256 or 'known'}; "
+                                   "nothing was kept")
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as e:
+            raise BadInput(f"--data={name}: no download ({getattr(e, 'reason', e)}); fetch {url} elsewhere and put it at "
+                           f"{path}") from None
+    return [folder / url.rsplit("/", 1)[1] for url, _ in DOWNLOADS[name]]
+
+
+def find_files(data: str) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to, and the files that --data means, sorted."""
+    if data in DOWNLOADS:
+        files = download(data)
+        return files[0].parent, files
+    if data == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+        return root, sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
+    path = Path(data)
+    if path.is_dir():
+        root, files = path, [p for p in path.rglob("*") if p.is_file() and not any(
+            part.startswith(".") for part in p.relative_to(path).parts)]
+    elif path.is_file():
+        root, files = path.parent, [path]
+    else:
+        files = [Path(p) for p in glob.glob(data, recursive=True) if Path(p).is_file()]
+        root = Path(os.path.commonpath([p.parent for p in files])) if files else path
+    if not files:
+        raise BadInput(f"--data={data}: " + ("no file in this folder" if path.is_dir() else "no such file, folder or glob"))
+    return root, sorted(files)
+
+
+def read_documents(root: Path, files: list[Path], data: str) -> list[tuple[str, str]]:
+    """(name, text) of every document. A file is a document, or several where end-of-text tokens stand in it."""
+    documents = []
+    for path in files:
+        try:
+            text = path.read_bytes().decode()
+        except UnicodeDecodeError as e:
+            if data == "stdlib":  # a handful of files keep an older encoding on purpose
+                continue
+            raise BadInput(f"--data={data}: {path} is not UTF-8 text (byte {e.start})") from None
+        parts = [part for part in text.split(END_OF_TEXT) if part.strip()]
+        documents += [(f"{path.relative_to(root).as_posix()}#{i}", part) for i, part in enumerate(parts)]
+    if not documents:
+        raise BadInput(f"--data={data}: no text in it")
+    return documents
+
+
+def split_documents(documents):
+    """(training, held-out) documents. Held out are whole documents, in the order of a hash of their name, until they
+    are 5 % of the text. A single document is cut in two at a line end, the last 5 % held out."""
+    if len(documents) == 1:
+        (name, text), = documents
+        cut = text.rfind("\n", 0, int(len(text) * (1 - HELD_OUT))) + 1 or int(len(text) * (1 - HELD_OUT))
+        return [(name, text[:cut])], [(name, text[cut:])]
+    documents = sorted(documents, key=lambda d: hashlib.sha256(d[0].encode()).digest())
+    enough, size, held_out = HELD_OUT * sum(len(text) for _, text in documents), 0, []
+    while size < enough and len(documents) > 1:
+        held_out.append(documents.pop(0))
+        size += len(held_out[-1][1])
+    return sorted(documents), sorted(held_out)
+
+
+def encode_to_file(documents, enc: tiktoken.Encoding, path: Path, what: str):
+    """Write the documents as one array of token ids, each after an end-of-text token."""
+    dtype = np.uint16 if enc.n_vocab <= 2**16 else np.uint32
+    threads = os.cpu_count() or 1
+    size = 1 << 18  # long documents go to the threads in pieces, cut at line ends
+    with open(path, "wb") as f, bar(sum(len(t) for _, t in documents), what, "char", unit_scale=True) as progress:
+        for _, text in documents:
+            pieces, start = [], 0
+            while start < len(text):
+                end = text.find("\n", start + size) + 1 or len(text)
+                pieces.append(text[start:end])
+                start = end
+            ids = enc.encode_ordinary_batch(pieces, num_threads=threads) if len(pieces) > 1 else [
+                enc.encode_ordinary(p) for p in pieces]
+            np.array([enc.eot_token, *(i for piece in ids for i in piece)], dtype).tofile(f)
+            progress.update(len(text))
+
+
+def tokenize_text(c: Config) -> tuple[list, list, dict]:
+    """Text to tokens on disk, once: the result is kept under a key of the files (name, size, time) and the tokenizer."""
+    root, files = find_files(c.data)
+    stamp = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    folder = cache_dir() / "tokens" / key(stamp, c.tokenizer, c.vocab_size if c.tokenizer == "bpe" else 0, PATTERN)
+    tokenizer_file = folder / "tokenizer.json"
+    if not tokenizer_file.exists():  # it is written last
+        train, held_out = split_documents(read_documents(root, files, c.data))
+        if c.tokenizer == "bpe":
+            with bar(c.vocab_size - 257, "training the tokenizer", "merge") as progress:
+                ranks = train_bpe((text for _, text in train), c.vocab_size - 1, progress)
+            if len(ranks) < c.vocab_size - 1:
+                raise BadInput(f"--vocab_size={c.vocab_size}: the text of --data={c.data} has pairs for {len(ranks) + 1} "
+                               "tokens only")
+            tokenizer = make_tokenizer("bpe", ranks, PATTERN)
+        else:
+            tokenizer = named_tokenizer(c.tokenizer)
+        enc = tokenizer_from_dict(tokenizer)
+        for part, documents in (("train", train), ("val", held_out)):
+            with written_whole(folder / f"{part}.bin") as tmp:
+                encode_to_file(documents, enc, tmp, f"tokenizing, {part}")
+        with written_whole(tokenizer_file) as tmp:
+            tmp.write_text(json.dumps(tokenizer))
+    tokenizer = json.loads(tokenizer_file.read_text())
+    dtype = "uint16" if tokenizer_from_dict(tokenizer).n_vocab <= 2**16 else "uint32"
+    parts = [[(str(folder / f"{part}.bin"), dtype, 0)] for part in ("train", "val")]
+    return *parts, tokenizer
+
+
+def inspect_shard(path: Path, data: str) -> tuple[str, str, int]:
+    """(path, dtype, byte offset of the first token) of a shard in one of the formats that people have:
+    .npy; .bin with llm.c's header (256 int32: magic, version, number of tokens); .bin of bare uint16 (nanoGPT)."""
+    size = path.stat().st_size
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as e:
+            raise BadInput(f"--data={data}: {path} is not a readable .npy file ({e})") from None
+        if array.ndim != 1 or array.dtype not in (np.uint16, np.uint32):
+            raise BadInput(f"--data={data}: {path} holds {array.dtype} of shape {array.shape}; a 1-D uint16 or uint32 array "
+                           "of tokens is needed")
+        return str(path), array.dtype.name, array.offset
+    header = np.fromfile(path, np.int32, 256)
+    if len(header) == 256:
+        magic, version, count = (int(h) for h in header[:3])
+        if magic in SHARD_DTYPES:
+            dtype = np.dtype(SHARD_DTYPES[magic])
+            if size != 1024 + count * dtype.itemsize:
+                raise BadInput(f"--data={data}: {path} promises {count} tokens in its header and holds "
+                               f"{(size - 1024) / dtype.itemsize:g}; truncated?")
+            return str(path), dtype.name, 1024
+        if 0 < version < 100 and count > 0 and size in (1024 + 2 * count, 1024 + 4 * count):
+            raise BadInput(f"--data={data}: {path} has the header of a shard with the magic number {magic}; known are "
+                           f"{', '.join(map(str, SHARD_DTYPES))}")
+    if size % 2:
+        raise BadInput(f"--data={data}: {path} is {size} bytes long, no whole number of uint16 tokens")
+    return str(path), "uint16", 0
+
+
+def find_shards(c: Config) -> tuple[list, list, dict]:
+    """Ready-made shards. Held out are those with `val` in their name, or else the first, or else the end of the one."""
+    _, files = find_files(c.data)
+    if c.tokenizer == "bpe":
+        raise BadInput(f"--tokenizer=bpe --data={c.data}: shards hold tokens already; name the tokenizer that made them, "
+                       "such as gpt2")
+    files = [p for p in files if p.suffix in (".bin", ".npy")]
+    tokenizer = named_tokenizer(c.tokenizer)
+    n_vocab = tokenizer_from_dict(tokenizer).n_vocab
+    shards = [inspect_shard(p, c.data) for p in files]
+    with bar(len(shards), "checking shards", "shard") as progress:
+        for shard in shards:  # in parts, as a shard may be larger than the memory
+            tokens = open_shard(shard)
+            top = max((int(tokens[i:i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24)), default=0)
+            if top >= n_vocab:
+                raise BadInput(f"--data={c.data}: {shard[0]} holds the token {top}; the tokenizer {c.tokenizer} has {n_vocab}")
+            progress.update()
+    val = [s for s in shards if "val" in Path(s[0]).name] or (shards[:1] if len(shards) > 1 else [])
+    return [s for s in shards if s not in val], val, tokenizer
+
+
+def open_shard(shard) -> np.ndarray:
+    path, dtype, offset = shard
+    return np.memmap(path, dtype, mode="r", offset=offset)
+
+
+class Blocks:
+    """The blocks of one part of the data: every block_size tokens of each shard one begins, with one token more."""
+
+    def __init__(self, arrays, block_size: int):
+        self.arrays, self.block_size = arrays, block_size
+        self.ends = np.cumsum([max(0, (len(a) - 1) // block_size) for a in arrays])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def batch(self, numbers):
+        """(inputs, targets), int64 tensors (len(numbers), block_size), of the blocks of these numbers."""
+        rows = np.empty((len(numbers), self.block_size + 1), np.int64)
+        for row, i in zip(rows, numbers):
+            shard = int(np.searchsorted(self.ends, i, side="right"))
+            start = (i - (self.ends[shard - 1] if shard else 0)) * self.block_size
+            row[:] = self.arrays[shard][start:start + self.block_size + 1]
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1], rows[:, 1:]
+
+
+@dataclass
+class Data:
+    train: Blocks
+    val: Blocks
+    tokenizer: dict
+
+
+def load_data(c: Config) -> Data:
+    """The tokens of --data, prepared by rank 0 and opened by all."""
+
+    def prepare():
+        if c.data not in ("stdlib", *DOWNLOADS) or c.data == "fineweb":
+            if any(p.suffix in (".bin", ".npy") for p in find_files(c.data)[1]):
+                return find_shards(c)
+        return tokenize_text(c)
+
+    train, val, tokenizer = on_rank_0(prepare)
+    train, val = [open_shard(s) for s in train], [open_shard(s) for s in val]
+    if not val:  # one shard: its end is held out
+        cut = int(len(train[0]) * (1 - HELD_OUT))
+        train, val = [train[0][:cut]], [train[0][cut:]]
+    train, val = Blocks(train, c.block_size), Blocks(val, c.block_size)
+    for what, part in (("training", train), ("held-out", val)):
+        if len(part) == 0:
+            raise BadInput(f"--data={c.data}: its {what} part has {sum(map(len, part.arrays))} tokens, fewer than one block "
+                           f"of --block_size={c.block_size} and one")
+    return Data(train, val, tokenizer)
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def block_numbers(seed: int, first: int, count: int, n: int) -> list[int]:
+    """Numbers of the blocks at places first .. first + count - 1 of the endless stream of epochs, each epoch a seeded
+    permutation of all n blocks. A pure function: it is all that resuming and splitting over ranks need."""
+    return [int(permutation(seed, place // n, n)[place % n]) for place in range(first, first + count)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Devices
+
+# Dense bf16 tensor-core peak, FLOP/s, from the makers' data sheets; the first name that occurs in the device's counts.
+PEAK_FLOPS = {"GB200": 2.5e15, "B200": 2.25e15, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+              "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12,
+              "A40": 150e12, "A30": 165e12, "A10G": 70e12, "A10": 125e12, "RTX 6000 Ada": 364e12, "RTX A6000": 155e12,
+              "RTX 5090": 209.5e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+@dataclass
+class Devices:
+    """This process's place: its device, its rank among `world`, and the precision of its matrix products."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    bf16: bool = False
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    def peak_flops(self):
+        """Of all devices together; None for one that is not in the table."""
+        name = self.name()
+        return next((peak * self.world for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+    def sync(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory(self) -> int:
+        """Bytes: of the GPU's memory, or of this process's on a CPU (0 where the system does not say)."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    supported = [getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)() for unit in ("amx_tile", "avx512_bf16")]
+    return device.type == "cpu" and any(supported)
+
+
+def set_up_devices(c: Config) -> Devices:
+    """One process, or one of torchrun's: nccl between GPUs, gloo between CPUs."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    kind = c.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind == "cuda":
+        kind = f"cuda:{local}"
+    device = torch.device(kind)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        # Keep freed memory (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): handing every activation back to the kernel and
+        # faulting it in again takes up to half of a step on a CPU.
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)
+        libc.mallopt(-1, 2**31 - 1)
+    if "RANK" in os.environ and not dist.is_initialized():
+        nccl = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+        dist.init_process_group(**nccl)
+    return Devices(device, rank, world, c.dtype == "bf16" or c.dtype == "auto" and has_fast_bf16(device))
+
+
+def on_rank_0(work):
+    """The result of work() on rank 0, for all ranks; what it raises there is raised on all."""
+    if not dist.is_initialized():
+        return work()
+    box = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = work()
+        except (BadInput, OSError) as e:
+            box[1] = e
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def all_mean(values: torch.Tensor) -> list[float]:
+    """The mean over ranks of a few numbers; one transfer, and the only point where a step waits for the device."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values.tolist()
+
+
+class StopSignals:
+    """SIGINT and SIGTERM ask for a stop at the next step; the same one a second time aborts at once. (torchrun passes
+    Ctrl-C on as a SIGTERM, so the two together are one request.)"""
+
+    def __init__(self):
+        self.seen, self.old = set(), {}
+
+    def handle(self, number, frame):
+        if number in self.seen:
+            raise SystemExit(128 + number)
+        self.seen.add(number)
+
+    def __enter__(self):
+        try:
+            self.old = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: whoever runs us there handles signals
+            pass
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints and evaluation
+
+
+class NonFinite(RuntimeError):
+    """The loss or the gradient norm is inf or nan. The weights have not been touched by it."""
+
+
+def save_checkpoint(path: Path, state: dict):
+    """One file, whole or not at all, readable by torch.load(weights_only=True). Raises OSError when the disk is full."""
+    with written_whole(path) as tmp:
+        try:
+            torch.save(state, tmp)
+        except RuntimeError as e:  # torch's writer does not say what the system said
+            raise OSError(28, f"checkpoint not written, disk full? ({str(e).splitlines()[0][:80]}); the one before it is "
+                          "intact", str(path)) from None
+
+
+def model_config(c: Config, vocab_size: int) -> ModelConfig:
+    return ModelConfig(vocab_size=vocab_size, block_size=c.block_size, n_layer=c.n_layer, n_embd=c.n_embd,
+                       n_head=c.n_head, n_kv_head=c.n_kv_head or c.n_head, mlp=c.mlp, qk_norm=c.qk_norm,
+                       tie_embeddings=c.tie_embeddings)
+
+
+@torch.no_grad()
+def evaluate(model, data: Data, c: Config, rows: int, devices: Devices, token_bytes: np.ndarray) -> tuple[float, float]:
+    """(nats per token, bits per byte) over eval_tokens held-out tokens, in blocks spread evenly over the held-out part
+    and split over the ranks. The set and the shapes are the same every time, and no generator is touched."""
+    n = max(1, min(len(data.val), c.eval_tokens // c.block_size))
+    n_bytes, sums = 0, torch.zeros(2, dtype=torch.float64)
+    for first in range(devices.rank * rows, n, devices.world * rows):
+        idx, targets = data.val.batch([min(i, n - 1) * len(data.val) // n for i in range(first, first + rows)])
+        targets = targets.clone()
+        targets[max(0, n - first):] = IGNORE  # the last batch is filled up, so that its shape is as the others'
+        counted = targets[targets != IGNORE]
+        n_bytes += int(token_bytes[counted.numpy()].sum())
+        with devices.autocast():
+            loss, _ = model(idx.to(devices.device), targets.to(devices.device))
+        sums += torch.tensor([loss.item() * len(counted), len(counted)])
+    total = torch.tensor([*sums.tolist(), n_bytes], dtype=torch.float64 if devices.device.type != "mps" else None)
+    nats, tokens, n_bytes = all_mean(total.to(devices.device))
+    return nats / tokens, nats / math.log(2) / n_bytes
+
+
+def token_lengths(enc: tiktoken.Encoding) -> np.ndarray:
+    """Bytes of text that each token id stands for; special tokens stand for none."""
+    lengths = np.zeros(enc.n_vocab, np.int64)
+    for token, rank in enc._mergeable_ranks.items():
+        lengths[rank] = len(token)
+    return lengths
+
+
+def activation_bytes(c: Config, vocab_size: int, bf16: bool) -> int:
+    """Bytes that autograd keeps for the backward pass of one micro-batch in eager mode, counted on the meta device."""
+    seen = {}
+
+    def pack(t):
+        seen[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model = GPT(model_config(c, vocab_size))
+        idx = torch.zeros(c.micro_batch, c.block_size, dtype=torch.int64)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            model(idx, idx)
+    return sum(seen.values()) - sum(p.numel() * 4 for p in model.parameters())
+
+
+def print_plan(c: Config, model: GPT, devices: Devices, data: Data, let, stop: int):
+    n, tokens = model.num_params(), c.steps * c.batch_tokens
+    state = n * 4 * (2 + (2 if c.optimizer == "adamw" else 1))
+    activations = activation_bytes(c, model.config.vocab_size, devices.bf16)
+    flops = model.flops_per_token() * tokens + (let.flops_per_token() * c.batch_tokens * min(stop, c.steps) if let else 0)
+    print(f"""plan
+  parameters      {n:,} ({n - model.embed.weight.numel():,} without the embedding)
+  data            {len(data.train) * c.block_size:,} training tokens, {len(data.val) * c.block_size:,} held out
+  steps           {c.steps:,} of {c.batch_tokens:,} tokens: {tokens:,} tokens, {tokens / len(data.train) / c.block_size:.2f} epochs
+  FLOPs           {model.flops_per_token():,} per token, {flops:.3g} in all (the teacher's included)
+  memory          {state / 1e6:,.0f} MB weights, gradients and optimizer (at least), about {activations / 1e6:,.0f} MB activations""")
+
+
+def source_hash() -> str:
+    """Of the project's own source files, so that a result can be held against the code that made it."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for name in ("model.py", "optim.py", "teacher.py", "train.py"):
+        digest.update((here / name).read_bytes())
+    return digest.hexdigest()
+
+
+def provenance(devices: Devices) -> dict:
+    return {"torch": str(torch.__version__), "python": platform.python_version(), "numpy": np.__version__,
+            "device": devices.name(), "world_size": devices.world, "bf16": devices.bf16,
+            "threads": torch.get_num_threads(), "source_sha256": source_hash()}
+
+
+def claim_run_folder(c: Config) -> Path:
+    """--out_dir, or the next free runs/N, made."""
+    try:
+        if c.out_dir:
+            Path(c.out_dir).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=c.out_dir):
+                return Path(c.out_dir)
+        for n in range(1, 1_000_000):
+            with contextlib.suppress(FileExistsError):
+                Path("runs", str(n)).mkdir(parents=True)
+                return Path("runs", str(n))
+    except OSError as e:
+        raise BadInput(f"--out_dir={c.out_dir}: cannot be written to ({e.strerror})") from None
+
+
+def open_metrics(out_dir: Path, c: Config, devices: Devices, step: int):
+    """Write config.json, and open metrics.jsonl for appending. A resumed run keeps the lines up to its step: those
+    after it, from a run that was killed past its last checkpoint, will be written again. Returns (lines so far, a
+    function that writes one)."""
+    with written_whole(out_dir / "config.json") as tmp:
+        tmp.write_text(json.dumps({**asdict(c), "provenance": provenance(devices)}, indent=1))
+    path, history = out_dir / "metrics.jsonl", []
+    if step > 0 and path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # a kill can leave half a line
+                history.append(json.loads(line))
+        history = [line for line in history if line["step"] < step or line["step"] == step and "val_loss" not in line]
+    with written_whole(path) as tmp:
+        tmp.write_text("".join(json.dumps(line) + "\n" for line in history))
+    file = open(path, "a", buffering=1)
+
+    def write_line(line):
+        try:
+            file.write(json.dumps(line) + "\n")
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(path)) from None
+
+    return history, write_line
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def train(c: Config) -> dict:
+    """Run c and return what came out: out_dir, checkpoint, step, tokens, flops, seconds, val_loss, bits_per_byte,
+    interrupted, and history, the lines of metrics.jsonl. Raises BadInput before anything is written, NonFinite when
+    the run diverges, OSError when the disk fails."""
+    with StopSignals() as stop_signals:
+        return run(c, stop_signals)
+
+
+def run(c: Config, stop_signals: StopSignals) -> dict:
+    check(c, int(os.environ.get("WORLD_SIZE", 1)))
+    devices = set_up_devices(c)
+    master = devices.rank == 0
+    say = (lambda text: tqdm.write(text, file=sys.stdout)) if master else (lambda text: None)
+
+    # Tokens
+    data = load_data(c)
+    enc = tokenizer_from_dict(data.tokenizer)
+    sequences = c.batch_tokens // c.block_size  # of a step, over all ranks
+    mine = sequences // devices.world
+    rows = min(c.micro_batch, mine)  # of one forward pass
+    accumulation = mine // rows
+
+    def micro_batches(step):
+        """(inputs, targets) for this rank, without end; the next is fetched while the device works on the last."""
+        while True:
+            numbers = block_numbers(c.seed, step * sequences + devices.rank * mine, mine, len(data.train))
+            for i in range(0, mine, rows):
+                pair = data.train.batch(numbers[i:i + rows])
+                if devices.device.type == "cuda":
+                    yield tuple(t.pin_memory().to(devices.device, non_blocking=True) for t in pair)
+                else:
+                    yield tuple(t.to(devices.device) for t in pair)
+            step += 1
+
+    # The teacher, until its weight has fallen to 0
+    step, let, let_stop = 0, None, round(c.let_stop * c.steps) if c.let_stop < 1 else int(c.let_stop)
+    resumed = load_checkpoint(c.resume) if c.resume else None
+    if resumed:
+        refuse_changed_model(c, resumed, data.tokenizer)
+        step = resumed["step"]
+    if c.teacher != "none" and c.let_weight > 0 and step < let_stop:
+        path = c.teacher
+        if path == "auto":
+            t = auto_teacher(c, data.tokenizer)
+            path = Path(t.out_dir) / "ckpt.pt"
+            done = load_checkpoint(path)["step"] if path.exists() else 0
+            if done < t.steps and not c.dry_run:
+                say(f"teacher: {t.n_layer} blocks of width {t.n_embd}, trained once and kept in {t.out_dir}")
+                if run(replace(t, resume=str(path) if done else ""), stop_signals)["interrupted"]:
+                    return {"interrupted": True, "checkpoint": None}
+                say("student:")
+        if Path(path).exists() or c.teacher != "auto":
+            torch.manual_seed(c.seed + 1)  # of the projection
+            let = LET(load_teacher(path, data.tokenizer, c.block_size, devices.device), c.n_embd, c.let_teacher_layer, c.let_teacher_norm, c.let_loss, c.let_resize,
+                      c.let_resize_side).to(devices.device)
+    let_optimizer = None
+    if let and let.projection:
+        let_optimizer = torch.optim.AdamW(let.parameters(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=0.0)
+
+    # The model and its optimizers
+    torch.manual_seed(c.seed)
+    model = GPT(model_config(c, enc.n_vocab)).to(devices.device)
+    optimizers = make_optimizers(model, c.optimizer, c.lr, c.weight_decay, (c.beta1, c.beta2), c.momentum, c.muon_scale,
+                                 torch.bfloat16 if devices.bf16 else torch.float32)
+    if c.dry_run:
+        print_plan(c, model, devices, data, let, let_stop)
+        return {"interrupted": False, "checkpoint": None}
+    tokens, flops, seconds, best = 0, 0, 0.0, math.inf
+    if resumed:
+        tokens, flops, seconds, best = (resumed[k] for k in ("tokens", "flops", "seconds", "best_val_loss"))
+        model.load_state_dict(resumed["model"])
+        for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+            for group in optimizer.param_groups:
+                group["peak_lr"] = c.lr
+        if let_optimizer and resumed["let"]:
+            let.load_state_dict(resumed["let"])
+            let_optimizer.load_state_dict(resumed["let_optimizer"])
+        torch.set_rng_state(resumed["rng"])
+    net = model
+    if c.compile == "true" or c.compile == "auto" and devices.device.type == "cuda":
+        model.compile(dynamic=False)
+        if let:
+            let.compile_teacher()
+    if dist.is_initialized():
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    # The run's folder. Nothing has been written until here.
+    out_dir = on_rank_0(lambda: claim_run_folder(c))
+    c = replace(c, out_dir=str(out_dir))
+    checkpoint = out_dir / "ckpt.pt"
+    history, write_line = open_metrics(out_dir, c, devices, step) if master else ([], lambda line: None)
+    token_bytes, peak = token_lengths(enc), devices.peak_flops()
+    say(f"{out_dir}: {model.num_params():,} parameters, {model.flops_per_token():,} FLOPs per token, "
+        f"{'bf16' if devices.bf16 else 'fp32'} on {devices.world} x {devices.name()}; "
+        f"{len(data.train) * c.block_size:,} training tokens")
+
+    def log(**line):
+        line = {"step": step, "tokens": tokens, "flops": flops, "seconds": round(seconds, 3), **line}
+        history.append(line)
+        write_line(line)
+
+    def save():
+        state = {"format": "nanolet-1", "model": model.state_dict(), "model_config": asdict(model.config),
+                 "config": asdict(c), "tokenizer": data.tokenizer, "optimizers": [o.state_dict() for o in optimizers],
+                 "let": let.state_dict() if let_optimizer else None,
+                 "let_optimizer": let_optimizer.state_dict() if let_optimizer else None,
+                 "step": step, "tokens": tokens, "flops": flops, "seconds": seconds, "best_val_loss": best,
+                 "rng": torch.get_rng_state(), "provenance": provenance(devices)}
+        on_rank_0(lambda: save_checkpoint(checkpoint, state))
+
+    # The loop
+    stream, stopping, saved, val_loss, bpb = micro_batches(step), False, -1, math.nan, math.nan
+    batch = next(stream)
+    mark, logged = time.perf_counter(), (seconds, tokens)
+    with tqdm(total=c.steps, initial=step, disable=not (master and sys.stderr.isatty()), unit="step",
+              dynamic_ncols=True) as progress:
+        while True:
+            # Evaluate and save, off the clock
+            if step % c.eval_every == 0 or step == c.steps or step % c.save_every == 0 or stopping:
+                devices.sync()
+                seconds += time.perf_counter() - mark
+                if step % c.eval_every == 0 or step == c.steps:
+                    val_loss, bpb = evaluate(model, data, c, rows, devices, token_bytes)
+                    best = min(best, val_loss)
+                    log(val_loss=val_loss, bits_per_byte=bpb, peak_memory_bytes=devices.peak_memory())
+                    left = seconds / max(1, step) * (c.steps - step)
+                    say(f"step {step:>6}  held-out {val_loss:.4f} nats, {bpb:.4f} bits per byte  {seconds:7.1f} s"
+                        + (f", {left:.0f} s to go" if 0 < step < c.steps else ""))
+                if step > 0 and (step % c.save_every == 0 or step == c.steps or stopping):
+                    save()
+                    saved = step
+                mark = time.perf_counter()
+            if step == c.steps or stopping:
+                break
+
+            # One step: loss = nll + let_weight(step) * let
+            weight = let_weight(step, c.let_weight, let_stop) if let else 0.0
+            if let and weight == 0:  # from here on the teacher is neither called nor kept
+                let = let_optimizer = None
+            hidden = (c.let_student_layer,) if let else ()
+            set_lr(optimizers, SCHEDULES[c.schedule](step, c.steps, c.warmup_steps, c.decay_fraction))
+            sums = torch.zeros(3, device=devices.device)  # of nll, let, cosine over the micro-batches
+            for micro in range(accumulation):
+                idx, targets = batch
+                if dist.is_initialized():  # gradients travel between the ranks once a step
+                    net.require_backward_grad_sync = micro == accumulation - 1
+                with devices.autocast():
+                    nll, states = net(idx, targets, hidden=hidden)
+                    loss = nll
+                    align = cosine = torch.zeros_like(nll)
+                    if let:
+                        align, cosine = let(states[0], let.teach(idx))
+                        loss = nll + weight * align
+                (loss / accumulation).backward()
+                batch = next(stream)
+                sums += torch.stack((nll.detach(), align.detach(), cosine.detach())) / accumulation
+            norm = clip_gradients(model.parameters(), c.clip)
+            nll, align, cosine, norm, asked = all_mean(torch.cat((sums, norm.view(1), torch.tensor(
+                [float(bool(stop_signals.seen))], device=devices.device))))
+            if not (math.isfinite(nll + weight * align) and math.isfinite(norm)):
+                raise NonFinite(f"step {step}: loss {nll + weight * align}, gradient norm {norm}; stopped before the weights "
+                                "were touched. " + (f"{checkpoint} holds step {saved}" if saved > 0 else "No checkpoint "
+                                                    "has been written") + ". A lower --lr may help")
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if let_optimizer:
+                let.average_gradients()
+                let_optimizer.step()
+                let_optimizer.zero_grad(set_to_none=True)
+            stopping = asked > 0
+            step += 1
+            tokens += c.batch_tokens
+            flops += c.batch_tokens * (model.flops_per_token() + (let.flops_per_token() if let else 0))
+
+            # Say so
+            now = time.perf_counter()
+            seconds, mark = seconds + now - mark, now
+            progress.update()
+            progress.set_postfix_str(f"loss {nll:.3f}", refresh=False)
+            if step % c.log_every == 0:
+                speed = (tokens - logged[1]) / (seconds - logged[0])
+                logged = seconds, tokens
+                log(train_loss=nll, grad_norm=norm, lr=optimizers[0].param_groups[0]["lr"], tokens_per_second=round(speed),
+                    mfu=speed * model.flops_per_token() / peak if peak else None,
+                    **({"let_weight": weight, "let_loss": align, "let_cosine": cosine} if let else {}))
+
+    # What came out
+    result = {"out_dir": str(out_dir), "checkpoint": str(checkpoint), "step": step, "tokens": tokens, "flops": flops,
+              "seconds": seconds, "val_loss": val_loss, "bits_per_byte": bpb, "interrupted": step < c.steps,
+              "history": history}
+    if result["interrupted"]:
+        say(f"stopped at step {step}; go on with: python train.py --resume={checkpoint}")
+        return result
+    speed = tokens / seconds
+    mfu = f"{100 * speed * model.flops_per_token() / peak:.1f} %" if peak else "n/a"
+    say(f"done: held-out {val_loss:.4f} nats per token, {bpb:.4f} bits per byte; {seconds:.0f} s, {tokens:,} tokens, {flops:.3g} "
+        f"FLOPs, {speed:,.0f} tokens/s, MFU {mfu}, peak memory {devices.peak_memory() / 1e9:.2f} GB")
+    if master and c.sample_tokens:
+        prompt = [enc.eot_token] + enc.encode_ordinary("def " if c.data == "stdlib" else "")
+        sample = generate(model, torch.tensor([prompt], device=devices.device), c.sample_tokens, temperature=0.8, seed=c.seed)
+        say(f"a sample:\n{'-' * 80}\n{enc.decode(sample[0, 1:].tolist())}\n{'-' * 80}\ncheckpoint: {checkpoint}\n"
+            f'more:       python model.py {checkpoint} --prompt "def " --tokens 200')
+    return result
+
+
+def refuse_changed_model(c: Config, resumed: dict, tokenizer: dict):
+    """A run is resumed with the model and the tokens that it began with; every other flag may change."""
+    here = asdict(model_config(c, tokenizer_from_dict(tokenizer).n_vocab))
+    changed = [f"{k}: {resumed['model_config'].get(k)} there, {v} here" for k, v in here.items()
+               if resumed["model_config"].get(k) != v]
+    if tokenizer_id(resumed["tokenizer"]) != tokenizer_id(tokenizer):
+        changed.append("another tokenizer")
+    if c.optimizer != resumed["config"]["optimizer"]:
+        changed.append(f"optimizer: {resumed['config']['optimizer']} there, {c.optimizer} here")
+    if changed:
+        raise BadInput(f"--resume={c.resume}: the model has changed ({'; '.join(changed)})")
+
+
+def auto_teacher(c: Config, tokenizer: dict) -> Config:
+    """The run that makes the default small teacher: half the blocks, at most half the width and a quarter of the
+    parameters of the student, a quarter more tokens than the student will see. All else is default and its seed is
+    fixed, so that students of any seed, optimizer and learning rate share it. Kept under a key of all that."""
+    vocab_size = tokenizer_from_dict(tokenizer).n_vocab
+    shared = ("data", "tokenizer", "vocab_size", "block_size", "batch_tokens", "micro_batch", "device", "dtype", "compile")
+
+    def size(c):
+        with torch.device("meta"):
+            return GPT(model_config(c, vocab_size)).num_params()
+
+    for part in range(2, 17):
+        heads = max(1, c.n_head // part)
+        t = Config(**{name: getattr(c, name) for name in shared}, n_layer=max(1, c.n_layer // 2), n_head=heads,
+                   n_embd=c.n_embd // part // (2 * heads) * 2 * heads, steps=math.ceil(1.25 * c.steps), seed=1_000_003,
+                   warmup_steps=min(c.steps // 10, FLAGS["warmup_steps"].default))
+        if 0 < t.n_embd and size(t) <= size(c) / 4:
+            flags = {k: v for k, v in asdict(t).items() if k not in ("device", "compile", "dtype", "micro_batch")}
+            return replace(t, out_dir=str(cache_dir() / "teachers" / key(flags, tokenizer_id(tokenizer))))
+    raise BadInput("--teacher=auto: the student is too small for a teacher of a quarter of its parameters")
+
+
+def main(argv):
+    try:
+        train(parse_flags(argv))
+    except NonFinite as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as e:
+        print(f"error: out of memory: lower --micro_batch ({str(e).splitlines()[0]})", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    command(main)
