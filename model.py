@@ -60,7 +60,8 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.mlp_hidden == 0:
-            self.mlp_hidden = round(8 / 3 * self.n_embd / 64) * 64 if self.mlp == "swiglu" else 4 * self.n_embd
+            swiglu = max(1, round(8 / 3 * self.n_embd / 64)) * 64
+            self.mlp_hidden = swiglu if self.mlp == "swiglu" else 4 * self.n_embd
 
 
 class RMSNorm(nn.Module):
@@ -88,10 +89,9 @@ class Fused(nn.Linear):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x_j, x_{j+D/2}) by its position's angle. x: (B, heads, T, D); cos, sin: (T, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Turn each pair (x_j, x_{j+D/2}) by its position's angle: (a, b) -> (a cos - b sin, b cos + a sin).
+    x: (B, T, heads, D); cos, sin: (T, 1, D) from rope_tables, where the minus sign is part of sin."""
+    return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
 
 
 class KVCache:
@@ -122,10 +122,9 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache=None):
         B, T, C = x.shape
         q, k, v = self.qkv(x)
-        q = self.q_norm(q.view(B, T, self.n_head, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(k.view(B, T, self.n_kv_head, self.head_dim)).transpose(1, 2)  # (B, H_kv, T, D)
-        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = rotate(self.q_norm(q.view(B, T, self.n_head, self.head_dim)), cos, sin).transpose(1, 2)  # (B, H, T, D)
+        k = rotate(self.k_norm(k.view(B, T, self.n_kv_head, self.head_dim)), cos, sin).transpose(1, 2)
+        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, H_kv, T, D), as k
         if cache is not None:
             k, v = cache.append(k, v)
         # New queries are the last T of the T_all keys. Without a past that is the plain causal mask; one new
@@ -184,9 +183,8 @@ class GPT(nn.Module):
         self.head = nn.Linear(c.n_embd, V_pad, bias=False)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
-        angles = rope_angles(c.block_size, c.n_embd // c.n_head, c.rope_base)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        for name, table in zip(("cos", "sin"), rope_tables(c.block_size, c.n_embd // c.n_head, c.rope_base)):
+            self.register_buffer(name, table, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -195,7 +193,7 @@ class GPT(nn.Module):
         that read it N(0, 1/fan_in); the embedding N(0, 1), near the scale the norms give anyway; the head small,
         so that the first loss is ln V: logits of standard deviation s add s^2 / 2 to it, and s is 0.1 here."""
         for name, p in self.named_parameters():
-            if p.ndim == 1:
+            if name.endswith("norm.weight"):
                 p.fill_(1.0)
             elif name.endswith((".o.weight", ".down.weight")):
                 p.zero_()
@@ -217,7 +215,7 @@ class GPT(nn.Module):
         T = idx.shape[1]
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens, but block_size is {self.config.block_size}")
-        cos, sin = self.cos[past:past + T], self.sin[past:past + T]  # (T, D/2)
+        cos, sin = self.cos[past:past + T], self.sin[past:past + T]  # (T, 1, D)
         x = self.embed(idx)
         states = {0: x}
         for k, block in enumerate(self.blocks[:blocks], start=1):
@@ -241,21 +239,23 @@ class GPT(nn.Module):
         """All parameters; a tied matrix counts once."""
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self, backward=True, head=True, blocks=None) -> int:
-        """Floating-point operations per token at full context: 2 a weight in each matrix product, 4 T C a block in
+    def flops_per_token(self, backward=True, head=True, blocks=None, length=None) -> int:
+        """Floating-point operations per token in sequences of `length` (block_size): 2 a weight in each matrix product, 4 T C a block in
         attention (the full square, as nanoGPT and PaLM count it), and twice as much again for the backward pass.
         The embedding is a look-up and costs none. So 6 N + 12 L C T with N without the embedding."""
         c = self.config
         n = sum(p.numel() for b in self.blocks[:blocks] for p in b.parameters() if p.ndim == 2)
         n += self.head.weight.numel() if head else 0
-        forward = 2 * n + 4 * len(self.blocks[:blocks]) * c.n_embd * c.block_size
+        forward = 2 * n + 4 * len(self.blocks[:blocks]) * c.n_embd * (length or c.block_size)
         return 3 * forward if backward else forward
 
 
-def rope_angles(length: int, head_dim: int, base: float):
-    """Angle of position t and pair j: t * base^(-2j/D). Returns (length, D/2), float32."""
+def rope_tables(length: int, head_dim: int, base: float):
+    """cos and sin of the angle t * base^(-2j/D) of position t and pair j, laid out for `rotate`: cos twice, and sin
+    with a minus for the first half of the channels. Returns two of (length, 1, D), float32."""
     frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    return torch.arange(length, dtype=torch.float32)[:, None] * frequency
+    angle = torch.arange(length, dtype=torch.float32)[:, None, None] * frequency  # (length, 1, D/2)
+    return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -270,8 +270,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     form, and memory for `chunk` rows of fp32 logits in place of all."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, chunk, dtype):
-        need_grad = x.requires_grad or weight.requires_grad
+    def forward(ctx, x, weight, targets, vocab_size, chunk, dtype, need_grad):
         x_low, w_low = x.to(dtype), weight.to(dtype)
         counted = targets != IGNORE
         n = counted.sum().clamp(min=1)
@@ -288,9 +287,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             if need_grad:
                 dlogits = log_p.exp_()
                 dlogits.scatter_add_(1, target, -torch.ones_like(target, dtype=dlogits.dtype))
-                dlogits = (dlogits * keep).to(dtype)
-                dx[rows] = dlogits @ w_low
-                dw += dlogits.T @ x_low[rows]
+                dlogits = dlogits.to(dtype)
+                dx[rows] = (dlogits @ w_low) * keep  # a target that does not count has no gradient
+                dw += dlogits.T @ (x_low[rows] * keep)
         if need_grad:
             ctx.save_for_backward(dx, dw, n)
             ctx.dtype = x.dtype
@@ -301,7 +300,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw, n = ctx.saved_tensors
         scale = grad / n
-        return dx.to(ctx.dtype) * scale.to(ctx.dtype), dw * scale, None, None, None, None
+        return dx.to(ctx.dtype) * scale.to(ctx.dtype), dw * scale, None, None, None, None, None
 
 
 def linear_cross_entropy(x, weight, targets, vocab_size: int, chunk: int = 1024):
@@ -312,8 +311,9 @@ def linear_cross_entropy(x, weight, targets, vocab_size: int, chunk: int = 1024)
     curvature needs the plain form, `F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten())`."""
     device = "cpu" if x.is_meta else x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    need_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
-        return LinearCrossEntropy.apply(x, weight, targets, vocab_size, chunk, dtype)
+        return LinearCrossEntropy.apply(x, weight, targets, vocab_size, chunk, dtype, need_grad)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def generate(model, idx, n_tokens: int, temperature=1.0, top_k=0, top_p=1.0, see
     start, caches = max(0, idx.shape[1] - block_size), None  # the context is idx[:, start:]
     for _ in range(n_tokens):
         if idx.shape[1] - start > block_size:
-            start, caches = idx.shape[1] - block_size // 2, None
+            start, caches = idx.shape[1] - max(1, block_size // 2), None
         if not use_cache:
             caches = None
         new = idx[:, start:] if caches is None else idx[:, -1:]
@@ -385,11 +385,12 @@ def load_checkpoint(path, device="cpu") -> dict:
         raise BadInput(f"{path}: no such checkpoint file")
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError:
-        raise BadInput(f"{path}: holds pickled objects beyond tensors and plain values; not read, as they could run "
-                       "code") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
-        raise BadInput(f"{path}: truncated, or no checkpoint at all ({str(e).splitlines()[0][:100]})") from None
+    except Exception as e:  # damaged bytes fail in the unpickler in every way there is
+        if isinstance(e, pickle.UnpicklingError) and "Unsupported" in str(e):
+            raise BadInput(f"{path}: holds pickled objects beyond tensors and plain values; not read, as they could run "
+                           "code") from None
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:100]
+        raise BadInput(f"{path}: truncated, or no checkpoint at all ({reason})") from None
     if not isinstance(ckpt, dict) or ckpt.get("format") != "nanolet-1":
         raise BadInput(f"{path}: not a nanolet checkpoint (another program's?)")
     return ckpt
@@ -401,6 +402,15 @@ def model_from_checkpoint(ckpt: dict, device="cpu") -> GPT:
     model = GPT(ModelConfig(**{k: v for k, v in ckpt["model_config"].items() if k in names}))
     model.load_state_dict(ckpt["model"])
     return model.to(device)
+
+
+def device_exists(name: str) -> bool:
+    """Whether `name` (cpu, cuda, cuda:1, mps) can hold a tensor on this machine."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError):
+        return False
+    return True
 
 
 def command(main):
@@ -431,7 +441,9 @@ def main(argv):
     problems = [text for bad, text in (
         (a.tokens < 1, f"--tokens={a.tokens}: at least 1"),
         (a.samples < 1, f"--samples={a.samples}: at least 1"),
-        (not a.temperature >= 0, f"--temperature={a.temperature}: not negative"),
+        (not (a.temperature == 0 or 1e-3 <= a.temperature < math.inf), f"--temperature={a.temperature}: 0, or at least 0.001"),
+        (not 0 <= a.seed < 2**63, f"--seed={a.seed}: from 0 to 2^63 - 1"),
+        (not device_exists(a.device), f"--device={a.device}: no such device here"),
         (a.top_k < 0, f"--top_k={a.top_k}: not negative"),
         (not 0 < a.top_p <= 1, f"--top_p={a.top_p}: above 0, at most 1")) if bad]
     if problems:

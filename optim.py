@@ -53,8 +53,10 @@ def logical_pieces(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def make_optimizers(model: nn.Module, optimizer="muon", lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95,
-                    muon_scale="match_rms_adamw", dtype=torch.bfloat16) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run: [AdamW] or [Muon, AdamW]. Every group remembers its own peak rate as `peak_lr`."""
+                    muon_scale="match_rms_adamw", embedding_lr=30.0, dtype=torch.bfloat16) -> list[torch.optim.Optimizer]:
+    """The optimizers of a run: [AdamW] or [Muon, AdamW]. Every group remembers its peak rate, as a factor on lr, in
+    `lr_factor`: embedding_lr for an embedding of its own, whose rows start at RMS 1 and see a gradient only when their
+    token comes up (nanochat and modded-nanogpt likewise); 1 for all else. dtype: of Muon's products."""
     params, places = dict(model.named_parameters()), place_parameters(model)
     made = []
     adamw = ["matrix", "embedding", "head", "vector"]
@@ -64,12 +66,12 @@ def make_optimizers(model: nn.Module, optimizer="muon", lr=1e-2, weight_decay=0.
                          weight_decay=weight_decay, momentum=momentum, scale=muon_scale, dtype=dtype))
         adamw.remove("matrix")
     decay = {"matrix": weight_decay, "embedding": 0.0, "head": weight_decay, "vector": 0.0}
-    groups = [{"params": [params[n] for n in places[kind]], "weight_decay": decay[kind]} for kind in adamw
-              if places[kind]]
+    groups = [{"params": [params[n] for n in places[kind]], "weight_decay": decay[kind],
+               "lr_factor": embedding_lr if kind == "embedding" and places["head"] else 1.0} for kind in adamw if places[kind]]
     fused = all(p.device.type in ("cuda", "cpu") for p in params.values())
     made.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-10, fused=fused))
-    for group in (g for o in made for g in o.param_groups):
-        group["peak_lr"] = group["lr"]
+    made[0].param_groups[0].setdefault("lr_factor", 1.0)  # Muon's
+    set_lr(made, lr)
     return made
 
 
@@ -129,14 +131,15 @@ class Muon(torch.optim.Optimizer):
         params = list(params)
         if any(p.ndim != 2 for p in params):
             raise ValueError("Muon takes matrices alone; give vectors and others to AdamW")
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
-                                      ns_steps=ns_steps, scale=scale))
-        self.pieces, self.dtype = pieces or [(p.shape[0],) for p in params], dtype
+        pieces = pieces or [(p.shape[0],) for p in params]
+        super().__init__([{"params": params, "pieces": pieces}], dict(
+            lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, scale=scale))
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            used = [(p, rows) for p, rows in zip(group["params"], self.pieces) if p.grad is not None]
+            used = [(p, rows) for p, rows in zip(group["params"], group["pieces"]) if p.grad is not None]
             if not used:
                 continue
             W, G = [p for p, _ in used], [p.grad for p, _ in used]
@@ -175,7 +178,7 @@ def wsd(step: int, steps: int, warmup: int, decay_fraction: float) -> float:
 
 
 def cosine(step: int, steps: int, warmup: int, decay_fraction: float = 0.0, floor: float = 0.1) -> float:
-    """Linear up over `warmup` steps, then half a cosine from 1 down to `floor` at the last step."""
+    """Linear up over `warmup` steps, then half a cosine from 1 down to `floor` at step == steps."""
     if step < warmup:
         return (step + 1) / warmup
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -189,7 +192,7 @@ def constant(step: int, steps: int, warmup: int, decay_fraction: float = 0.0) ->
 SCHEDULES = {"wsd": wsd, "cosine": cosine, "constant": constant}
 
 
-def set_lr(optimizers, factor: float):
-    """Every group's rate becomes factor times its own peak."""
+def set_lr(optimizers, lr: float):
+    """Every group's rate becomes lr times its own factor."""
     for group in (g for o in optimizers for g in o.param_groups):
-        group["lr"] = factor * group["peak_lr"]
+        group["lr"] = lr * group["lr_factor"]

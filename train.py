@@ -24,6 +24,7 @@ import functools
 import glob
 import hashlib
 import heapq
+import itertools
 import json
 import math
 import os
@@ -46,7 +47,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import (END_OF_TEXT, GPT, IGNORE, BadInput, ModelConfig, command, generate, load_checkpoint,
+from model import (END_OF_TEXT, GPT, IGNORE, BadInput, ModelConfig, command, device_exists, generate, load_checkpoint,
                    tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
 from optim import SCHEDULES, clip_gradients, make_optimizers, set_lr
 from teacher import LET, LET_LOSSES, let_weight, load_teacher
@@ -68,25 +69,26 @@ class Config:
                      "or a download: shakespeare, tinystories, fineweb")
     tokenizer: str = flag("bpe", "bpe (trained on the data at first use), bytes, or a tiktoken name such as gpt2; for "
                           "shards, the one that made them")
-    vocab_size: int = flag(2048, "tokens of the bpe tokenizer, the end-of-text token included")
+    vocab_size: int = flag(4096, "tokens of the bpe tokenizer, the end-of-text token included")
     block_size: int = flag(256, "tokens in a sequence")
-    batch_tokens: int = flag(4096, "tokens in an optimizer step, over all devices")
-    micro_batch: int = flag(16, "sequences in one forward pass on one device")
-    eval_tokens: int = flag(65_536, "held-out tokens that an evaluation reads, the same ones every time")
+    batch_tokens: int = flag(2048, "tokens in an optimizer step, over all devices")
+    micro_batch: int = flag(8, "sequences in one forward pass on one device")
+    eval_tokens: int = flag(32_768, "held-out tokens that an evaluation reads, the same ones every time")
     # model
-    n_layer: int = flag(6, "blocks")
-    n_embd: int = flag(256, "width of the residual stream")
+    n_layer: int = flag(4, "blocks")
+    n_embd: int = flag(192, "width of the residual stream")
     n_head: int = flag(2, "query heads")
     n_kv_head: int = flag(0, "key and value heads, a divisor of n_head; 0: n_head")
-    mlp: str = flag("swiglu", "kind of MLP", ("swiglu", "relu2", "gelu"))
-    qk_norm: bool = flag(True, "normalise queries and keys")
+    mlp: str = flag("relu2", "kind of MLP", ("swiglu", "relu2", "gelu"))
+    qk_norm: bool = flag(False, "normalise queries and keys")
     tie_embeddings: bool = flag(False, "one matrix for the embedding and the head")
     # optimizer
     optimizer: str = flag("muon", "for the matrices; the rest always gets AdamW", ("muon", "adamw"))
-    lr: float = flag(1e-2, "peak learning rate")
+    lr: float = flag(6e-3, "peak learning rate")
+    embedding_lr: float = flag(30.0, "learning rate of the embedding, as a factor on --lr")
     schedule: str = flag("wsd", "shape of the learning rate over the run", tuple(SCHEDULES))
     warmup_steps: int = flag(20, "steps of linear warm-up")
-    decay_fraction: float = flag(0.4, "share of the run in which wsd decays to 0")
+    decay_fraction: float = flag(0.6, "share of the run in which wsd decays to 0")
     weight_decay: float = flag(0.1, "decoupled weight decay of matrices and head")
     clip: float = flag(1.0, "largest L2 norm of the gradient; 0: no clipping")
     beta1: float = flag(0.9, "AdamW: decay of the mean of the gradient")
@@ -106,7 +108,7 @@ class Config:
     let_resize: str = flag("interpolate", "LET: how unequal widths meet", ("interpolate", "project"))
     let_resize_side: str = flag("teacher", "LET: whose state is resized", ("teacher", "student"))
     # run
-    steps: int = flag(400, "optimizer steps")
+    steps: int = flag(500, "optimizer steps")
     eval_every: int = flag(100, "steps between evaluations; there is always one at the end")
     log_every: int = flag(10, "steps between lines of metrics.jsonl")
     save_every: int = flag(100, "steps between checkpoints; there is always one at the end")
@@ -201,12 +203,13 @@ def check(c: Config, world: int = 1):
     for name in ("block_size", "batch_tokens", "micro_batch", "eval_tokens", "n_layer", "n_embd", "n_head", "steps",
                  "eval_every", "log_every", "save_every"):
         need(getattr(c, name) >= 1, name, why="at least 1 is needed")
-    for name in ("n_kv_head", "warmup_steps", "weight_decay", "clip", "let_weight", "seed",
-                 "sample_tokens"):
+    for name in ("n_kv_head", "warmup_steps", "weight_decay", "clip", "let_weight", "seed", "sample_tokens"):
         need(getattr(c, name) >= 0, name, why="must not be negative")
+    need(c.seed < 2**62, "seed", why="must be below 2^62")
     for name in ("beta1", "beta2", "momentum"):
         need(0 <= getattr(c, name) < 1, name, why="must be in [0, 1)")
     need(c.lr > 0, "lr", why="must be positive")
+    need(c.embedding_lr > 0, "embedding_lr", why="must be positive")
     need(0 <= c.decay_fraction <= 1, "decay_fraction", why="must be in [0, 1]")
     if c.n_head >= 1:
         need(c.n_embd % (2 * c.n_head) == 0, "n_embd", "n_head", why="each head needs the same even number of channels")
@@ -236,10 +239,7 @@ def check(c: Config, world: int = 1):
     if c.optimizer == "adamw":
         for name in ("momentum", "muon_scale"):
             need(getattr(c, name) == FLAGS[name].default, name, "optimizer", why="is a setting of Muon")
-    need(c.device in ("auto", "cpu", "mps") or re.fullmatch(r"cuda(:\d+)?", c.device), "device", why="one of auto, cpu, "
-         "cuda, cuda:N, mps is needed")
-    need(not c.device.startswith("cuda") or torch.cuda.is_available(), "device", why="this machine has no CUDA device")
-    need(c.device != "mps" or torch.backends.mps.is_available(), "device", why="this machine has no MPS device")
+    need(c.device == "auto" or device_exists(c.device), "device", why="no such device here")
     if c.out_dir:
         parent = next(p for p in [Path(c.out_dir), *Path(c.out_dir).resolve().parents] if p.exists())
         need(parent.is_dir() and os.access(parent, os.W_OK), "out_dir", why=f"{parent} is no folder to write to")
@@ -332,7 +332,7 @@ def named_tokenizer(name: str) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens. Whatever --data is, it ends up as memory-mapped arrays of token ids, a training and a held-out part.
 
-HELD_OUT = 0.05  # share of the text, in whole documents
+HELD_OUT = 0.1  # share of the text, in whole documents
 CACHE_VERSION = 1  # part of every key; raise it when what is cached changes its meaning
 SHARD_DTYPES = {20240520: np.uint16, 20240801: np.uint32}  # the magic number of llm.c's shards -> their tokens
 HUB = "https://huggingface.co/datasets/"
@@ -425,7 +425,8 @@ def find_files(data: str) -> tuple[Path, list[Path]]:
     if data == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-        return root, sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
+        return root, sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)
+                            and not p.name.startswith("_sysconfigdata"))  # written by the build, not by people
     path = Path(data)
     if path.is_dir():
         root, files = path, [p for p in path.rglob("*") if p.is_file() and not any(
@@ -459,7 +460,7 @@ def read_documents(root: Path, files: list[Path], data: str) -> list[tuple[str, 
 
 def split_documents(documents):
     """(training, held-out) documents. Held out are whole documents, in the order of a hash of their name, until they
-    are 5 % of the text. A single document is cut in two at a line end, the last 5 % held out."""
+    are 10 % of the text. A single document is cut in two at a line end, the last 10 % held out."""
     if len(documents) == 1:
         (name, text), = documents
         cut = text.rfind("\n", 0, int(len(text) * (1 - HELD_OUT))) + 1 or int(len(text) * (1 - HELD_OUT))
@@ -832,7 +833,7 @@ def print_plan(c: Config, model: GPT, devices: Devices, data: Data, let, stop: i
     n, tokens = model.num_params(), c.steps * c.batch_tokens
     state = n * 4 * (2 + (2 if c.optimizer == "adamw" else 1))
     activations = activation_bytes(c, model.config.vocab_size, devices.bf16)
-    flops = model.flops_per_token() * tokens + (let.flops_per_token() * c.batch_tokens * min(stop, c.steps) if let else 0)
+    flops = model.flops_per_token() * tokens + (let.flops_per_token(c.block_size) * c.batch_tokens * min(stop, c.steps) if let else 0)
     print(f"""plan
   parameters      {n:,} ({n - model.embed.weight.numel():,} without the embedding)
   data            {len(data.train) * c.block_size:,} training tokens, {len(data.val) * c.block_size:,} held out
@@ -963,7 +964,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
     torch.manual_seed(c.seed)
     model = GPT(model_config(c, enc.n_vocab)).to(devices.device)
     optimizers = make_optimizers(model, c.optimizer, c.lr, c.weight_decay, (c.beta1, c.beta2), c.momentum, c.muon_scale,
-                                 torch.bfloat16 if devices.bf16 else torch.float32)
+                                 c.embedding_lr, torch.bfloat16 if devices.bf16 else torch.float32)
     if c.dry_run:
         print_plan(c, model, devices, data, let, let_stop)
         return {"interrupted": False, "checkpoint": None}
@@ -972,9 +973,10 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
         tokens, flops, seconds, best = (resumed[k] for k in ("tokens", "flops", "seconds", "best_val_loss"))
         model.load_state_dict(resumed["model"])
         for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
+            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(state)
-            for group in optimizer.param_groups:
-                group["peak_lr"] = c.lr
+            for group, now in zip(optimizer.param_groups, settings):  # the flags of now, not of then
+                group.update(now)
         if let_optimizer and resumed["let"]:
             let.load_state_dict(resumed["let"])
             let_optimizer.load_state_dict(resumed["let_optimizer"])
@@ -1041,7 +1043,8 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             if let and weight == 0:  # from here on the teacher is neither called nor kept
                 let = let_optimizer = None
             hidden = (c.let_student_layer,) if let else ()
-            set_lr(optimizers, SCHEDULES[c.schedule](step, c.steps, c.warmup_steps, c.decay_fraction))
+            lr = c.lr * SCHEDULES[c.schedule](step, c.steps, c.warmup_steps, c.decay_fraction)
+            set_lr(optimizers, lr)
             sums = torch.zeros(3, device=devices.device)  # of nll, let, cosine over the micro-batches
             for micro in range(accumulation):
                 idx, targets = batch
@@ -1074,7 +1077,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             stopping = asked > 0
             step += 1
             tokens += c.batch_tokens
-            flops += c.batch_tokens * (model.flops_per_token() + (let.flops_per_token() if let else 0))
+            flops += c.batch_tokens * (model.flops_per_token() + (let.flops_per_token(c.block_size) if let else 0))
 
             # Say so
             now = time.perf_counter()
@@ -1084,7 +1087,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             if step % c.log_every == 0:
                 speed = (tokens - logged[1]) / (seconds - logged[0])
                 logged = seconds, tokens
-                log(train_loss=nll, grad_norm=norm, lr=optimizers[0].param_groups[0]["lr"], tokens_per_second=round(speed),
+                log(train_loss=nll, grad_norm=norm, lr=lr, tokens_per_second=round(speed),
                     mfu=speed * model.flops_per_token() / peak if peak else None,
                     **({"let_weight": weight, "let_loss": align, "let_cosine": cosine} if let else {}))
 
@@ -1121,9 +1124,9 @@ def refuse_changed_model(c: Config, resumed: dict, tokenizer: dict):
 
 
 def auto_teacher(c: Config, tokenizer: dict) -> Config:
-    """The run that makes the default small teacher: half the blocks, at most half the width and a quarter of the
-    parameters of the student, a quarter more tokens than the student will see. All else is default and its seed is
-    fixed, so that students of any seed, optimizer and learning rate share it. Kept under a key of all that."""
+    """The run that makes the default small teacher: tied embeddings, the student's blocks or half of them, at most half
+    its width and a quarter of its parameters, and a quarter more tokens than the student will see. All else is default
+    and its seed is fixed, so that students of any seed, optimizer and learning rate share it. Kept under a key of that."""
     vocab_size = tokenizer_from_dict(tokenizer).n_vocab
     shared = ("data", "tokenizer", "vocab_size", "block_size", "batch_tokens", "micro_batch", "device", "dtype", "compile")
 
@@ -1131,9 +1134,9 @@ def auto_teacher(c: Config, tokenizer: dict) -> Config:
         with torch.device("meta"):
             return GPT(model_config(c, vocab_size)).num_params()
 
-    for part in range(2, 17):
+    for part, blocks in itertools.product(range(2, 17), (c.n_layer, max(1, c.n_layer // 2))):
         heads = max(1, c.n_head // part)
-        t = Config(**{name: getattr(c, name) for name in shared}, n_layer=max(1, c.n_layer // 2), n_head=heads,
+        t = Config(**{name: getattr(c, name) for name in shared}, n_layer=blocks, n_head=heads, tie_embeddings=True,
                    n_embd=c.n_embd // part // (2 * heads) * 2 * heads, steps=math.ceil(1.25 * c.steps), seed=1_000_003,
                    warmup_steps=min(c.steps // 10, FLAGS["warmup_steps"].default))
         if 0 < t.n_embd and size(t) <= size(c) / 4:

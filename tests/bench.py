@@ -52,7 +52,7 @@ def training_step(config: ModelConfig, rows: int, devices: t.Devices, optimizer=
     let = None
     if teacher is not None:
         let = LET(GPT(teacher).to(devices.device).eval().requires_grad_(False), config.n_embd).to(devices.device)
-        flops += let.flops_per_token() * idx.numel()
+        flops += let.flops_per_token(config.block_size) * idx.numel()
     if compile:
         model.compile(dynamic=False)
         if let:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 
 from optim import (SCHEDULES, Muon, clip_gradients, logical_pieces, make_optimizers, muon_scale, newton_schulz,
                    place_parameters, set_lr)
@@ -92,6 +93,14 @@ def test_newton_schulz_of_a_stack_is_that_of_each(shape):
     for G, O in zip(stack, newton_schulz(stack)):
         alone = newton_schulz(G)
         assert (O - alone).norm() < 0.01 * alone.norm()
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
+def test_newton_schulz_works_on_the_smaller_gram_matrix(shape):
+    G = randn(3, *shape)
+    with FlopCounterMode(display=False) as counter:
+        newton_schulz(G)
+    assert counter.get_total_flops() == 3 * 5 * (4 * 8 * 8 * 40 + 2 * 8**3)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 3e5])
@@ -252,11 +261,13 @@ def test_logical_pieces_are_the_matrices_in_each_weight(mlp, inside):
 def test_optimizers_hold_every_parameter_once_and_decay_matrices_and_head(optimizer, kinds, tied):
     """Without gradients to speak of, a step shows the decay alone."""
     model = tiny_model(tie_embeddings=tied)
-    optimizers = make_optimizers(model, optimizer, lr=0.1, weight_decay=0.5)
+    optimizers = make_optimizers(model, optimizer, lr=0.1, weight_decay=0.5, embedding_lr=3.0)
     groups = [group for o in optimizers for group in o.param_groups]
     assert [type(o) for o in optimizers] == kinds
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
-    assert all(g["lr"] == g["peak_lr"] == 0.1 for g in groups)
+    lr = {id(p): g["lr"] for g in groups for p in g["params"]}
+    for name, p in model.named_parameters():  # a tied embedding is the head too, and moves at the head's rate
+        assert lr[id(p)] == pytest.approx(0.3 if name == "embed.weight" and not tied else 0.1), name
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -271,7 +282,7 @@ def test_optimizers_take_their_settings():
     muon, adamw = make_optimizers(tiny_model(), lr=0.3, betas=(0.8, 0.7), momentum=0.6, muon_scale="spectral")
     assert (muon.param_groups[0]["momentum"], muon.param_groups[0]["scale"]) == (0.6, "spectral")
     assert all(g["betas"] == (0.8, 0.7) for g in adamw.param_groups)
-    assert {(tuple(p.shape), rows) for p, rows in zip(muon.param_groups[0]["params"], muon.pieces)} == {
+    assert {(tuple(p.shape), rows) for p, rows in zip(muon.param_groups[0]["params"], muon.param_groups[0]["pieces"])} == {
         ((64, 32), (32, 16, 16)), ((32, 32), (32,)), ((128, 32), (64, 64)), ((32, 64), (32,))}
 
 
@@ -301,13 +312,13 @@ def test_cosine_ends_at_its_floor():
         assert SCHEDULES["cosine"](9_999, 10_000, 100, floor=floor) == pytest.approx(floor, abs=1e-6)
 
 
-def test_set_lr_is_relative_to_the_peak_of_each_group():
-    optimizers = make_optimizers(tiny_model(), lr=0.2)
+def test_set_lr_keeps_the_factor_of_each_group():
+    optimizers = make_optimizers(tiny_model(), lr=0.2, embedding_lr=1.0)
     groups = [g for o in optimizers for g in o.param_groups]
-    groups[-1]["peak_lr"] = 3.0
-    for factor in (0.5, 0.1):
-        set_lr(optimizers, factor)
-        assert [g["lr"] for g in groups] == pytest.approx([0.2 * factor] * (len(groups) - 1) + [3.0 * factor])
+    groups[-1]["lr_factor"] = 15.0
+    for lr in (0.5, 0.1):
+        set_lr(optimizers, lr)
+        assert [g["lr"] for g in groups] == pytest.approx([lr] * (len(groups) - 1) + [15 * lr])
 
 
 @pytest.mark.parametrize("max_norm, scale", [(1.0, 1 / 13), (6.5, 0.5), (20.0, 1.0), (0.0, 1.0)])

@@ -289,6 +289,17 @@ def test_resume_takes_the_checkpoints_flags_and_folder(tiny):
     assert t.parse_flags([f"--out_dir={t.Path(ckpt).parent}/none", "--resume=auto"]).resume == ""
 
 
+def test_resuming_with_other_optimizer_settings_uses_them(tiny, tmp_path):
+    """After one step from the same state the weights differ by the decay of that step alone."""
+    ckpt = t.train(tiny(steps=5, schedule="constant"))["checkpoint"]
+    ends = {}
+    for decay in (0.0, 0.5):
+        c = tiny(steps=6, schedule="constant", resume=ckpt, weight_decay=decay, out_dir=str(tmp_path / str(decay)))
+        ends[decay] = load_checkpoint(t.train(c)["checkpoint"])["model"]["blocks.0.mlp.up.weight"]
+    start = load_checkpoint(ckpt)["model"]["blocks.0.mlp.up.weight"]
+    torch.testing.assert_close(ends[0.0] - ends[0.5], t.Config().lr * 0.5 * start, atol=1e-6, rtol=1e-3)
+
+
 # Several ranks
 
 
