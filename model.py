@@ -37,6 +37,10 @@ class BadInput(ValueError):
     """Something the user gave is wrong. Every command prints the message as it stands and exits with code 2."""
 
 
+class Failed(RuntimeError):
+    """What was asked for was right and failed all the same: as BadInput, but the exit code is 1."""
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
@@ -240,9 +244,9 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, backward=True, head=True, blocks=None, length=None) -> int:
-        """Floating-point operations per token in sequences of `length` (block_size): 2 a weight in each matrix product, 4 T C a block in
-        attention (the full square, as nanoGPT and PaLM count it), and twice as much again for the backward pass.
-        The embedding is a look-up and costs none. So 6 N + 12 L C T with N without the embedding."""
+        """Floating-point operations per token in sequences of `length` (block_size): 2 a weight in each matrix product,
+        4 T C a block in attention (the full square, as nanoGPT and PaLM count it), and twice as much again for the
+        backward pass. The embedding is a look-up and costs none. So 6 N + 12 L C T with N without the embedding."""
         c = self.config
         n = sum(p.numel() for b in self.blocks[:blocks] for p in b.parameters() if p.ndim == 2)
         n += self.head.weight.numel() if head else 0
@@ -330,8 +334,8 @@ def pick(logits, temperature: float, top_k: int, top_p: float, generator):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1:
         p, order = logits.softmax(-1).sort(-1, descending=True)
-        drop = (p.cumsum(-1) - p >= top_p).scatter(1, order, p.cumsum(-1) - p >= top_p)
-        logits = logits.masked_fill(drop, -math.inf)
+        drop = p.cumsum(-1) - p >= top_p  # the likelier ones before it already add up to p
+        logits = logits.masked_fill(drop.gather(1, order.argsort(-1)), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
@@ -378,21 +382,22 @@ def tokenizer_id(d: dict) -> str:
     return hashlib.sha256(rules.encode()).hexdigest()[:16]
 
 
-def load_checkpoint(path, device="cpu") -> dict:
-    """Read a checkpoint that train.py wrote. Raises BadInput, naming the file, when it is no such thing."""
-    path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"{path}: no such checkpoint file")
+def load_checkpoint(path, device="cpu", flag="") -> dict:
+    """Read a checkpoint that train.py wrote. Raises BadInput, naming the file, when it is no such thing; `flag` is what
+    the user wrote before its name, such as `--resume=`."""
+    where = f"{flag}{path}"
+    if not Path(path).is_file():
+        raise BadInput(f"{where}: no such checkpoint file")
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # damaged bytes fail in the unpickler in every way there is
         if isinstance(e, pickle.UnpicklingError) and "Unsupported" in str(e):
-            raise BadInput(f"{path}: holds pickled objects beyond tensors and plain values; not read, as they could run "
+            raise BadInput(f"{where}: holds pickled objects beyond tensors and plain values; not read, as they could run "
                            "code") from None
         reason = (str(e).splitlines() or [type(e).__name__])[0][:100]
-        raise BadInput(f"{path}: truncated, or no checkpoint at all ({reason})") from None
+        raise BadInput(f"{where}: truncated, or no checkpoint at all ({reason})") from None
     if not isinstance(ckpt, dict) or ckpt.get("format") != "nanolet-1":
-        raise BadInput(f"{path}: not a nanolet checkpoint (another program's?)")
+        raise BadInput(f"{where}: not a nanolet checkpoint (another program's?)")
     return ckpt
 
 
@@ -414,11 +419,13 @@ def device_exists(name: str) -> bool:
 
 
 def command(main):
-    """Run a command line: bad input is one message and exit code 2, a full or broken disk one and exit code 1."""
+    """Run a command line: bad input is one message and exit code 2; a run that failed, or a full disk, 1."""
     try:
         sys.exit(main(sys.argv[1:]))
     except BadInput as e:
         message, code = str(e), 2
+    except Failed as e:
+        message, code = str(e), 1
     except OSError as e:
         message, code = f"{e.filename or 'the disk'}: {e.strerror or e}", 1
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks for all
@@ -441,7 +448,8 @@ def main(argv):
     problems = [text for bad, text in (
         (a.tokens < 1, f"--tokens={a.tokens}: at least 1"),
         (a.samples < 1, f"--samples={a.samples}: at least 1"),
-        (not (a.temperature == 0 or 1e-3 <= a.temperature < math.inf), f"--temperature={a.temperature}: 0, or at least 0.001"),
+        (not (a.temperature == 0 or 1e-3 <= a.temperature < math.inf),
+         f"--temperature={a.temperature}: 0, or at least 0.001"),
         (not 0 <= a.seed < 2**63, f"--seed={a.seed}: from 0 to 2^63 - 1"),
         (not device_exists(a.device), f"--device={a.device}: no such device here"),
         (a.top_k < 0, f"--top_k={a.top_k}: not negative"),

@@ -4,7 +4,7 @@ AdamW is torch's. Muon is here: momentum, then the nearest (semi-)orthogonal mat
 weight matrix inside the blocks. Embedding, head and gains stay with AdamW: a row of the embedding is a token's own
 vector, not a map between two spaces, so the spectral argument for Muon does not apply to it.
 
-Names and symbols (shared/papers' and the authors' own)
+Names and symbols (the papers' own)
     W, G        a weight matrix (out, in) and the gradient of the loss with respect to it
     m           momentum buffer, an exponential moving average of G with factor mu (Jordan et al. 2024, muon.py)
     O           the orthogonalised update: U V^T of the singular value decomposition m = U S V^T, approximately
@@ -66,8 +66,9 @@ def make_optimizers(model: nn.Module, optimizer="muon", lr=1e-2, weight_decay=0.
                          weight_decay=weight_decay, momentum=momentum, scale=muon_scale, dtype=dtype))
         adamw.remove("matrix")
     decay = {"matrix": weight_decay, "embedding": 0.0, "head": weight_decay, "vector": 0.0}
+    factor = {"embedding": embedding_lr if places["head"] else 1.0}
     groups = [{"params": [params[n] for n in places[kind]], "weight_decay": decay[kind],
-               "lr_factor": embedding_lr if kind == "embedding" and places["head"] else 1.0} for kind in adamw if places[kind]]
+               "lr_factor": factor.get(kind, 1.0)} for kind in adamw if places[kind]]
     fused = all(p.device.type in ("cuda", "cpu") for p in params.values())
     made.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-10, fused=fused))
     made[0].param_groups[0].setdefault("lr_factor", 1.0)  # Muon's

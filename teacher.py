@@ -36,7 +36,7 @@ def load_teacher(path, tokenizer: dict, block_size: int, device="cpu"):
     """A checkpoint of ours as a frozen model in eval mode. Raises BadInput when it reads other tokens than the
     student's `tokenizer`, or when its context is shorter than the student's block_size: position t of one could then
     not be held against position t of the other."""
-    ckpt = load_checkpoint(path)
+    ckpt = load_checkpoint(path, flag="--teacher=")
     if tokenizer_id(ckpt["tokenizer"]) != tokenizer_id(tokenizer):
         raise BadInput(f"--teacher={path}: its tokenizer ({ckpt['tokenizer']['name']}, {tokenizer_id(ckpt['tokenizer'])}) "
                        f"is not the student's ({tokenizer['name']}, {tokenizer_id(tokenizer)}); LET matches token by token")

@@ -20,10 +20,12 @@ Names and symbols
 import contextlib
 import ctypes
 import difflib
+import errno
 import functools
 import glob
 import hashlib
 import heapq
+import http.client
 import itertools
 import json
 import math
@@ -47,8 +49,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import (END_OF_TEXT, GPT, IGNORE, BadInput, ModelConfig, command, device_exists, generate, load_checkpoint,
-                   tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
+from model import (END_OF_TEXT, GPT, IGNORE, BadInput, Failed, ModelConfig, command, device_exists, generate,
+                   load_checkpoint, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
 from optim import SCHEDULES, clip_gradients, make_optimizers, set_lr
 from teacher import LET, LET_LOSSES, let_weight, load_teacher
 
@@ -176,7 +178,7 @@ def parse_flags(argv) -> Config:
         found = Path(given["out_dir"]) / "ckpt.pt"
         given["resume"] = resume = str(found) if found.exists() else ""
     if resume:  # start from the checkpoint's flags and go on in its folder
-        stored = load_checkpoint(resume)["config"]
+        stored = load_checkpoint(resume, flag="--resume=")["config"]
         given = {**{k: v for k, v in stored.items() if k in FLAGS}, "out_dir": str(Path(resume).parent), **given}
     return Config(**given)
 
@@ -253,8 +255,9 @@ def check(c: Config, world: int = 1):
 # Tokenizers. A tokenizer is a tiktoken.Encoding; the byte-level BPE is trained here and run there.
 
 # A run of letters, up to three digits, or a run of signs, each with at most one character or blank before it; line ends
-# with the indentation around them. Written so that Python's re, which trains, and tiktoken's Rust, which encodes, read
-# it alike; every character matches somewhere.
+# with the indentation around them. Every character matches somewhere, so no text is lost. Written without \p classes, so
+# that Python's re, which trains, can read it as well as tiktoken's Rust, which encodes. The two agree but for what counts
+# as a word character among combining marks and the like; there the trained statistics are a little off.
 PATTERN = r"(?:[^\w\r\n]|_)?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 BYTES_PATTERN = r"[^\n]+|\n"
 
@@ -411,7 +414,9 @@ def download(name: str) -> list[Path]:
                 if digest.hexdigest() != sha256:
                     raise BadInput(f"--data={name}: {url} has the SHA-256 {digest.hexdigest()}, not {sha256 or 'known'}; "
                                    "nothing was kept")
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as e:
+        except (OSError, http.client.HTTPException) as e:  # URLError is an OSError
+            if getattr(e, "errno", None) == errno.ENOSPC:
+                raise
             raise BadInput(f"--data={name}: no download ({getattr(e, 'reason', e)}); fetch {url} elsewhere and put it at "
                            f"{path}") from None
     return [folder / url.rsplit("/", 1)[1] for url, _ in DOWNLOADS[name]]
@@ -463,7 +468,8 @@ def split_documents(documents):
     are 10 % of the text. A single document is cut in two at a line end, the last 10 % held out."""
     if len(documents) == 1:
         (name, text), = documents
-        cut = text.rfind("\n", 0, int(len(text) * (1 - HELD_OUT))) + 1 or int(len(text) * (1 - HELD_OUT))
+        cut = int(len(text) * (1 - HELD_OUT))
+        cut = text.rfind("\n", cut - len(text) // 20, cut) + 1 or cut  # unless the next one is far
         return [(name, text[:cut])], [(name, text[cut:])]
     documents = sorted(documents, key=lambda d: hashlib.sha256(d[0].encode()).digest())
     enough, size, held_out = HELD_OUT * sum(len(text) for _, text in documents), 0, []
@@ -474,28 +480,32 @@ def split_documents(documents):
 
 
 def encode_to_file(documents, enc: tiktoken.Encoding, path: Path, what: str):
-    """Write the documents as one array of token ids, each after an end-of-text token."""
+    """Write the documents as one array of token ids, each after an end-of-text token. The text goes to tiktoken's
+    threads in pieces of up to 256 kB, cut at line ends, some hundred pieces at a time."""
     dtype = np.uint16 if enc.n_vocab <= 2**16 else np.uint32
-    threads = os.cpu_count() or 1
-    size = 1 << 18  # long documents go to the threads in pieces, cut at line ends
-    with open(path, "wb") as f, bar(sum(len(t) for _, t in documents), what, "char", unit_scale=True) as progress:
+
+    def pieces():
+        """(end-of-text token or nothing, piece)"""
         for _, text in documents:
-            pieces, start = [], 0
+            start, head = 0, [enc.eot_token]
             while start < len(text):
-                end = text.find("\n", start + size) + 1 or len(text)
-                pieces.append(text[start:end])
-                start = end
-            ids = enc.encode_ordinary_batch(pieces, num_threads=threads) if len(pieces) > 1 else [
-                enc.encode_ordinary(p) for p in pieces]
-            np.array([enc.eot_token, *(i for piece in ids for i in piece)], dtype).tofile(f)
-            progress.update(len(text))
+                end = text.find("\n", start + (1 << 18)) + 1 or len(text)
+                yield head, text[start:end]
+                start, head = end, []
+
+    with open(path, "wb") as f, bar(sum(len(t) for _, t in documents), what, "char", unit_scale=True) as progress:
+        todo = pieces()
+        while some := list(itertools.islice(todo, 256)):
+            ids = enc.encode_ordinary_batch([text for _, text in some], num_threads=os.cpu_count() or 1)
+            np.array([i for (head, _), piece in zip(some, ids) for i in head + piece], dtype).tofile(f)
+            progress.update(sum(len(text) for _, text in some))
 
 
 def tokenize_text(c: Config) -> tuple[list, list, dict]:
     """Text to tokens on disk, once: the result is kept under a key of the files (name, size, time) and the tokenizer."""
     root, files = find_files(c.data)
     stamp = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    folder = cache_dir() / "tokens" / key(stamp, c.tokenizer, c.vocab_size if c.tokenizer == "bpe" else 0, PATTERN)
+    folder = cache_dir() / "tokens" / key(str(root.resolve()), stamp, c.tokenizer, c.vocab_size if c.tokenizer == "bpe" else 0, PATTERN)
     tokenizer_file = folder / "tokenizer.json"
     if not tokenizer_file.exists():  # it is written last
         train, held_out = split_documents(read_documents(root, files, c.data))
@@ -524,11 +534,15 @@ def inspect_shard(path: Path, data: str) -> tuple[str, str, int]:
     """(path, dtype, byte offset of the first token) of a shard in one of the formats that people have:
     .npy; .bin with llm.c's header (256 int32: magic, version, number of tokens); .bin of bare uint16 (nanoGPT)."""
     size = path.stat().st_size
+    if size == 0:
+        raise BadInput(f"--data={data}: {path} is empty")
     if path.suffix == ".npy":
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as e:
+        except (ValueError, EOFError, OSError) as e:
             raise BadInput(f"--data={data}: {path} is not a readable .npy file ({e})") from None
+        if not isinstance(array, np.ndarray):
+            raise BadInput(f"--data={data}: {path} is an archive of arrays (.npz) under another name")
         if array.ndim != 1 or array.dtype not in (np.uint16, np.uint32):
             raise BadInput(f"--data={data}: {path} holds {array.dtype} of shape {array.shape}; a 1-D uint16 or uint32 array "
                            "of tokens is needed")
@@ -568,7 +582,10 @@ def find_shards(c: Config) -> tuple[list, list, dict]:
                 raise BadInput(f"--data={c.data}: {shard[0]} holds the token {top}; the tokenizer {c.tokenizer} has {n_vocab}")
             progress.update()
     val = [s for s in shards if "val" in Path(s[0]).name] or (shards[:1] if len(shards) > 1 else [])
-    return [s for s in shards if s not in val], val, tokenizer
+    train = [s for s in shards if s not in val]
+    if not train:
+        raise BadInput(f"--data={c.data}: only held-out shards (`val` in the name), no training part")
+    return train, val, tokenizer
 
 
 def open_shard(shard) -> np.ndarray:
@@ -765,7 +782,7 @@ class StopSignals:
 # Checkpoints and evaluation
 
 
-class NonFinite(RuntimeError):
+class NonFinite(Failed):
     """The loss or the gradient norm is inf or nan. The weights have not been touched by it."""
 
 
@@ -775,7 +792,7 @@ def save_checkpoint(path: Path, state: dict):
         try:
             torch.save(state, tmp)
         except RuntimeError as e:  # torch's writer does not say what the system said
-            raise OSError(28, f"checkpoint not written, disk full? ({str(e).splitlines()[0][:80]}); the one before it is "
+            raise OSError(errno.ENOSPC, f"checkpoint not written, disk full? ({str(e).splitlines()[0][:80]}); the one before it is "
                           "intact", str(path)) from None
 
 
@@ -831,15 +848,18 @@ def activation_bytes(c: Config, vocab_size: int, bf16: bool) -> int:
 
 def print_plan(c: Config, model: GPT, devices: Devices, data: Data, let, stop: int):
     n, tokens = model.num_params(), c.steps * c.batch_tokens
-    state = n * 4 * (2 + (2 if c.optimizer == "adamw" else 1))
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    state = 4 * (4 * n - (matrices if c.optimizer == "muon" else 0))  # Muon keeps one buffer where AdamW keeps two
     activations = activation_bytes(c, model.config.vocab_size, devices.bf16)
-    flops = model.flops_per_token() * tokens + (let.flops_per_token(c.block_size) * c.batch_tokens * min(stop, c.steps) if let else 0)
+    flops = model.flops_per_token() * tokens
+    if let:
+        flops += let.flops_per_token(c.block_size) * c.batch_tokens * min(stop, c.steps)
     print(f"""plan
   parameters      {n:,} ({n - model.embed.weight.numel():,} without the embedding)
   data            {len(data.train) * c.block_size:,} training tokens, {len(data.val) * c.block_size:,} held out
   steps           {c.steps:,} of {c.batch_tokens:,} tokens: {tokens:,} tokens, {tokens / len(data.train) / c.block_size:.2f} epochs
   FLOPs           {model.flops_per_token():,} per token, {flops:.3g} in all (the teacher's included)
-  memory          {state / 1e6:,.0f} MB weights, gradients and optimizer (at least), about {activations / 1e6:,.0f} MB activations""")
+  memory          {state / 1e6:,.0f} MB weights, gradients and optimizer, about {activations / 1e6:,.0f} MB activations""")
 
 
 def source_hash() -> str:
@@ -906,7 +926,11 @@ def train(c: Config) -> dict:
     interrupted, and history, the lines of metrics.jsonl. Raises BadInput before anything is written, NonFinite when
     the run diverges, OSError when the disk fails."""
     with StopSignals() as stop_signals:
-        return run(c, stop_signals)
+        try:
+            return run(c, stop_signals)
+        except torch.OutOfMemoryError as e:
+            raise Failed(f"out of memory with --micro_batch={c.micro_batch}; a lower one needs less "
+                         f"({str(e).splitlines()[0]})") from None
 
 
 def run(c: Config, stop_signals: StopSignals) -> dict:
@@ -937,9 +961,9 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
 
     # The teacher, until its weight has fallen to 0
     step, let, let_stop = 0, None, round(c.let_stop * c.steps) if c.let_stop < 1 else int(c.let_stop)
-    resumed = load_checkpoint(c.resume) if c.resume else None
+    resumed = load_checkpoint(c.resume, flag="--resume=") if c.resume else None
     if resumed:
-        refuse_changed_model(c, resumed, data.tokenizer)
+        refuse_changes(c, resumed, data.tokenizer)
         step = resumed["step"]
     if c.teacher != "none" and c.let_weight > 0 and step < let_stop:
         path = c.teacher
@@ -947,15 +971,17 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             t = auto_teacher(c, data.tokenizer)
             path = Path(t.out_dir) / "ckpt.pt"
             done = load_checkpoint(path)["step"] if path.exists() else 0
-            if done < t.steps and not c.dry_run:
+            if done < t.steps and c.dry_run:  # one of its shape will do
+                path = None
+            elif done < t.steps:
                 say(f"teacher: {t.n_layer} blocks of width {t.n_embd}, trained once and kept in {t.out_dir}")
                 if run(replace(t, resume=str(path) if done else ""), stop_signals)["interrupted"]:
                     return {"interrupted": True, "checkpoint": None}
                 say("student:")
-        if Path(path).exists() or c.teacher != "auto":
-            torch.manual_seed(c.seed + 1)  # of the projection
-            let = LET(load_teacher(path, data.tokenizer, c.block_size, devices.device), c.n_embd, c.let_teacher_layer, c.let_teacher_norm, c.let_loss, c.let_resize,
-                      c.let_resize_side).to(devices.device)
+        torch.manual_seed(c.seed + 1)  # of the projection
+        let = LET(load_teacher(path, data.tokenizer, c.block_size, devices.device) if path else
+                  GPT(model_config(t, enc.n_vocab)), c.n_embd, c.let_teacher_layer, c.let_teacher_norm, c.let_loss,
+                  c.let_resize, c.let_resize_side).to(devices.device)
     let_optimizer = None
     if let and let.projection:
         let_optimizer = torch.optim.AdamW(let.parameters(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=0.0)
@@ -1100,18 +1126,20 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
         return result
     speed = tokens / seconds
     mfu = f"{100 * speed * model.flops_per_token() / peak:.1f} %" if peak else "n/a"
-    say(f"done: held-out {val_loss:.4f} nats per token, {bpb:.4f} bits per byte; {seconds:.0f} s, {tokens:,} tokens, {flops:.3g} "
-        f"FLOPs, {speed:,.0f} tokens/s, MFU {mfu}, peak memory {devices.peak_memory() / 1e9:.2f} GB")
+    say(f"done: held-out {val_loss:.4f} nats per token, {bpb:.4f} bits per byte; {seconds:.0f} s, {tokens:,} tokens, "
+        f"{flops:.3g} FLOPs, {speed:,.0f} tokens/s, MFU {mfu}, peak memory {devices.peak_memory() / 1e9:.2f} GB")
     if master and c.sample_tokens:
         prompt = [enc.eot_token] + enc.encode_ordinary("def " if c.data == "stdlib" else "")
-        sample = generate(model, torch.tensor([prompt], device=devices.device), c.sample_tokens, temperature=0.8, seed=c.seed)
+        sample = generate(model, torch.tensor([prompt], device=devices.device), c.sample_tokens, 0.8, seed=c.seed)
         say(f"a sample:\n{'-' * 80}\n{enc.decode(sample[0, 1:].tolist())}\n{'-' * 80}\ncheckpoint: {checkpoint}\n"
             f'more:       python model.py {checkpoint} --prompt "def " --tokens 200')
     return result
 
 
-def refuse_changed_model(c: Config, resumed: dict, tokenizer: dict):
-    """A run is resumed with the model and the tokens that it began with; every other flag may change."""
+def refuse_changes(c: Config, resumed: dict, tokenizer: dict):
+    """A run is resumed with the model, optimizer and tokens that it began with; every other flag may change."""
+    if resumed["step"] > c.steps:
+        raise BadInput(f"--resume={c.resume} --steps={c.steps}: the checkpoint is at step {resumed['step']} already")
     here = asdict(model_config(c, tokenizer_from_dict(tokenizer).n_vocab))
     changed = [f"{k}: {resumed['model_config'].get(k)} there, {v} here" for k, v in here.items()
                if resumed["model_config"].get(k) != v]
@@ -1148,12 +1176,6 @@ def auto_teacher(c: Config, tokenizer: dict) -> Config:
 def main(argv):
     try:
         train(parse_flags(argv))
-    except NonFinite as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError as e:
-        print(f"error: out of memory: lower --micro_batch ({str(e).splitlines()[0]})", file=sys.stderr)
-        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

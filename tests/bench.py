@@ -126,9 +126,9 @@ def bench_gpt(a, devices, report):
 def bench_let(a, devices, report):
     """A step while the teacher runs, over one without; beside it the same ratio in FLOPs."""
     config = shape_of(DEFAULT)
-    tokenizer = t.make_tokenizer("bench", {bytes([i]): i for i in range(256)}, t.PATTERN)
-    small = t.replace(t.auto_teacher(t.replace(DEFAULT, tokenizer="bpe"), tokenizer))
-    teacher = t.model_config(small, config.vocab_size)
+    strings = [bytes([i]) for i in range(256)] + [bytes([i // 256, i % 256]) for i in range(DEFAULT.vocab_size - 257)]
+    tokenizer = t.make_tokenizer("bench", {token: rank for rank, token in enumerate(strings)}, t.PATTERN)
+    teacher = t.model_config(t.auto_teacher(DEFAULT, tokenizer), config.vocab_size)
     made = {"plain": training_step(config, DEFAULT.micro_batch, devices),
             "LET": training_step(config, DEFAULT.micro_batch, devices, teacher=teacher)}
     seconds = take_turns({n: m[0] for n, m in made.items()}, a.seconds, devices)

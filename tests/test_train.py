@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -289,6 +290,12 @@ def test_resume_takes_the_checkpoints_flags_and_folder(tiny):
     assert t.parse_flags([f"--out_dir={t.Path(ckpt).parent}/none", "--resume=auto"]).resume == ""
 
 
+def test_resuming_past_the_last_step_is_refused(tiny):
+    ckpt = t.train(tiny(steps=4))["checkpoint"]
+    with pytest.raises(t.BadInput, match="--steps=3: the checkpoint is at step 4"):
+        t.train(tiny(steps=3, resume=ckpt))
+
+
 def test_resuming_with_other_optimizer_settings_uses_them(tiny, tmp_path):
     """After one step from the same state the weights differ by the decay of that step alone."""
     ckpt = t.train(tiny(steps=5, schedule="constant"))["checkpoint"]
@@ -442,6 +449,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny, capsys):
     out = capsys.readouterr().out
     n = t.GPT(t.model_config(c, 257)).num_params()
     assert f"{n:,}" in out and "2,560 tokens" in out and not t.Path(c.out_dir).exists()
+
+
+def test_the_commands_of_the_readme_are_understood():
+    """Every train.py command in the README: its flags exist, their values have the right type and agree."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = [line.split("train.py", 1)[1] for line in text.splitlines() if line.startswith("    ") and "train.py" in line]
+    assert len(commands) >= 5
+    for words in (shlex.split(command.split("#")[0]) for command in commands):
+        if words not in (["--help"],) and not any(w.startswith("--resume") for w in words):
+            t.check(t.parse_flags([w.replace("$seed", "0").replace("$w", "1") for w in words if w not in (";", "done")]))
 
 
 def test_bf16_autocast_stays_near_fp32(tiny, tmp_path):
