@@ -1166,7 +1166,7 @@ def auto_teacher(c: Config, tokenizer: dict) -> Config:
         heads = max(1, c.n_head // part)
         t = Config(**{name: getattr(c, name) for name in shared}, n_layer=blocks, n_head=heads, tie_embeddings=True,
                    n_embd=c.n_embd // part // (2 * heads) * 2 * heads, steps=math.ceil(1.25 * c.steps), seed=1_000_003,
-                   warmup_steps=min(c.steps // 10, FLAGS["warmup_steps"].default))
+                   warmup_steps=min(c.steps // 10, FLAGS["warmup_steps"].default), sample_tokens=0)
         if 0 < t.n_embd and size(t) <= size(c) / 4:
             flags = {k: v for k, v in asdict(t).items() if k not in ("device", "compile", "dtype", "micro_batch")}
             return replace(t, out_dir=str(cache_dir() / "teachers" / key(flags, tokenizer_id(tokenizer))))
