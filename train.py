@@ -692,6 +692,8 @@ class Devices:
         """Bytes: of the GPU's memory, or of this process's on a CPU (0 where the system does not say)."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
+        if Path("/proc/self/status").exists():  # ru_maxrss would be the parent's, where that was larger
+            return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
         try:
             import resource
         except ImportError:  # Windows

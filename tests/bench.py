@@ -28,7 +28,7 @@ from model import GPT, ModelConfig, linear_cross_entropy  # noqa: E402
 from teacher import LET  # noqa: E402
 
 DEFAULT = t.Config()
-NANO = dict(vocab_size=4096, block_size=256, n_layer=6, n_embd=256, n_head=4, n_kv_head=4)
+NANO = dict(vocab_size=4096, block_size=256, n_layer=6, n_embd=256, n_head=4, n_kv_head=4, mlp="gelu", qk_norm=False)
 GPT2 = dict(vocab_size=50257, block_size=1024, n_layer=12, n_embd=768, n_head=12, n_kv_head=12)
 
 
