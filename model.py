@@ -68,6 +68,32 @@ class ModelConfig:
             self.mlp_hidden = swiglu if self.mlp == "swiglu" else 4 * self.n_embd
 
 
+class RMSNormOnCPU(torch.autograd.Function):
+    """RMSNorm in few passes over memory: torch's own has no fused kernel on CPUs and takes more than twice as long.
+
+    With r = 1 / rms(x) and n = x r:  y = n w,  dw = sum of dy n over tokens,  dx = r (dy w - n mean(dy w n)).
+    r is formed again in the backward pass, so that a second derivative sees that it depends on x."""
+
+    @staticmethod
+    def inverse_rms(x, eps):
+        return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return (x * RMSNormOnCPU.inverse_rms(x, eps)).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        r = RMSNormOnCPU.inverse_rms(x, ctx.eps)
+        n = x * r
+        dyn = (dy * n).flatten(0, -2)  # (tokens, C)
+        mean = (dyn @ w).view(r.shape) / x.shape[-1]
+        return torch.addcmul(dy * w, n, mean, value=-1) * r, dyn.sum(0), None
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * gain over the last axis, in the dtype of x (Zhang & Sennrich 2019)."""
 
@@ -76,6 +102,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
+        if x.device.type in ("cpu", "meta") and x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
+            return RMSNormOnCPU.apply(x, self.weight, self.eps)
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train as train_module
-from model import (GPT, MLP, BadInput, KVCache, ModelConfig, generate, linear_cross_entropy, load_checkpoint,
+from model import (GPT, MLP, BadInput, KVCache, ModelConfig, RMSNorm, generate, linear_cross_entropy, load_checkpoint,
                    model_from_checkpoint, pick, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
 
 torch.set_num_threads(1)
@@ -25,6 +25,26 @@ def random_tokens(*shape, vocab=97, seed=1):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The network
+
+
+def test_rms_norm_on_a_cpu_is_that_of_torch_with_its_first_and_second_derivatives():
+    g = torch.Generator().manual_seed(0)
+    norm = RMSNorm(6, 1e-6).double()
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5, generator=g)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, generator=g, requires_grad=True)
+    x.data[0, 0] *= 1e-4  # where eps matters
+    torch.testing.assert_close(norm(x), F.rms_norm(x, (6,), norm.weight, 1e-6), rtol=1e-12, atol=0)
+    assert "RMSNormOnCPU" in type(norm(x).grad_fn).__name__
+    for of in (norm, lambda x: F.rms_norm(x, (6,), norm.weight, 1e-6)):
+        x.grad = norm.weight.grad = None
+        first = torch.autograd.grad(of(x).sin().sum(), (x, norm.weight), create_graph=True)
+        torch.autograd.backward([d.square().sum() for d in first])
+        got = [*first, x.grad, norm.weight.grad]
+        if of is norm:
+            ours = [t.detach().clone() for t in got]
+    for a, b in zip(ours, got):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-9, atol=1e-12)
 
 
 def hf_twin(model):
