@@ -1,19 +1,29 @@
-"""optim.py: how weights change. AdamW, Muon, where each parameter goes, gradient clipping, learning-rate schedules.
+"""optim.py: how weights change. AdamW, Muon, learnable multipliers, gradient clipping, learning-rate schedules.
 
 AdamW is torch's. Muon is here: momentum, then the nearest (semi-)orthogonal matrix to it, as the update of every
 weight matrix inside the blocks. Embedding, head and gains stay with AdamW: a row of the embedding is a token's own
 vector, not a map between two spaces, so the spectral argument for Muon does not apply to it.
 
+Learnable multipliers (Velikanov et al. 2026, arXiv 2601.04890) are here too. A matrix that is trained with weight decay
+settles where the noise of its updates and the decay balance, at RMS ||W|| ~ sqrt(eta / lambda): its scale is set by
+two settings, not by the data. With W~ = diag(r) W diag(c) in its place, W still settles there, but r and c, whose
+gradients are averages over whole rows and columns and so carry little noise, give W~ the scale that the data wants.
+The model holds W~ alone and knows nothing of this; W, r and c live beside the optimizer: class Multipliers.
+
 Names and symbols (the papers' own)
-    W, G        a weight matrix (out, in) and the gradient of the loss with respect to it
-    m           momentum buffer, an exponential moving average of G with factor mu (Jordan et al. 2024, muon.py)
+    W           a weight matrix (out, in) as the optimizer moves it
+    W~, G       the matrix that the forward pass uses, and dL/dW~; without multipliers W~ is W itself
+    r, c, s     multipliers of W's rows (out,) and columns (in,), or of all of it (1,): W~_ij = r_i W_ij c_j, or s W_ij
+    m           momentum buffer, an exponential moving average of dL/dW with factor mu (Jordan et al. 2024, muon.py)
     O           the orthogonalised update: U V^T of the singular value decomposition m = U S V^T, approximately
     eta, lambda learning rate and weight decay; decay is decoupled, W <- (1 - eta lambda) W (Loshchilov & Hutter 2019)
     kappa       the factor on O that depends on the shape: `--muon_scale`, see muon_scale()
+    piece       a logical matrix within a stored one: q, k and v of the tensor qkv are three pieces
 """
 import math
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -27,8 +37,7 @@ def place_parameters(model: nn.Module) -> dict[str, list[str]]:
     embedding  token vectors: AdamW, no decay (a rare token's vector would decay for want of gradients)
     head       the output matrix: AdamW, with decay
     vector     gains: AdamW, no decay
-    Raises ValueError when a parameter has no place or two. (Learnable multipliers will be made from `matrix`,
-    `embedding` and, as the paper has it, not from `head`.)"""
+    Raises ValueError when a parameter has no place or two."""
     places = {"matrix": [], "embedding": [], "head": [], "vector": []}
     for name, p in model.named_parameters():
         if name == "embed.weight":  # tied: the head is this very parameter
@@ -46,32 +55,54 @@ def place_parameters(model: nn.Module) -> dict[str, list[str]]:
     return places
 
 
-def logical_pieces(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Rows of each logical matrix in a weight, by the weight's name: q, k, v of one fused tensor are three."""
-    return {f"{name}.weight": tuple(m.pieces.values()) if hasattr(m, "pieces") else (m.out_features,)
-            for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+def logical_pieces(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Rows of each logical matrix in a weight, by the weight's name: {"blocks.0.mixer.qkv.weight": {"q": 64, "k": 32,
+    "v": 32}, "blocks.0.mixer.o.weight": {"o": 64}, ...}. The embedding is one piece of its own."""
+    pieces = {"embed.weight": {"embed": model.embed.weight.shape[0]}}
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Linear):
+            pieces[f"{name}.weight"] = getattr(m, "pieces", None) or {name.rpartition(".")[2]: m.out_features}
+    return pieces
 
 
-def make_optimizers(model: nn.Module, optimizer="muon", lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), momentum=0.95,
-                    muon_scale="match_rms_adamw", embedding_lr=30.0, dtype=torch.bfloat16) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run: [AdamW] or [Muon, AdamW]. Every group remembers its peak rate, as a factor on lr, in
-    `lr_factor`: embedding_lr for an embedding of its own, whose rows start at RMS 1 and see a gradient only when their
-    token comes up (nanochat and modded-nanogpt likewise); 1 for all else. dtype: of Muon's products."""
-    params, places = dict(model.named_parameters()), place_parameters(model)
-    made = []
-    adamw = ["matrix", "embedding", "head", "vector"]
-    if optimizer == "muon":
-        pieces = logical_pieces(model)
-        made.append(Muon([params[n] for n in places["matrix"]], [pieces[n] for n in places["matrix"]], lr=lr,
-                         weight_decay=weight_decay, momentum=momentum, scale=muon_scale, dtype=dtype))
-        adamw.remove("matrix")
+MODULES = {"embedding": ("embed",), "attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down"), "head": ("head",)}
+
+
+def module_of(piece: str) -> str:
+    """Which of MODULES a logical matrix belongs to."""
+    return next(module for module, pieces in MODULES.items() if piece in pieces)
+
+
+def make_optimizers(model: nn.Module, multipliers=None, optimizer="muon", lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95),
+                    embedding_lr=30.0, module_lr=None, module_decay=None, multiplier_lr=1e-2, multiplier_decay=2e-3,
+                    **muon) -> list[torch.optim.Optimizer]:
+    """The optimizers of a run: [AdamW] or [Muon, AdamW], and with multipliers one more AdamW for them.
+
+    Every group remembers its peak rate, as a factor on lr, in `lr_factor`: embedding_lr for an embedding of its own,
+    whose rows start at RMS 1 and see a gradient only when their token comes up (nanochat and modded-nanogpt likewise),
+    1 for all else; times module_lr[module], as weight decay is times module_decay[module]. muon: settings of Muon."""
+    module_lr, module_decay = module_lr or {}, module_decay or {}
+    places, pieces = place_parameters(model), logical_pieces(model)
+    params = {n: multipliers.W.get(n, p) if multipliers else p for n, p in model.named_parameters()}
     decay = {"matrix": weight_decay, "embedding": 0.0, "head": weight_decay, "vector": 0.0}
-    factor = {"embedding": embedding_lr if places["head"] else 1.0}
-    groups = [{"params": [params[n] for n in places[kind]], "weight_decay": decay[kind],
-               "lr_factor": factor.get(kind, 1.0)} for kind in adamw if places[kind]]
-    fused = all(p.device.type in ("cuda", "cpu") for p in params.values())
-    made.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-10, fused=fused))
-    made[0].param_groups[0].setdefault("lr_factor", 1.0)  # Muon's
+    groups = {}
+    for kind, names in places.items():
+        for n in names:
+            module = module_of(next(iter(pieces[n]))) if n in pieces else ""
+            group = groups.setdefault((kind, module if {module} & {*module_lr, *module_decay} else ""), {
+                "params": [], "pieces": [], "weight_decay": decay[kind] * module_decay.get(module, 1.0),
+                "lr_factor": module_lr.get(module, 1.0) * (embedding_lr if kind == "embedding" and places["head"] else 1.0)})
+            group["params"].append(params[n])
+            group["pieces"].append(tuple(pieces[n].values()) if n in pieces else None)
+    made, adamw = [], dict(lr=lr, betas=betas, eps=1e-10)
+    adamw["fused"] = all(p.device.type in ("cuda", "cpu") for p in params.values())
+    if optimizer == "muon":
+        made.append(Muon([g for (kind, _), g in groups.items() if kind == "matrix"], lr=lr, **muon))
+        groups = {key: g for key, g in groups.items() if key[0] != "matrix"}
+    made.append(torch.optim.AdamW([{k: v for k, v in g.items() if k != "pieces"} for g in groups.values()], **adamw))
+    if multipliers:
+        made.append(torch.optim.AdamW([{"params": multipliers.parameters(), "weight_decay": multiplier_decay,
+                                        "lr_factor": multiplier_lr / lr}], **adamw))
     set_lr(made, lr)
     return made
 
@@ -79,22 +110,34 @@ def make_optimizers(model: nn.Module, optimizer="muon", lr=1e-2, weight_decay=0.
 # ----------------------------------------------------------------------------------------------------------------------
 # Muon
 
-QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steepest at 0, not convergent, lands in about [0.7, 1.2]
+# What a step makes of a singular value s: a s + b s^3 + c s^5. One triple a step; the last is repeated.
+COEFFICIENTS = {
+    # Jordan et al. 2024: steep at 0, not convergent on purpose, lands in about [0.68, 1.13] from [0.01, 1]
+    "quintic": [(3.4445, -4.7750, 2.0315)],
+    # Amsel et al. 2025 (arXiv 2505.16932): each step the best odd quintic for the interval that the last one left,
+    # from [1e-3, 1]; lands in about [0.86, 1.14]. The five-step table with a safety factor of 1.02.
+    "polar_express": [(8.156554524902461, -22.48329292557795, 15.878769915207462),
+                      (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                      (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                      (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                      (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)],
+}
 
 
-def newton_schulz(G, steps: int = 5, dtype=torch.bfloat16):
+def newton_schulz(G, coefficients="quintic", steps: int = 5, dtype=torch.bfloat16):
     """The nearest semi-orthogonal matrix to each of a stack, roughly: singular values go to about 1, vectors stay.
 
     G: (..., m, n). Each step maps every singular value s (of G over its Frobenius norm) to a s + b s^3 + c s^5, by
     products alone: with A = X X^T, X <- a X + (b A + c A A) X. 4 m^2 n + 2 m^3 FLOPs a step for m <= n.
     Returns the same shape in `dtype`. A zero matrix stays zero."""
-    a, b, c = QUINTIC
+    table = COEFFICIENTS[coefficients]
     X = G.to(dtype).view(-1, *G.shape[-2:])
     tall = G.shape[-2] > G.shape[-1]
     if tall:  # X X^T is then the smaller of the two Gram matrices
         X = X.mT
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
+    margin = 1.02 if coefficients == "polar_express" else 1.0  # rounding must not push s above 1
+    X = X / (margin * X.norm(dim=(-2, -1), keepdim=True)).clamp(min=1e-7)
+    for a, b, c in (table + table[-1:] * steps)[:steps]:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A in one pass
         X = torch.baddbmm(X, B, X, beta=a)
@@ -117,52 +160,325 @@ def muon_scale(rows: int, cols: int, kind: str) -> float:
     raise ValueError(f"unknown muon scale {kind}")
 
 
+def normalize_rows(O, v, beta2: float = 0.95):
+    """NorMuon (Li et al. 2025, arXiv 2510.05491): give every row of the update the same long-run RMS, then the whole
+    its Frobenius norm back. O: (..., m, n); v: (..., m, 1), the rows' running mean square, changed in place."""
+    v.lerp_(O.square().mean(-1, keepdim=True), 1 - beta2)
+    N = O / (v.sqrt() + 1e-10)
+    return N * (O.norm(dim=(-2, -1), keepdim=True) / N.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+
+
+def momentum_at(step: int, momentum: float, warmup: int, start: float = 0.85) -> float:
+    """mu rises from `start` to `momentum` over the first `warmup` steps (modded-nanogpt): old gradients, from weights
+    that moved fast, are forgotten sooner."""
+    return momentum if step >= warmup else min(start, momentum) + step / warmup * (momentum - min(start, momentum))
+
+
+def share_work(costs: list[float], world: int) -> list[int]:
+    """The rank that does each job, so that the largest sum is small: dearest first, each to the least busy rank.
+    At most 4/3 of the best possible (Graham 1969)."""
+    load, owner = [0.0] * world, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owner[i] = min(range(world), key=load.__getitem__)
+        load[owner[i]] += costs[i]
+    return owner
+
+
 class Muon(torch.optim.Optimizer):
     """MomentUm Orthogonalised by Newton-Schulz (Jordan et al. 2024).
 
-        m <- m + (1 - mu) (G - m);  u = G + mu (m - G)  (Nesterov);  O = newton_schulz(u)
+        m <- m + (1 - mu) (g - m);  u = g + mu (m - g)  (Nesterov);  O = newton_schulz(u)
         W <- (1 - eta lambda) W - eta kappa O
 
-    params: 2-D parameters; pieces: for each, the rows of its logical matrices (default: one matrix each).
-    dtype: of the Newton-Schulz products. All logical matrices of one shape go through them as one stack.
-    State: one buffer the size of W."""
+    params: 2-D parameters, or groups of them with, under "pieces", the rows of each one's logical matrices (default:
+    one matrix each). All logical matrices of a group that have one shape go through Newton-Schulz as one stack, in dtype.
 
-    def __init__(self, params, pieces=None, lr=1e-2, weight_decay=0.1, momentum=0.95, nesterov=True, ns_steps=5,
-                 scale="match_rms_adamw", dtype=torch.bfloat16):
+    With several ranks each owns a share of the logical matrices, of about equal FLOPs: it alone keeps their momentum
+    and moves them, and the ranks then exchange what they moved. The exchange runs on until finish(), so that other
+    optimizers can step meanwhile. What state_dict() gives and load_state_dict() takes is whole on every rank, and the
+    same for any number of ranks. State: one buffer the size of W, divided by the number of ranks."""
+
+    def __init__(self, params, pieces=None, lr=1e-2, weight_decay=0.1, momentum=0.95, nesterov=True,
+                 coefficients="quintic", ns_steps=5, scale="match_rms_adamw", normuon=False, dtype=torch.bfloat16):
         params = list(params)
-        if any(p.ndim != 2 for p in params):
-            raise ValueError("Muon takes matrices alone; give vectors and others to AdamW")
-        pieces = pieces or [(p.shape[0],) for p in params]
-        super().__init__([{"params": params, "pieces": pieces}], dict(
-            lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, scale=scale))
-        self.dtype = dtype
+        groups = params if isinstance(params[0], dict) else [{"params": params, "pieces": pieces}]
+        for group in groups:
+            if any(p.ndim != 2 for p in group["params"]):
+                raise ValueError("Muon takes matrices alone; give vectors and others to AdamW")
+            group["pieces"] = group.get("pieces") or [(p.shape[0],) for p in group["params"]]
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
+                                      coefficients=coefficients, ns_steps=ns_steps, scale=scale, normuon=normuon))
+        self.dtype, self.exchanges = dtype, []
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        shapes = [(rows, p.shape[1]) for g in self.param_groups for p, pieces in zip(g["params"], g["pieces"])
+                  for rows in pieces]
+        owners = iter(share_work([4 * m * n * min(m, n) + 2 * min(m, n) ** 3 for m, n in shapes], self.world))
+        self.owners = {p: [next(owners) for _ in pieces] for g in self.param_groups
+                       for p, pieces in zip(g["params"], g["pieces"])}
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            used = [(p, rows) for p, rows in zip(group["params"], group["pieces"]) if p.grad is not None]
-            if not used:
+            moved = [[] for _ in range(self.world)]  # logical matrices by the rank that moves them
+            stacks = {}  # shape -> [(w, g, its state)] of what this rank moves
+            for p, pieces in zip(group["params"], group["pieces"]):
+                if p.grad is None:
+                    continue
+                for k, (w, g) in enumerate(zip(p.split(pieces), p.grad.split(pieces))):
+                    owner = self.owners[p][k]
+                    moved[owner].append(w)
+                    if owner == self.rank:
+                        stacks.setdefault(w.shape, []).append((w, g, self.piece_state(p, k, w, group["normuon"])))
+            for shape, stack in stacks.items():
+                W, G, m = [w for w, _, _ in stack], [g for _, g, _ in stack], [s["momentum_buffer"] for _, _, s in stack]
+                torch._foreach_lerp_(m, G, 1 - group["momentum"])
+                u = torch._foreach_lerp(G, m, group["momentum"]) if group["nesterov"] else m
+                O = newton_schulz(torch.stack(u), group["coefficients"], group["ns_steps"], self.dtype).to(W[0].dtype)
+                if group["normuon"]:
+                    v = torch.stack([s["row_mean_square"] for _, _, s in stack])
+                    O = normalize_rows(O, v)
+                    torch._foreach_copy_([s["row_mean_square"] for _, _, s in stack], list(v))
+                torch._foreach_mul_(W, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(W, list(O), alpha=-group["lr"] * muon_scale(*shape, group["scale"]))
+            if self.world > 1 and any(moved):
+                self.exchanges.append(self.start_exchange(moved))
+
+    def piece_state(self, p, k: int, w, normuon: bool) -> dict:
+        """The state of logical matrix k of p, made of zeros at first use."""
+        state = self.state[p].setdefault(k, {})
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(w)
+        if normuon and "row_mean_square" not in state:
+            state["row_mean_square"] = torch.zeros_like(w[:, :1])
+        return state
+
+    def start_exchange(self, moved):
+        """Send this rank's moved matrices to all others, in one piece: (handle, what arrives, its places)."""
+        size = max(sum(w.numel() for w in ws) for ws in moved)
+        mine = torch.zeros(size, dtype=sum(moved, [])[0].dtype, device=sum(moved, [])[0].device)
+        if moved[self.rank]:
+            flat = torch.cat([w.flatten() for w in moved[self.rank]])
+            mine[:len(flat)] = flat
+        arrived = mine.new_empty(self.world * size)
+        return dist.all_gather_into_tensor(arrived, mine, async_op=True), arrived.view(self.world, size), moved
+
+    @torch.no_grad()
+    def finish(self):
+        """Wait until every rank's share has arrived, and put it in place."""
+        while self.exchanges:
+            handle, arrived, moved = self.exchanges.pop(0)
+            handle.wait()
+            for rank, (row, ws) in enumerate(zip(arrived, moved)):
+                if rank != self.rank and ws:
+                    torch._foreach_copy_(ws, [part.view(w.shape) for part, w in zip(
+                        row[:sum(w.numel() for w in ws)].split([w.numel() for w in ws]), ws)])
+
+    def state_dict(self):
+        """Whole tensors for every parameter. With several ranks all have to call it."""
+        packed, index = super().state_dict(), 0
+        for group in self.param_groups:
+            for p, pieces in zip(group["params"], group["pieces"]):
+                if packed["state"].pop(index, None) or self.world > 1:
+                    packed["state"][index] = {key: torch.cat([self.whole_piece(p, k, w, key) for k, w in enumerate(
+                        p.detach().split(pieces))]) for key in ("momentum_buffer", "row_mean_square")[:1 + group["normuon"]]}
+                index += 1
+        return packed
+
+    def whole_piece(self, p, k: int, w, key: str):
+        """Of logical matrix k of p, the state that its owner keeps."""
+        zeros = torch.zeros_like(w if key == "momentum_buffer" else w[:, :1])
+        part = self.state.get(p, {}).get(k, {}).get(key, zeros)
+        if self.world > 1:
+            dist.broadcast(part := part.clone(), self.owners[p][k])
+        return part
+
+    def load_state_dict(self, packed):
+        """Of whole tensors, keep this rank's share."""
+        super().load_state_dict(packed)
+        for group in self.param_groups:
+            for p, pieces in zip(group["params"], group["pieces"]):
+                whole, kept = self.state.pop(p, {}), {}
+                for key, tensor in whole.items():
+                    for k, part in enumerate(tensor.split(pieces)):
+                        if self.owners[p][k] == self.rank:
+                            kept.setdefault(k, {})[key] = part.clone()
+                if kept:
+                    self.state[p] = kept
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learnable multipliers
+
+# (row multiplier, column multiplier) of each logical matrix with the redundant ones taken out, as in the paper's
+# Appendix C: of two that scale the same numbers one is kept, on q and not k, o and not v, down and not up. It is not what
+# the paper ran: that was both on every matrix, with weight decay on the multipliers against drift along the symmetries.
+SYMMETRY_FREE = {"embed": (True, True), "q": (True, False), "k": (False, False), "v": (False, False), "o": (True, True),
+                 "gate": (True, False), "up": (False, False), "down": (True, True), "head": (False, False)}
+
+
+def place_multipliers(piece: str, placement="all", tied=False, mlp="swiglu") -> tuple[bool, bool]:
+    """(row multiplier?, column multiplier?) of a logical matrix.
+
+    all: both. symmetry_free: SYMMETRY_FREE, where `up` gets rows if a GELU follows, whose input scale is its own (after
+    relu2 it is a factor on the output, which down's columns give). A tied embedding gets no rows: they would act on the
+    logits. The head has none by default, the final norm's gain being its columns; see `modules` of Multipliers."""
+    row, column = (True, True) if placement == "all" else SYMMETRY_FREE[piece]
+    if placement != "all" and piece == "up" and mlp == "gelu":
+        row = True
+    return row and not (piece == "embed" and tied), column
+
+
+def multiplier_gradients(G, W, r=None, c=None):
+    """(dL/dW, dL/dr, dL/dc) for W~ = diag(r) W diag(c), from G = dL/dW~ (the paper's eq. 4). Overwrites G with dL/dW.
+
+        dL/dW_ij = r_i c_j G_ij,  dL/dr_i = sum_j W_ij c_j G_ij,  dL/dc_j = sum_i r_i W_ij G_ij
+
+    G, W: (out, in); r: (out,), or (1,) for a scalar s, then dL/ds = sum_ij W_ij G_ij; c: (in,). None: no such one."""
+    if r is not None and r.numel() == 1 and c is None:
+        ds = torch.dot(W.flatten(), G.flatten()).view(1)
+        return G.mul_(r), ds, None
+    P = W * G
+    dr = None if r is None else P @ c if c is not None else P.sum(1)
+    dc = None if c is None else r @ P if r is not None else P.sum(0)
+    if r is not None:
+        G.mul_(r[:, None])
+    if c is not None:
+        G.mul_(c)
+    return G, dr, dc
+
+
+def effective_weight(W, r=None, c=None, out=None):
+    """W~_ij = r_i W_ij c_j, or s W_ij for an r of one element. Written to `out`."""
+    out = torch.mul(W, 1.0 if r is None else r if r.numel() == 1 else r[:, None], out=out)
+    return out if c is None else out.mul_(c)
+
+
+class Multipliers:
+    """W, r and c of every matrix that has multipliers, in float32. The model's own parameter is W~.
+
+    Around the optimizers' step: pull() turns the gradients of W~ into those of W, r and c; push() writes W~ back.
+
+    kind: `scalar` or `vector`; placement: see place_multipliers; modules: names out of MODULES. Each logical piece of a
+    fused tensor has its own (the paper is silent on columns there). At the start W = W~ and r = c = 1, so the function
+    that the model computes is not changed by giving it multipliers, nor by leaving them off again."""
+
+    def __init__(self, model, kind="vector", placement="all", modules=("embedding", "attention", "mlp")):
+        tied, mlp = model.config.tie_embeddings, model.config.mlp
+        params = dict(model.named_parameters())
+        self.p, self.W, self.pieces = {}, {}, {}  # by the parameter's name: W~, W, [(piece, rows, r, c)]
+        for name, pieces in logical_pieces(model).items():
+            if name not in params or module_of(next(iter(pieces))) not in modules:
                 continue
-            W, G = [p for p, _ in used], [p.grad for p, _ in used]
-            for p in W:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            m = [self.state[p]["momentum_buffer"] for p in W]
-            torch._foreach_lerp_(m, G, 1 - group["momentum"])
-            u = torch._foreach_lerp(G, m, group["momentum"]) if group["nesterov"] else m
-            torch._foreach_mul_(W, 1 - group["lr"] * group["weight_decay"])
-            stacks = {}  # shape of a logical matrix -> its updates and the weights they belong to
-            for (p, rows), update in zip(used, u):
-                for w, g in zip(p.split(rows), update.split(rows)):
-                    stacks.setdefault(w.shape, []).append((w, g))
-            for shape, pairs in stacks.items():
-                O = newton_schulz(torch.stack([g for _, g in pairs]), group["ns_steps"], self.dtype)
-                rate = group["lr"] * muon_scale(*shape, group["scale"])
-                torch._foreach_add_([w for w, _ in pairs], list(O.to(pairs[0][0].dtype)), alpha=-rate)
+            made = []
+            for piece, rows in pieces.items():
+                row, column = place_multipliers(piece, placement, tied, mlp)
+                if kind == "scalar":
+                    sizes = (1 if row or column else 0, 0)
+                else:
+                    sizes = (rows if row else 0, params[name].shape[1] if column else 0)
+                made.append((piece, rows, *(nn.Parameter(params[name].new_ones(n)) if n else None
+                                            for n in sizes)))
+            if any(r is not None or c is not None for _, _, r, c in made):
+                self.p[name], self.pieces[name] = params[name], made
+                self.W[name] = nn.Parameter(params[name].detach().clone())
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All r and c (s is an r of one element)."""
+        return [v for made in self.pieces.values() for _, _, r, c in made for v in (r, c) if v is not None]
+
+    @torch.no_grad()
+    def pull(self):
+        """From the gradient of each W~ make those of its W, r and c; W~'s own is used up."""
+        for name, p in self.p.items():
+            if p.grad is None:
+                continue
+            rows = [n for _, n, _, _ in self.pieces[name]]
+            for (_, _, r, c), G, W in zip(self.pieces[name], p.grad.split(rows), self.W[name].split(rows)):
+                _, dr, dc = multiplier_gradients(G, W, r, c)
+                if r is not None:
+                    r.grad = dr
+                if c is not None:
+                    c.grad = dc
+            self.W[name].grad, p.grad = p.grad, None
+
+    @torch.no_grad()
+    def push(self):
+        """W~ = diag(r) W diag(c), into the model."""
+        for name, p in self.p.items():
+            rows = [n for _, n, _, _ in self.pieces[name]]
+            for (_, _, r, c), out, W in zip(self.pieces[name], p.detach().split(rows), self.W[name].split(rows)):
+                effective_weight(W, r, c, out)
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """What there is to save, by name: every W, and r and c as NAME:PIECE.r and NAME:PIECE.c."""
+        named = dict(self.W)
+        for name, made in self.pieces.items():
+            named |= {f"{name}:{piece}.{k}": v for piece, _, *rc in made for k, v in zip("rc", rc) if v is not None}
+        return named
+
+    def state_dict(self):
+        return {name: t.detach() for name, t in self.named().items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state) -> bool:
+        """Take over W, r and c where they are of the same kind and placement, and say so; else leave W = W~, r = c = 1."""
+        named = self.named()
+        if {n: t.shape for n, t in named.items()} != {n: t.shape for n, t in (state or {}).items()}:
+            return False
+        for name, t in named.items():
+            t.copy_(state[name])
+        return True
+
+
+@torch.no_grad()
+def weight_scales(model, multipliers=None) -> dict:
+    """What is worth watching of the weights' scale, by kind of logical matrix and over all blocks.
+
+    weights: rms and rms_effective, the root mean square of W and of W~; spread, the standard deviation of log(RMS of a
+    row of W~ over its matrix' mean of those), the paper's feature-scale diversity (section 3.1) in one number, without
+    rows of zeros. drift, with multipliers: log of RMS r of q, v, up over that of the partner k, o, down (rows of k,
+    columns of o and down), mean over blocks. Drift does not change the model: what one gains the other can lose."""
+    params, weights, logs = dict(model.named_parameters()), {}, {}
+    for name, pieces in logical_pieces(model).items():
+        if name not in params:  # a tied head
+            continue
+        rows = tuple(pieces.values())
+        W = multipliers.W.get(name, params[name]) if multipliers else params[name]
+        for piece, own, effective in zip(pieces, W.split(rows), params[name].split(rows)):
+            norms = effective.square().mean(1).sqrt()
+            weights.setdefault(piece, []).append((own.square().mean(), effective.square().mean(), (
+                norms[norms > 0] / norms[norms > 0].mean()).log()))
+        for piece, _, r, c in multipliers.pieces.get(name, ()) if multipliers else ():
+            for side, v in (("r", r), ("c", c)):
+                if v is not None:
+                    logs.setdefault((piece, side), []).append(v.square().mean().sqrt().clamp(min=1e-30).log())
+    drift = {}
+    for piece, partner, side in (("q", "k", "r"), ("v", "o", "c"), ("up", "down", "c")):
+        other = logs.get((partner, side)) or logs.get((partner, "r"))  # a scalar counts as r
+        if (piece, "r") in logs and other:
+            drift[f"{piece}/{partner}"] = (torch.stack(logs[piece, "r"]).mean() - torch.stack(other).mean()).item()
+    out = {}
+    for piece, seen in weights.items():
+        own, effective, spread = zip(*seen)
+        spread = torch.cat(spread)
+        out[piece] = {"rms": torch.stack(own).mean().sqrt().item(),
+                      "rms_effective": torch.stack(effective).mean().sqrt().item(),
+                      "spread": spread.std().item() if len(spread) > 1 else None}
+    return {"weights": out, **({"drift": drift} if drift else {})}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Clipping and schedules
+
+
+def clipped_parameters(model, multipliers=None, clip_multipliers=False) -> list[nn.Parameter]:
+    """What clipping looks at: every parameter of the model, with W in place of each W~ that has multipliers.
+
+    The multipliers themselves are left out of the norm, and of the scaling: each of their gradients sums over a row, a
+    column or a whole matrix, so that early on they alone would set the norm and everything else would be shrunk. With
+    them in (clip_multipliers), the paper's gain was gone (section 4.3)."""
+    params = [multipliers.W.get(name, p) if multipliers else p for name, p in model.named_parameters()]
+    return params + (multipliers.parameters() if multipliers and clip_multipliers else [])
 
 
 def clip_gradients(params, max_norm: float):
@@ -171,21 +487,29 @@ def clip_gradients(params, max_norm: float):
     return nn.utils.clip_grad_norm_(params, max_norm if max_norm > 0 else math.inf)
 
 
-def wsd(step: int, steps: int, warmup: int, decay_fraction: float) -> float:
-    """Warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395): linear up over `warmup` steps, 1, then linear down
-    to 0 over the last decay_fraction of the steps. Step counts from 0. Returns the factor on the peak rate."""
+DECAY_SHAPES = {  # t: the part of the decay that is over, from 0 to 1
+    "linear": lambda t: 1 - t,
+    "sqrt": lambda t: 1 - math.sqrt(t),  # 1-sqrt: falls fast, ends slowly (Hägele et al. 2024, arXiv 2405.18392)
+    "exponential": lambda t: 32 ** -t,  # down to 1/32, as Falcon-H1's long runs
+}
+
+
+def wsd(step: int, steps: int, warmup: int, decay_fraction: float, decay_shape="linear") -> float:
+    """Warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395): linear up over `warmup` steps, 1, then down over the
+    last decay_fraction of the steps. Step counts from 0. Returns the factor on the peak rate."""
     decay = decay_fraction * steps
-    return min(1.0, (step + 1) / max(1, warmup), (steps - step) / decay if decay > 0 else 1.0)
+    t = min(1.0, max(0.0, 1 - (steps - step) / decay)) if decay > 0 else 0.0
+    return min(1.0, (step + 1) / max(1, warmup), DECAY_SHAPES[decay_shape](t))
 
 
-def cosine(step: int, steps: int, warmup: int, decay_fraction: float = 0.0, floor: float = 0.1) -> float:
+def cosine(step: int, steps: int, warmup: int, *_, floor: float = 0.1) -> float:
     """Linear up over `warmup` steps, then half a cosine from 1 down to `floor` at step == steps."""
     if step < warmup:
         return (step + 1) / warmup
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def constant(step: int, steps: int, warmup: int, decay_fraction: float = 0.0) -> float:
+def constant(step: int, steps: int, warmup: int, *_) -> float:
     """Linear up over `warmup` steps, then 1."""
     return min(1.0, (step + 1) / max(1, warmup))
 
@@ -197,3 +521,8 @@ def set_lr(optimizers, lr: float):
     """Every group's rate becomes lr times its own factor."""
     for group in (g for o in optimizers for g in o.param_groups):
         group["lr"] = lr * group["lr_factor"]
+
+
+def set_momentum(muon: Muon, momentum: float):
+    for group in muon.param_groups:
+        group["momentum"] = momentum

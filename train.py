@@ -51,7 +51,8 @@ from tqdm import tqdm
 
 from model import (END_OF_TEXT, GPT, IGNORE, BadInput, Failed, ModelConfig, command, device_exists, generate,
                    load_checkpoint, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
-from optim import SCHEDULES, clip_gradients, make_optimizers, set_lr
+from optim import (COEFFICIENTS, DECAY_SHAPES, MODULES, SCHEDULES, Multipliers, clip_gradients,
+                   clipped_parameters, make_optimizers, momentum_at, set_lr, set_momentum, weight_scales)
 from teacher import LET, LET_LOSSES, let_weight, load_teacher
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -90,7 +91,11 @@ class Config:
     embedding_lr: float = flag(30.0, "learning rate of the embedding, as a factor on --lr")
     schedule: str = flag("wsd", "shape of the learning rate over the run", tuple(SCHEDULES))
     warmup_steps: int = flag(20, "steps of linear warm-up")
-    decay_fraction: float = flag(0.6, "share of the run in which wsd decays to 0")
+    decay_fraction: float = flag(0.6, "wsd: share of the run in which the rate decays")
+    decay_shape: str = flag("linear", "wsd: shape of the decay, where t runs from 0 to 1: linear is 1 - t, sqrt 1 - sqrt(t), "
+                            "exponential 32^-t", tuple(DECAY_SHAPES))
+    decay_now: bool = flag(False, "with --resume: branch off a decay from a checkpoint of the stable phase, into a run of "
+                           "its own. It ends at --steps, or where the decay makes up decay_fraction of all")
     weight_decay: float = flag(0.1, "decoupled weight decay of matrices and head")
     clip: float = flag(1.0, "largest L2 norm of the gradient; 0: no clipping")
     beta1: float = flag(0.9, "AdamW: decay of the mean of the gradient")
@@ -99,6 +104,24 @@ class Config:
     muon_scale: str = flag("match_rms_adamw", "Muon: factor on the update of an (out, in) matrix: match_rms_adamw is "
                            "0.2 sqrt(max(out, in)), original sqrt(max(1, out/in)), spectral sqrt(out/in)",
                            ("match_rms_adamw", "original", "spectral"))
+    muon_coefficients: str = flag("quintic", "Muon: of Newton-Schulz", tuple(COEFFICIENTS))
+    momentum_warmup: int = flag(0, "Muon: steps over which the momentum rises from 0.85")
+    normuon: bool = flag(False, "Muon: give all rows of an update the same long-run RMS (NorMuon)")
+    module_lr: str = flag("", "factors on the learning rate by module, such as head=0.5,mlp=2; of embedding, attention, mlp, "
+                          "head")
+    module_decay: str = flag("", "factors on the weight decay by module, likewise")
+    frozen_gains: str = flag("none", "gains of RMSNorm that stay 1: none, blocks (all but the last), final (the last), all",
+                             ("none", "blocks", "final", "all"))
+    # learnable multipliers
+    multipliers: str = flag("none", "learnable multipliers: scalar is s W, vector is diag(r) W diag(c)",
+                            ("none", "scalar", "vector"))
+    multiplier_placement: str = flag("all", "all: on rows and columns of every matrix, as the paper ran it; symmetry_free: "
+                                     "without the redundant ones", ("all", "symmetry_free"))
+    multiplier_modules: str = flag("embedding,attention,mlp", "modules that get multipliers; head is possible")
+    multiplier_lr: float = flag(1e-2, "peak learning rate of the multipliers; it follows the schedule")
+    multiplier_weight_decay: float = flag(2e-3, "weight decay of the multipliers, towards 0")
+    clip_multipliers: bool = flag(False, "count the multipliers' gradients in the norm that --clip limits, which costs their "
+                                  "gain, the paper says")
     # teacher
     teacher: str = flag("none", "none, auto (train a small one first, once), or a checkpoint of ours")
     let_weight: float = flag(0.1, "LET: lambda_0, weight of the alignment at step 0; 0.1 is the paper's")
@@ -178,9 +201,29 @@ def parse_flags(argv) -> Config:
         found = Path(given["out_dir"]) / "ckpt.pt"
         given["resume"] = resume = str(found) if found.exists() else ""
     if resume:  # start from the checkpoint's flags and go on in its folder
-        stored = load_checkpoint(resume, flag="--resume=")["config"]
-        given = {**{k: v for k, v in stored.items() if k in FLAGS}, "out_dir": str(Path(resume).parent), **given}
+        ckpt = load_checkpoint(resume, flag="--resume=")
+        stored = {**{k: v for k, v in ckpt["config"].items() if k in FLAGS}, "out_dir": str(Path(resume).parent)}
+        if given.get("decay_now"):  # a run of its own, as long as one with this share of decay would be
+            share = given.get("decay_fraction", stored["decay_fraction"])
+            stored |= {"out_dir": "", "steps": round(ckpt["step"] / (1 - share)) if share < 1 else 0}
+        given = {**stored, **given}
     return Config(**given)
+
+
+def module_factors(text: str) -> dict[str, float]:
+    """"head=0.5,mlp=2" as a dict. Raises ValueError with a readable reason."""
+    factors = {}
+    for part in text.split(",") if text else ():
+        name, _, value = part.partition("=")
+        try:
+            factors[name] = float(value)
+        except ValueError:
+            raise ValueError(f"{part}: MODULE=NUMBER is needed") from None
+        if name not in MODULES:
+            raise ValueError(f"{name}: no such module; one of {', '.join(MODULES)}")
+        if not 0 < factors[name] < math.inf:
+            raise ValueError(f"{part}: a positive number is needed")
+    return factors
 
 
 def help_text() -> str:
@@ -205,13 +248,24 @@ def check(c: Config, world: int = 1):
     for name in ("block_size", "batch_tokens", "micro_batch", "eval_tokens", "n_layer", "n_embd", "n_head", "steps",
                  "eval_every", "log_every", "save_every"):
         need(getattr(c, name) >= 1, name, why="at least 1 is needed")
-    for name in ("n_kv_head", "warmup_steps", "weight_decay", "clip", "let_weight", "seed", "sample_tokens"):
+    for name in ("n_kv_head", "warmup_steps", "weight_decay", "clip", "let_weight", "seed", "sample_tokens",
+                 "momentum_warmup", "multiplier_weight_decay"):
         need(getattr(c, name) >= 0, name, why="must not be negative")
     need(c.seed < 2**62, "seed", why="must be below 2^62")
     for name in ("beta1", "beta2", "momentum"):
         need(0 <= getattr(c, name) < 1, name, why="must be in [0, 1)")
     need(c.lr > 0, "lr", why="must be positive")
     need(c.embedding_lr > 0, "embedding_lr", why="must be positive")
+    need(c.multiplier_lr > 0, "multiplier_lr", why="must be positive")
+    for name in ("module_lr", "module_decay"):
+        try:
+            module_factors(getattr(c, name))
+        except ValueError as e:
+            need(False, name, why=str(e))
+    modules = c.multiplier_modules.split(",")
+    need({*modules} <= {*MODULES}, "multiplier_modules", why=f"out of {', '.join(MODULES)}, separated by commas")
+    need(not (c.tie_embeddings and "head" in modules), "multiplier_modules", "tie_embeddings", why="a tied head is the "
+         "embedding")
     need(0 <= c.decay_fraction <= 1, "decay_fraction", why="must be in [0, 1]")
     if c.n_head >= 1:
         need(c.n_embd % (2 * c.n_head) == 0, "n_embd", "n_head", why="each head needs the same even number of channels")
@@ -238,14 +292,21 @@ def check(c: Config, world: int = 1):
         need(c.let_stop > 0, "let_stop", why="must be positive")
         need(c.let_stop < 1 or c.let_stop == int(c.let_stop), "let_stop", why="a whole number of steps, or a fraction "
              "below 1")
+    if c.multipliers == "none":
+        for name in (n for n in FLAGS if n.startswith("multiplier_") or n == "clip_multipliers"):
+            need(getattr(c, name) == FLAGS[name].default, name, why="has no effect without --multipliers")
+    if c.schedule != "wsd":
+        for name in ("decay_shape", "decay_now"):
+            need(getattr(c, name) == FLAGS[name].default, name, "schedule", why="is a setting of wsd")
+    need(c.resume or not c.decay_now, "decay_now", why="needs --resume, a checkpoint to branch off from")
     if c.optimizer == "adamw":
-        for name in ("momentum", "muon_scale"):
+        for name in ("momentum", "muon_scale", "muon_coefficients", "momentum_warmup", "normuon"):
             need(getattr(c, name) == FLAGS[name].default, name, "optimizer", why="is a setting of Muon")
     need(c.device == "auto" or device_exists(c.device), "device", why="no such device here")
     if c.out_dir:
         parent = next(p for p in [Path(c.out_dir), *Path(c.out_dir).resolve().parents] if p.exists())
         need(parent.is_dir() and os.access(parent, os.W_OK), "out_dir", why=f"{parent} is no folder to write to")
-        need(c.resume or c.dry_run or not (Path(c.out_dir) / "ckpt.pt").exists(), "out_dir", why="holds a run already; "
+        need(c.resume and not c.decay_now or c.dry_run or not (Path(c.out_dir) / "ckpt.pt").exists(), "out_dir", why="holds a run already; "
              "go on with it by --resume=auto, or name another folder")
     if bad:
         raise BadInput("\n       ".join(bad))
@@ -852,6 +913,8 @@ def print_plan(c: Config, model: GPT, devices: Devices, data: Data, let, stop: i
     n, tokens = model.num_params(), c.steps * c.batch_tokens
     matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     state = 4 * (4 * n - (matrices if c.optimizer == "muon" else 0))  # Muon keeps one buffer where AdamW keeps two
+    if c.multipliers != "none":
+        state += 4 * (matrices + model.embed.weight.numel())  # W beside W~
     activations = activation_bytes(c, model.config.vocab_size, devices.bf16)
     flops = model.flops_per_token() * tokens
     if let:
@@ -967,6 +1030,8 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
     if resumed:
         refuse_changes(c, resumed, data.tokenizer)
         step = resumed["step"]
+    if c.decay_now:
+        c, let_stop = branch_decay(c, resumed)
     if c.teacher != "none" and c.let_weight > 0 and step < let_stop:
         path = c.teacher
         if path == "auto":
@@ -991,18 +1056,36 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
     # The model and its optimizers
     torch.manual_seed(c.seed)
     model = GPT(model_config(c, enc.n_vocab)).to(devices.device)
-    optimizers = make_optimizers(model, c.optimizer, c.lr, c.weight_decay, (c.beta1, c.beta2), c.momentum, c.muon_scale,
-                                 c.embedding_lr, torch.bfloat16 if devices.bf16 else torch.float32)
     if c.dry_run:
         print_plan(c, model, devices, data, let, let_stop)
         return {"interrupted": False, "checkpoint": None}
+    if resumed:
+        model.load_state_dict(resumed["model"])
+    for name, p in model.named_parameters():
+        if name.endswith("norm.weight") and c.frozen_gains in ("all", "final" if name == "norm.weight" else "blocks"):
+            p.requires_grad_(False)
+    multipliers = None
+    if c.multipliers != "none":
+        multipliers = Multipliers(model, c.multipliers, c.multiplier_placement, c.multiplier_modules.split(","))
+    optimizers = make_optimizers(
+        model, multipliers, c.optimizer, c.lr, c.weight_decay, (c.beta1, c.beta2), c.embedding_lr,
+        module_factors(c.module_lr), module_factors(c.module_decay), c.multiplier_lr, c.multiplier_weight_decay,
+        momentum=c.momentum, coefficients=c.muon_coefficients, scale=c.muon_scale, normuon=c.normuon,
+        dtype=torch.bfloat16 if devices.bf16 else torch.float32)
+    clipped = clipped_parameters(model, multipliers, c.clip_multipliers)
     tokens, flops, seconds, best = 0, 0, 0.0, math.inf
     if resumed:
         tokens, flops, seconds, best = (resumed[k] for k in ("tokens", "flops", "seconds", "best_val_loss"))
-        model.load_state_dict(resumed["model"])
-        for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
+        states = resumed["optimizers"]
+        if multipliers and not multipliers.load_state_dict(resumed.get("multipliers")):
+            states = states[:len(optimizers) - 1]  # multipliers that begin here, at 1
+        for optimizer, state in zip(optimizers, states):
             settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(state)
+            try:
+                optimizer.load_state_dict(state)
+            except ValueError:
+                raise BadInput(f"--resume={c.resume}: --module_lr and --module_decay must name the modules that the run "
+                               "began with") from None
             for group, now in zip(optimizer.param_groups, settings):  # the flags of now, not of then
                 group.update(now)
         if let_optimizer and resumed["let"]:
@@ -1035,6 +1118,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
     def save():
         state = {"format": "nanolet-1", "model": model.state_dict(), "model_config": asdict(model.config),
                  "config": asdict(c), "tokenizer": data.tokenizer, "optimizers": [o.state_dict() for o in optimizers],
+                 "multipliers": multipliers.state_dict() if multipliers else None,
                  "let": let.state_dict() if let_optimizer else None,
                  "let_optimizer": let_optimizer.state_dict() if let_optimizer else None,
                  "step": step, "tokens": tokens, "flops": flops, "seconds": seconds, "best_val_loss": best,
@@ -1055,7 +1139,8 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                 if step % c.eval_every == 0 or step == c.steps:
                     val_loss, bpb = evaluate(model, data, c, rows, devices, token_bytes)
                     best = min(best, val_loss)
-                    log(val_loss=val_loss, bits_per_byte=bpb, peak_memory_bytes=devices.peak_memory())
+                    log(val_loss=val_loss, bits_per_byte=bpb, peak_memory_bytes=devices.peak_memory(),
+                        **weight_scales(model, multipliers))
                     left = seconds / max(1, step) * (c.steps - step)
                     say(f"step {step:>6}  held-out {val_loss:.4f} nats, {bpb:.4f} bits per byte  {seconds:7.1f} s"
                         + (f", {left:.0f} s to go" if 0 < step < c.steps else ""))
@@ -1071,8 +1156,10 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             if let and weight == 0:  # from here on the teacher is neither called nor kept
                 let = let_optimizer = None
             hidden = (c.let_student_layer,) if let else ()
-            lr = c.lr * SCHEDULES[c.schedule](step, c.steps, c.warmup_steps, c.decay_fraction)
+            lr = c.lr * SCHEDULES[c.schedule](step, c.steps, c.warmup_steps, c.decay_fraction, c.decay_shape)
             set_lr(optimizers, lr)
+            if c.optimizer == "muon":
+                set_momentum(optimizers[0], momentum_at(step, c.momentum, c.momentum_warmup))
             sums = torch.zeros(3, device=devices.device)  # of nll, let, cosine over the micro-batches
             for micro in range(accumulation):
                 idx, targets = batch
@@ -1088,7 +1175,9 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                 (loss / accumulation).backward()
                 batch = next(stream)
                 sums += torch.stack((nll.detach(), align.detach(), cosine.detach())) / accumulation
-            norm = clip_gradients(model.parameters(), c.clip)
+            if multipliers:  # the gradient of each effective matrix becomes those of W, r and c
+                multipliers.pull()
+            norm = clip_gradients(clipped, c.clip)
             nll, align, cosine, norm, asked = all_mean(torch.cat((sums, norm.view(1), torch.tensor(
                 [float(bool(stop_signals.seen))], device=devices.device))))
             if not (math.isfinite(nll + weight * align) and math.isfinite(norm)):
@@ -1097,6 +1186,11 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                                                     "has been written") + ". A lower --lr may help")
             for optimizer in optimizers:
                 optimizer.step()
+            if c.optimizer == "muon":  # the ranks' shares travelled while AdamW stepped
+                optimizers[0].finish()
+            if multipliers:
+                multipliers.push()
+            for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             if let_optimizer:
                 let.average_gradients()
@@ -1151,6 +1245,20 @@ def refuse_changes(c: Config, resumed: dict, tokenizer: dict):
         changed.append(f"optimizer: {resumed['config']['optimizer']} there, {c.optimizer} here")
     if changed:
         raise BadInput(f"--resume={c.resume}: the model has changed ({'; '.join(changed)})")
+
+
+def branch_decay(c: Config, resumed: dict) -> tuple[Config, int]:
+    """--decay_now: (c with a decay from the checkpoint's step to --steps, LET's stop in steps as the trunk had it)."""
+    then, step = Config(**{k: v for k, v in resumed["config"].items() if k in FLAGS}), resumed["step"]
+    stable = then.steps if then.schedule == "constant" else (1 - then.decay_fraction) * then.steps
+    if then.schedule == "cosine" or not then.warmup_steps <= step <= stable:
+        raise BadInput(f"--decay_now --resume={c.resume}: step {step} of a {then.schedule} schedule is not in its stable "
+                       f"phase, steps {then.warmup_steps} to {stable:.0f}")
+    if c.steps <= step:
+        raise BadInput(f"--decay_now --steps={c.steps}: the decay would begin at step {step}")
+    let_stop = round(then.let_stop * then.steps) if then.let_stop < 1 else int(then.let_stop)
+    return replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps,
+                   let_stop=c.let_stop if c.teacher == "none" else let_stop), let_stop
 
 
 def auto_teacher(c: Config, tokenizer: dict) -> Config:

@@ -5,12 +5,14 @@
     python tests/bench.py nanogpt --nanogpt=PATH       # against a checkout of nanoGPT, at its shape
 
 Parts: gpt (AdamW against Muon), let (a step with the teacher against one without), loss (the chunked loss against torch's),
-nanogpt, 124m (CUDA: GPT-2's shape, compiled and eager, with MFU). The variants of a part take turns, step by step, so
+optim (Muon against torch's, multipliers, the split over ranks), nanogpt, 124m (CUDA: GPT-2's shape, compiled and eager, with
+MFU). The variants of a part take turns, step by step, so
 that a noisy machine slows all of them; the figure is the median over the steps. FLOPs as GPT.flops_per_token counts them.
 """
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,6 +27,7 @@ import torch.nn.functional as F  # noqa: E402
 
 import train as t  # noqa: E402
 from model import GPT, ModelConfig, linear_cross_entropy  # noqa: E402
+from optim import Muon, newton_schulz  # noqa: E402
 from teacher import LET  # noqa: E402
 
 DEFAULT = t.Config()
@@ -42,11 +45,14 @@ def random_batch(config, rows, device):
 
 
 def training_step(config: ModelConfig, rows: int, devices: t.Devices, optimizer="muon", compile=False, teacher=None,
-                  backward_only=False):
+                  multipliers=None, accumulate=1):
     """(a function that makes one training step, the model, FLOPs of the step)."""
     torch.manual_seed(0)
     model = GPT(config).to(devices.device)
-    optimizers = t.make_optimizers(model, optimizer, 1e-3, dtype=torch.bfloat16 if devices.bf16 else torch.float32)
+    multipliers = t.Multipliers(model, multipliers) if multipliers else None
+    optimizers = t.make_optimizers(model, multipliers, optimizer, 1e-3,
+                                   dtype=torch.bfloat16 if devices.bf16 else torch.float32)
+    clipped = t.clipped_parameters(model, multipliers)
     idx, targets = random_batch(config, rows, devices.device)
     flops = model.flops_per_token() * idx.numel()
     let = None
@@ -59,14 +65,20 @@ def training_step(config: ModelConfig, rows: int, devices: t.Devices, optimizer=
             let.compile_teacher()
 
     def step():
-        with devices.autocast():
-            loss, states = model(idx, targets, hidden=(3,) if let else ())
-            if let:
-                loss = loss + let(states[0], let.teach(idx))[0]
-        loss.backward()
-        t.clip_gradients(model.parameters(), 1.0)
+        for _ in range(accumulate):
+            with devices.autocast():
+                loss, states = model(idx, targets, hidden=(3,) if let else ())
+                if let:
+                    loss = loss + let(states[0], let.teach(idx))[0]
+            loss.backward()
+        if multipliers:
+            multipliers.pull()
+        t.clip_gradients(clipped, 1.0)
         for o in optimizers:
             o.step()
+        if multipliers:
+            multipliers.push()
+        for o in optimizers:
             o.zero_grad(set_to_none=True)
         return loss.item()
 
@@ -158,6 +170,80 @@ def bench_loss(a, devices, report):
         report(name=f"loss, {n}", ms=1e3 * s, time_over_ours=s / seconds["ours"])
 
 
+def gpt2_matrices(device, layers=12) -> list[torch.nn.Parameter]:
+    """The matrices in GPT-2 124M's blocks, each logical one alone, with gradients."""
+    shapes = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
+    made = [torch.nn.Parameter(torch.randn(s, device=device) * 0.02) for _ in range(layers) for s in shapes]
+    for p in made:
+        p.grad = torch.randn_like(p)
+    return made
+
+
+def bench_optim(a, devices, report):
+    made = {"Muon, quintic": Muon(gpt2_matrices(devices.device)),
+            "Muon, polar_express": Muon(gpt2_matrices(devices.device), coefficients="polar_express"),
+            "Muon, quintic, normuon": Muon(gpt2_matrices(devices.device), normuon=True),
+            "torch.optim.Muon": torch.optim.Muon(gpt2_matrices(devices.device)),
+            "AdamW, fused": torch.optim.AdamW(gpt2_matrices(devices.device), fused=True)}
+    seconds = take_turns({n: o.step for n, o in made.items()}, a.seconds, devices, warm_up=1)
+    for n, o in made.items():
+        state = [v for s in o.state_dict()["state"].values() for v in s.values() if v.numel() > 1]
+        report(name=n, ms=1e3 * seconds[n], time_over_torch=seconds[n] / seconds["torch.optim.Muon"],
+               state_bytes_per_parameter=sum(v.nbytes for v in state) / sum(
+                   p.numel() for g in o.param_groups for p in g["params"]))
+    del made
+
+    for shape in ((768, 768), (768, 3072)):
+        G = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+        for coefficients in ("quintic", "polar_express"):
+            O = newton_schulz(G.to(devices.device), coefficients).double().cpu()
+            s = torch.linalg.svdvals(O)
+            report(name=f"{coefficients}, {shape[0]} x {shape[1]}", least=s.min().item(), largest=s.max().item(),
+                   relative_error=((O - U @ Vh).norm() / (U @ Vh).norm()).item())
+
+    cuda = devices.device.type == "cuda"
+    sizes = {"default": (shape_of(DEFAULT), DEFAULT.micro_batch, 1),
+             "124M": (ModelConfig(**GPT2), 32 if cuda else 4, 16 if cuda else 8)}
+    for size, (config, rows, accumulate) in sizes.items():
+        for optimizer in ("muon", "adamw"):
+            steps = {str(kind): training_step(config, rows, devices, optimizer, cuda, multipliers=kind,
+                                              accumulate=accumulate)[0] for kind in (None, "vector", "scalar")}
+            seconds = take_turns(steps, a.seconds, devices, warm_up=1)
+            for kind in ("vector", "scalar"):
+                report(name=f"{kind} multipliers, {size}, {optimizer}", tokens=rows * config.block_size * accumulate,
+                       ms_without=1e3 * seconds["None"], ms_with=1e3 * seconds[kind], ratio=seconds[kind] / seconds["None"])
+            del steps
+
+    for ranks in (1, 2, 4):
+        if cuda and ranks > torch.cuda.device_count():
+            break
+        out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                              __file__, "--split", "--device", a.device], text=True, capture_output=True, check=True,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout.split()[-3:]
+        report(name=f"Muon's step, {ranks} ranks", ms=float(out[0]), cpu_ms_of_a_rank=float(out[1]),
+               state_mb_of_a_rank=float(out[2]))
+
+
+def split_step(devices):
+    """On every rank, a step of Muon on four of GPT-2's twelve blocks: rank 0 prints ms, its CPU ms, its state in MB."""
+    muon = Muon(gpt2_matrices(devices.device, layers=4))
+    walls, cpus = [], []
+    for _ in range(5):
+        if devices.world > 1:
+            torch.distributed.barrier()
+        devices.sync()
+        wall, cpu = time.perf_counter(), time.process_time()
+        muon.step()
+        muon.finish()
+        devices.sync()
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.process_time() - cpu)
+    if devices.rank == 0:
+        print(1e3 * statistics.median(walls[1:]), 1e3 * statistics.median(cpus[1:]),
+              sum(v.nbytes for s in muon.state.values() for kept in s.values() for v in kept.values()) / 1e6)
+
+
 def bench_nanogpt(a, devices, report):
     """nanoGPT's own model and optimizer (AdamW, fused where it asks for that) at its small shape against ours."""
     if not a.nanogpt:
@@ -215,7 +301,8 @@ def bench_124m(a, devices, report):
             torch._dynamo.reset()
 
 
-PARTS = {"gpt": bench_gpt, "let": bench_let, "loss": bench_loss, "nanogpt": bench_nanogpt, "124m": bench_124m}
+PARTS = {"gpt": bench_gpt, "let": bench_let, "loss": bench_loss, "optim": bench_optim, "nanogpt": bench_nanogpt,
+         "124m": bench_124m}
 
 
 def main():
@@ -226,10 +313,13 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--nanogpt", help="folder of a checkout of nanoGPT")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--split", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()
     devices = t.set_up_devices(t.Config(device=a.device))
     if a.memory:
         return print(peak_memory(a.memory, devices))
+    if a.split:
+        return split_step(devices)
 
     def report(**row):
         row |= {"device": devices.name(), "torch": str(torch.__version__)}

@@ -1,14 +1,17 @@
 """optim.py: Muon against torch's and against the SVD, the groups, schedules and clipping against values by hand."""
+import copy
 import io
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from optim import (SCHEDULES, Muon, clip_gradients, logical_pieces, make_optimizers, muon_scale, newton_schulz,
-                   place_parameters, set_lr)
+from optim import (COEFFICIENTS, SCHEDULES, Multipliers, Muon, clip_gradients, clipped_parameters,
+                   effective_weight, logical_pieces, make_optimizers, module_of, momentum_at, multiplier_gradients, muon_scale, newton_schulz, normalize_rows,
+                   place_multipliers, place_parameters, set_lr, share_work, weight_scales, wsd)
 
 torch.set_num_threads(1)
 
@@ -124,6 +127,98 @@ def test_unknown_muon_scale_is_refused():
         muon_scale(2, 2, "nonsense")
 
 
+@pytest.mark.parametrize("coefficients, low, high, at_1e_3", [("quintic", 0.68, 1.13, 0.47),
+                                                             ("polar_express", 0.86, 1.14, 0.85)])
+@pytest.mark.parametrize("rows, cols", [(40, 40), (30, 70), (70, 30)], ids=["square", "wide", "tall"])
+def test_singular_values_land_in_the_published_band(coefficients, low, high, at_1e_3, rows, cols):
+    """Relative singular values from 0.01 to 1 (of the Frobenius norm); one more at 1e-3."""
+    s = torch.linspace(math.log(0.01), 0, 29, dtype=torch.float64).exp()
+    s = torch.cat((s, s.new_tensor([1e-3])))
+    for first in range(0, 30, 1):  # one at a time, beside a large one that is no more than needed to set the norm
+        pair = torch.stack((s[first], (1 - s[first].square()).clamp(min=0).sqrt()))
+        G, U, V = with_singular_values(pair, rows, cols, seed=first)
+        got = (U.T @ newton_schulz(G, coefficients, dtype=torch.float64) @ V)[0, 0].item()
+        if first == 29:
+            assert got == pytest.approx(at_1e_3, abs=0.01)
+        else:
+            assert low - 0.01 < got < high + 0.01
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("rows, cols", [(64, 64), (48, 96), (96, 48)], ids=["square", "wide", "tall"])
+def test_newton_schulz_in_bf16_is_near_the_svd(coefficients, rows, cols):
+    G = randn(4, rows, cols, dtype=torch.float64)
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    O = newton_schulz(G, coefficients).double()
+    error = ((O - U @ Vh).norm(dim=(-2, -1)) / (U @ Vh).norm(dim=(-2, -1))).max()
+    assert error < {"quintic": 0.35, "polar_express": 0.15}[coefficients]
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+def test_zero_and_rank_one_gradients(coefficients):
+    assert not newton_schulz(torch.zeros(2, 8, 12), coefficients).any()
+    u, v = randn(8, 1, dtype=torch.float64), randn(1, 12, dtype=torch.float64)
+    got = newton_schulz(1e-6 * u @ v, coefficients, dtype=torch.float64)
+    gain = (got / (u / u.norm() @ v / v.norm())).flatten()
+    assert 0.65 < gain.min() and gain.max() < 1.15 and gain.std() < 1e-6
+
+
+def test_polar_express_is_its_published_table():
+    s = x = torch.tensor([0.3, 0.9, 0.05], dtype=torch.float64)
+    x = s / s.norm() / 1.02
+    for a, b, c in [(8.156554524902461, -22.48329292557795, 15.878769915207462),
+                    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]:
+        x = a * x + b * x**3 + c * x**5
+    G, U, V = with_singular_values(s, 10, 6)
+    torch.testing.assert_close(newton_schulz(G, "polar_express", dtype=torch.float64), U * x @ V.T, rtol=1e-9, atol=1e-9)
+
+
+def test_normuon_against_a_loop_over_rows():
+    """The authors' code (arXiv 2510.05491), row by row; and the Frobenius norm is kept."""
+    v = torch.zeros(2, 5, 1, dtype=torch.float64)
+    by_hand = [[0.0] * 5 for _ in range(2)]
+    for step in range(4):
+        O = randn(2, 5, 9, seed=step, dtype=torch.float64) * torch.arange(1, 6)[:, None]
+        got = normalize_rows(O.clone(), v)
+        for b in range(2):
+            rows = []
+            for i in range(5):
+                by_hand[b][i] = 0.95 * by_hand[b][i] + 0.05 * sum(x.item() ** 2 for x in O[b, i]) / 9
+                rows.append(O[b, i] / (by_hand[b][i] ** 0.5 + 1e-10))
+            expected = torch.stack(rows)
+            torch.testing.assert_close(got[b], expected * O[b].norm() / expected.norm(), rtol=1e-9, atol=0)
+
+
+def test_normuon_gives_rows_of_very_different_gradients_equal_updates():
+    p = parameter(8, 24)
+    start, optimizer = p.detach().clone(), Muon([p], lr=0.1, weight_decay=0.0, normuon=True, dtype=torch.float32)
+    for step in range(60):
+        p.grad = randn(8, 24, seed=step) * torch.tensor([1.0] * 7 + [1e-3])[:, None]
+        before = p.detach().clone()
+        optimizer.step()
+    rows = (p - before).detach().norm(dim=1)
+    assert rows.max() < 2.0 * rows.min() and not torch.equal(p, start)
+
+
+def test_momentum_warms_up_linearly():
+    assert [momentum_at(s, 0.95, 100) for s in (0, 50, 100, 500)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
+    assert momentum_at(0, 0.95, 0) == 0.95
+    assert [momentum_at(s, 0.6, 10) for s in (0, 5, 10)] == [0.6] * 3, "it never starts above its end"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
+def test_work_is_shared_by_cost_and_not_by_count(world):
+    costs = [90.0] * 4 + [10.0] * 36 + [1.0] * 8
+    owners = share_work(costs, world)
+    load = [sum(c for c, o in zip(costs, owners) if o == rank) for rank in range(world)]
+    assert sum(load) == sum(costs) and max(load) <= 4 / 3 * max(sum(costs) / world, max(costs))
+    if world == 4:  # by count the first rank would get all the dear ones
+        assert max(load) - min(load) <= 10
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Muon
 
@@ -219,6 +314,270 @@ def test_muon_refuses_what_is_no_matrix(shape):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Learnable multipliers
+
+
+def plain_multipliers(model, kind, placement, optimizer, modules, **kw):
+    """The plain way: leaves W, r, c for every matrix, W~ = r * W * c formed in the forward, gradients by autograd.
+    Returns (a function (idx, targets) -> loss, the leaves by our names, the optimizers)."""
+    W, mult = {}, {}
+    for name, pieces in logical_pieces(model).items():
+        if name not in dict(model.named_parameters()) or module_of(next(iter(pieces))) not in modules:
+            continue
+        p = model.get_parameter(name)
+        W[name] = torch.nn.Parameter(p.detach().clone())
+        for piece, rows in pieces.items():
+            row, column = place_multipliers(piece, placement, model.config.tie_embeddings, model.config.mlp)
+            if kind == "scalar" and (row or column):
+                mult[f"{name}:{piece}.r"] = torch.nn.Parameter(torch.ones(1, dtype=p.dtype))
+            elif kind == "vector":
+                if row:
+                    mult[f"{name}:{piece}.r"] = torch.nn.Parameter(torch.ones(rows, dtype=p.dtype))
+                if column:
+                    mult[f"{name}:{piece}.c"] = torch.nn.Parameter(torch.ones(p.shape[1], dtype=p.dtype))
+
+    def loss(idx, targets):
+        effective = {}
+        for name, w in W.items():
+            parts = []
+            for piece, part in zip(logical_pieces(model)[name], w.split(tuple(logical_pieces(model)[name].values()))):
+                one = torch.ones(1, dtype=w.dtype)
+                parts.append(mult.get(f"{name}:{piece}.r", one)[:, None] * part * mult.get(f"{name}:{piece}.c", one))
+            effective[name] = torch.cat(parts)
+        logits, _ = torch.func.functional_call(model, effective, (idx,))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    other = {n: W.get(n, p) for n, p in model.named_parameters()}
+    places = place_parameters(model)
+    decay = {"matrix": 0.1, "embedding": 0.0, "head": 0.1, "vector": 0.0}
+    groups = [{"params": [other[n] for n in names], "weight_decay": decay[kind_],
+               "lr": 0.03 * (2.0 if kind_ == "embedding" and places["head"] else 1.0)} for kind_, names in places.items() if names]
+    made = []
+    if optimizer == "muon":
+        group = groups.pop(0)
+        rows = [tuple(logical_pieces(model)[n].values()) for n in places["matrix"]]
+        made.append(Muon(group["params"], rows, lr=0.03, weight_decay=0.1, dtype=torch.float64))
+    made.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-10))
+    made.append(torch.optim.AdamW(list(mult.values()), lr=0.01, betas=(0.9, 0.95), eps=1e-10, weight_decay=2e-3))
+    return loss, {**W, **mult}, other, made
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("kind, placement, model_kw, modules", [
+    ("vector", "all", {}, ("embedding", "attention", "mlp")),
+    ("scalar", "all", {}, ("embedding", "attention", "mlp")),
+    ("vector", "symmetry_free", dict(mlp="gelu"), ("embedding", "attention", "mlp")),
+    ("vector", "all", dict(tie_embeddings=True, mlp="relu2"), ("embedding", "mlp")),
+    ("scalar", "symmetry_free", {}, ("attention",)),
+    ("scalar", "all", {}, ("head", "mlp"))], ids=str)
+def test_multipliers_go_where_the_plain_form_goes(kind, placement, model_kw, modules, optimizer):
+    """50 steps with clipping in fp64: r * W * c in the forward and autograd, against the optimizer-side form."""
+    model = tiny_model(n_layer=2, **model_kw).double()
+    twin = copy.deepcopy(model)
+    loss_of, leaves, others, made = plain_multipliers(twin, kind, placement, optimizer, modules)
+    multipliers = Multipliers(model, kind, placement, modules)
+    optimizers = make_optimizers(model, multipliers, optimizer, lr=0.03, embedding_lr=2.0, multiplier_lr=0.01,
+                                 **(dict(dtype=torch.float64) if optimizer == "muon" else {}))
+    trained = clipped_parameters(model, multipliers)
+    start = {name: t.detach().clone() for name, t in multipliers.named().items()}
+    tokens = torch.randint(97, (50, 2, 9), generator=torch.Generator().manual_seed(0))
+    for step, batch in enumerate(tokens):
+        loss_of(batch[:, :-1], batch[:, 1:]).backward()
+        clip_gradients(others.values(), 0.5)
+        for o in made:
+            o.step()
+            o.zero_grad()
+        loss, _ = model(batch[:, :-1], batch[:, 1:])
+        loss.backward()
+        multipliers.pull()
+        clip_gradients(trained, 0.5)
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+        multipliers.push()
+    named = multipliers.named()
+    assert set(named) == set(leaves)
+    for name, t in named.items():
+        assert (t - leaves[name]).norm() < 1e-9 * t.norm(), name
+        assert (t - start[name]).norm() > 1e-3 * t.norm(), f"{name} has not moved"
+    for name, p in model.named_parameters():
+        if name not in multipliers.W:
+            assert (p - others[name]).norm() < 1e-9 * p.norm(), name
+
+
+@pytest.mark.parametrize("r, c", [(5, 7), (5, 0), (0, 7), (1, 0)], ids=["both", "rows", "columns", "scalar"])
+def test_multiplier_gradients_against_finite_differences(r, c):
+    """Of L = sum sin(A * W~), whose gradient at W~ is A cos(A W~)."""
+    g = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=g)  # noqa: E731
+    W, A = make(5, 7), make(5, 7)
+    r, c = make(r) if r else None, make(c) if c else None
+
+    def loss():
+        return (A * effective_weight(W, r, c)).sin().sum()
+
+    got = multiplier_gradients(A * (A * effective_weight(W, r, c)).cos(), W, r, c)
+    for t, d in zip((W, r, c), got):
+        assert (t is None) == (d is None)
+        if t is None:
+            continue
+        assert d.shape == t.shape
+        for i in range(t.numel()):
+            ends = []
+            for h in (1e-6, -2e-6):
+                t.view(-1)[i] += h
+                ends.append(loss())
+            t.view(-1)[i] += 1e-6
+            assert d.reshape(-1)[i] == pytest.approx((ends[0] - ends[1]).item() / 2e-6, abs=1e-8)
+
+
+def test_effective_weight_and_its_scalar_form():
+    W = randn(3, 4)
+    r, c, s = randn(3, seed=1), randn(4, seed=2), torch.tensor([2.5])
+    torch.testing.assert_close(effective_weight(W, r, c), torch.diag(r) @ W @ torch.diag(c))
+    assert torch.equal(effective_weight(W, s), 2.5 * W)
+    assert torch.equal(effective_weight(W), W)
+
+
+@pytest.mark.parametrize("piece, placement, kw, expected", [
+    ("q", "all", {}, (True, True)), ("up", "all", {}, (True, True)), ("embed", "all", {}, (True, True)),
+    ("embed", "all", dict(tied=True), (False, True)), ("embed", "symmetry_free", dict(tied=True), (False, True)),
+    ("embed", "symmetry_free", {}, (True, True)), ("q", "symmetry_free", {}, (True, False)),
+    ("k", "symmetry_free", {}, (False, False)), ("v", "symmetry_free", {}, (False, False)),
+    ("o", "symmetry_free", {}, (True, True)), ("gate", "symmetry_free", {}, (True, False)),
+    ("up", "symmetry_free", {}, (False, False)), ("up", "symmetry_free", dict(mlp="relu2"), (False, False)),
+    ("up", "symmetry_free", dict(mlp="gelu"), (True, False)), ("down", "symmetry_free", {}, (True, True))])
+def test_placement_of_multipliers_is_that_of_appendix_c(piece, placement, kw, expected):
+    assert place_multipliers(piece, placement, **kw) == expected
+
+
+@pytest.mark.parametrize("mlp, scale", [("swiglu", 1), ("relu2", 2)])
+def test_what_symmetry_free_leaves_out_is_redundant(mlp, scale):
+    """Rows of up times t, columns of down over t (t^2 after relu2): the same function. Rows of q and k likewise."""
+    model = tiny_model(mlp=mlp, n_kv_head=4, qk_norm=False)
+    idx = torch.randint(97, (2, 8), generator=torch.Generator().manual_seed(0))
+    before = model(idx)[0]
+    t = torch.rand(128 if mlp == "relu2" else 64) + 0.5
+    with torch.no_grad():
+        up = model.blocks[1].mlp.up.weight
+        up[-len(t):] *= t[:, None]
+        model.blocks[1].mlp.down.weight /= t**scale
+        qkv = model.blocks[0].mixer.qkv.weight
+        qkv[:32] *= 3.0
+        qkv[32:64] /= 3.0
+    torch.testing.assert_close(model(idx)[0], before, rtol=1e-4, atol=1e-4)
+
+
+def test_the_head_and_gains_have_no_multipliers_and_a_tied_matrix_no_rows():
+    names = set(Multipliers(tiny_model()).named())
+    assert not any(name.startswith(("head", "norm")) or "norm" in name for name in names)
+    assert {"embed.weight:embed.r", "embed.weight:embed.c", "blocks.2.mixer.qkv.weight:v.c"} <= names
+    tied = set(Multipliers(tiny_model(tie_embeddings=True)).named())
+    assert "embed.weight:embed.r" not in tied and "embed.weight:embed.c" in tied
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_multipliers_start_and_fold_without_a_change_of_the_model(kind):
+    model = tiny_model()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    multipliers = Multipliers(model, kind)
+    multipliers.push()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    for v in multipliers.parameters():
+        v.data.uniform_(0.5, 2.0)
+    multipliers.push()
+    for name, W in multipliers.W.items():  # by another route: diagonal matrices
+        parts = []
+        for (_, rows, r, c), w in zip(multipliers.pieces[name], W.split([n for _, n, _, _ in multipliers.pieces[name]])):
+            diag_r = torch.diag(r) if r.numel() == rows else r * torch.eye(rows)
+            parts.append(diag_r @ w @ (torch.eye(w.shape[1]) if c is None else torch.diag(c)))
+        torch.testing.assert_close(model.get_parameter(name), torch.cat(parts))
+    again = Multipliers(model, kind)
+    assert again.load_state_dict(multipliers.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(multipliers.named().values(), again.named().values()))
+    other = Multipliers(model, "scalar" if kind == "vector" else "vector")
+    assert not other.load_state_dict(multipliers.state_dict()) and not other.load_state_dict(None)
+    assert all((v == 1).all() for v in other.parameters())
+
+
+def test_the_clip_norm_is_that_of_w_without_the_multipliers():
+    model = tiny_model()
+    multipliers = Multipliers(model)
+    for v in multipliers.parameters():
+        v.data.uniform_(0.5, 2.0)
+    multipliers.push()
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    expected = sum(p.grad.square().sum() for n, p in model.named_parameters() if n not in multipliers.W)
+    for name, W in multipliers.W.items():  # dL/dW = r c G, and W~ = r c W
+        expected += (model.get_parameter(name).grad * model.get_parameter(name) / W).square().sum()
+    multipliers.pull()
+    norm = clip_gradients(clipped_parameters(model, multipliers), 0.0)
+    assert norm.item() == pytest.approx(expected.sqrt().item(), rel=1e-4)
+    expected += sum(v.grad.square().sum() for v in multipliers.parameters())
+    wrong = clip_gradients(clipped_parameters(model, multipliers, clip_multipliers=True), 0.0)
+    assert wrong.item() == pytest.approx(expected.sqrt().item(), rel=1e-4) and wrong > 1.01 * norm
+    kept = [v.grad.clone() for v in multipliers.parameters()]
+    clip_gradients(clipped_parameters(model, multipliers), 0.5)
+    assert all(torch.equal(v.grad, k) for v, k in zip(multipliers.parameters(), kept)), "nor are they scaled"
+
+
+@pytest.mark.parametrize("kind, times", [(None, 1), (None, 4), ("vector", 4), ("scalar", 4)])
+@pytest.mark.parametrize("optimizer, low, high", [("adamw", 0.65, 0.72), ("muon", 0.53, 0.73)])
+def test_equilibrium_of_noise_and_weight_decay(optimizer, low, high, times, kind):
+    """Gradients of W~ that are nothing but N(0, 1): RMS W rises to 0.7 sqrt(lr / wd), whatever they are; r, c move on."""
+    model = tiny_model(n_layer=1, n_embd=32, n_kv_head=4, mlp="relu2", vocab_size=60)
+    lr, wd, steps = 0.002 * times, 0.1 * times, 2500 // times  # 1 / (2 lr wd) steps forget 63 % of the start's square
+    for name, p in model.named_parameters():
+        if name.startswith("blocks.") and p.ndim == 2:  # from below the band
+            p.data *= (low - 0.03) * math.sqrt(lr / wd) / p.data.square().mean().sqrt()
+    multipliers = Multipliers(model, kind, modules=("attention", "mlp")) if kind else None
+    optimizers = make_optimizers(model, multipliers, optimizer, lr=lr, weight_decay=wd, embedding_lr=1.0, multiplier_lr=0.01,
+                                 **(dict(dtype=torch.float32) if optimizer == "muon" else {}))
+    matrices = place_parameters(model)["matrix"]
+    W = multipliers.W if multipliers else {n: model.get_parameter(n) for n in matrices}
+    g, sums = torch.Generator().manual_seed(0), dict.fromkeys(matrices, 0.0)
+    for step in range(steps):
+        for name in matrices:
+            model.get_parameter(name).grad = torch.randn(W[name].shape, generator=g)
+        if multipliers:
+            multipliers.pull()
+        for o in optimizers:
+            o.step()
+        if multipliers:
+            multipliers.push()
+        if step >= steps - 100:
+            for name in matrices:
+                sums[name] += W[name].detach().square().mean() / 100
+    for name, total in sums.items():
+        assert low < total.sqrt() / math.sqrt(lr / wd) < high, name
+    if multipliers:
+        assert all((v - 1).abs().max() > 0.05 for v in multipliers.parameters())
+
+
+def test_weight_scales_against_values_by_hand():
+    model = tiny_model(n_layer=2, mlp="swiglu")
+    multipliers = Multipliers(model)
+    with torch.no_grad():
+        for name, made in multipliers.pieces.items():
+            for piece, _, r, c in made:
+                r.fill_({"q": 6.0, "k": 2.0, "v": 5.0, "up": 8.0}.get(piece, 1.0))
+                c.fill_({"o": 0.5, "down": 4.0}.get(piece, 1.0))
+        multipliers.W["blocks.1.mixer.qkv.weight"][:32] *= 2.0
+        multipliers.W["blocks.0.mixer.o.weight"].copy_(torch.arange(1.0, 33.0)[:, None].exp2().expand(32, 32))
+        multipliers.W["blocks.1.mixer.o.weight"].zero_()
+    multipliers.push()
+    got = weight_scales(model, multipliers)
+    assert got["drift"] == pytest.approx({"q/k": math.log(3), "v/o": math.log(10), "up/down": math.log(2)}, rel=1e-5)
+    q = torch.stack([multipliers.W[f"blocks.{i}.mixer.qkv.weight"][:32] for i in range(2)]).detach()
+    assert got["weights"]["q"]["rms"] == pytest.approx(q.square().mean().sqrt().item(), rel=1e-5)
+    assert got["weights"]["q"]["rms_effective"] == pytest.approx(6 * q.square().mean().sqrt().item(), rel=1e-5)
+    assert got["weights"]["o"]["spread"] == pytest.approx(math.log(2) * torch.arange(32.0).std().item(), rel=1e-4)
+    plain = weight_scales(model)
+    assert "drift" not in plain and plain["weights"]["q"]["rms"] == pytest.approx(got["weights"]["q"]["rms_effective"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Where each parameter goes
 
 
@@ -244,16 +603,17 @@ def test_a_parameter_without_a_place_is_refused(where, shape):
             place(model)
 
 
-@pytest.mark.parametrize("mlp, inside", [("swiglu", (64, 64)), ("gelu", (128,))])
+@pytest.mark.parametrize("mlp, inside", [("swiglu", {"gate": 64, "up": 64}), ("gelu", {"up": 128})])
 def test_logical_pieces_are_the_matrices_in_each_weight(mlp, inside):
     model = tiny_model(mlp=mlp)
     pieces = logical_pieces(model)
     for i in range(3):
-        assert pieces[f"blocks.{i}.mixer.qkv.weight"] == (32, 16, 16)
-        assert pieces[f"blocks.{i}.mixer.o.weight"] == pieces[f"blocks.{i}.mlp.down.weight"] == (32,)
+        assert pieces[f"blocks.{i}.mixer.qkv.weight"] == {"q": 32, "k": 16, "v": 16}
+        assert pieces[f"blocks.{i}.mixer.o.weight"] == {"o": 32}
+        assert pieces[f"blocks.{i}.mlp.down.weight"] == {"down": 32}
         assert pieces[f"blocks.{i}.mlp.up.weight"] == inside
     for name in place_parameters(model)["matrix"]:
-        assert sum(pieces[name]) == model.get_parameter(name).shape[0]
+        assert sum(pieces[name].values()) == model.get_parameter(name).shape[0]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -261,7 +621,7 @@ def test_logical_pieces_are_the_matrices_in_each_weight(mlp, inside):
 def test_optimizers_hold_every_parameter_once_and_decay_matrices_and_head(optimizer, kinds, tied):
     """Without gradients to speak of, a step shows the decay alone."""
     model = tiny_model(tie_embeddings=tied)
-    optimizers = make_optimizers(model, optimizer, lr=0.1, weight_decay=0.5, embedding_lr=3.0)
+    optimizers = make_optimizers(model, optimizer=optimizer, lr=0.1, weight_decay=0.5, embedding_lr=3.0)
     groups = [group for o in optimizers for group in o.param_groups]
     assert [type(o) for o in optimizers] == kinds
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
@@ -279,7 +639,7 @@ def test_optimizers_hold_every_parameter_once_and_decay_matrices_and_head(optimi
 
 
 def test_optimizers_take_their_settings():
-    muon, adamw = make_optimizers(tiny_model(), lr=0.3, betas=(0.8, 0.7), momentum=0.6, muon_scale="spectral")
+    muon, adamw = make_optimizers(tiny_model(), lr=0.3, betas=(0.8, 0.7), momentum=0.6, scale="spectral")
     assert (muon.param_groups[0]["momentum"], muon.param_groups[0]["scale"]) == (0.6, "spectral")
     assert all(g["betas"] == (0.8, 0.7) for g in adamw.param_groups)
     assert {(tuple(p.shape), rows) for p, rows in zip(muon.param_groups[0]["params"], muon.param_groups[0]["pieces"])} == {
@@ -305,6 +665,14 @@ def test_optimizers_take_their_settings():
 def test_schedule(name, steps, warmup, decay_fraction, table):
     for step, factor in table.items():
         assert SCHEDULES[name](step, steps, warmup, decay_fraction) == pytest.approx(factor, abs=1e-12), step
+
+
+@pytest.mark.parametrize("shape, table", [
+    ("linear", {60: 1, 70: 0.75, 100: 0}), ("sqrt", {4: 0.5, 60: 1, 70: 0.5, 96: 1 - 0.9**0.5, 100: 0}),
+    ("exponential", {4: 0.5, 60: 1, 68: 0.5, 76: 0.25, 100: 1 / 32})])
+def test_shapes_of_the_decay(shape, table):
+    for step, factor in table.items():
+        assert wsd(step, 100, 10, 0.4, shape) == pytest.approx(factor, abs=1e-12), step
 
 
 def test_cosine_ends_at_its_floor():

@@ -200,10 +200,13 @@ def stop_at(c, step):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("let", [{}, dict(let_student_layer=1), dict(let_student_layer=1, let_resize="project",
-                                                                   let_stop=8)], ids=["plain", "let", "let-project"])
-def test_ten_steps_straight_equal_five_and_five_in_a_new_process(tiny, small_teacher, tmp_path, optimizer, let):
-    flags = dict(optimizer=optimizer, **(dict(let, teacher=small_teacher) if let else {}))
+@pytest.mark.parametrize("flags", [{}, dict(let_student_layer=1), dict(let_student_layer=1, let_resize="project",
+                                                                     let_stop=8), dict(multipliers="vector")],
+                         ids=["plain", "let", "let-project", "multipliers"])
+def test_ten_steps_straight_equal_five_and_five_in_a_new_process(tiny, small_teacher, tmp_path, optimizer, flags):
+    flags = dict(flags, optimizer=optimizer, **(dict(teacher=small_teacher) if "let_student_layer" in flags else {}))
+    if "multipliers" in flags and optimizer == "muon":
+        flags |= dict(normuon=True, muon_coefficients="polar_express", momentum_warmup=8)
     straight = t.train(tiny(**flags, out_dir=str(tmp_path / "straight")))
     halved = tiny(**flags, out_dir=str(tmp_path / "halved"))
     ckpt = stop_at(halved, 5)
@@ -308,6 +311,99 @@ def test_resuming_with_other_optimizer_settings_uses_them(tiny, tmp_path):
     torch.testing.assert_close(ends[0.0] - ends[0.5], t.Config().lr * 0.5 * start, atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("before, after", [("none", "vector"), ("vector", "none"), ("scalar", "vector"), ("vector", "scalar")])
+def test_multipliers_can_come_and_go_without_a_change_of_the_model(tiny, tmp_path, before, after, optimizer):
+    ckpt = t.train(tiny(steps=5, multipliers=before, optimizer=optimizer))["checkpoint"]
+    stored = load_checkpoint(ckpt)
+    c = t.parse_flags([f"--resume={ckpt}", "--steps=9", f"--multipliers={after}", f"--out_dir={tmp_path}/after"])
+    history = t.train(c)["history"]
+    first = {h["step"]: h["val_loss"] for h in t.train(tiny(steps=5, resume=ckpt, multipliers=before, optimizer=optimizer,
+                                                           out_dir=str(tmp_path / "same")))["history"] if "val_loss" in h}
+    assert next(h["val_loss"] for h in history if h["step"] == 5) == first[5]
+    end = load_checkpoint(tmp_path / "after" / "ckpt.pt")
+    assert (end["multipliers"] is None) == (after == "none")
+    assert not any(torch.equal(end["model"][n], p) for n, p in stored["model"].items() if n.startswith("blocks."))
+
+
+def test_the_model_of_a_checkpoint_is_the_folded_matrices(tiny):
+    ckpt = torch.load(t.train(tiny(multipliers="vector", multiplier_lr=0.1))["checkpoint"], weights_only=True)
+    kept, model = ckpt["multipliers"], ckpt["model"]
+    q, k = (kept[f"blocks.1.mixer.qkv.weight:{piece}.r"] for piece in "qk")
+    assert (q - 1).abs().max() > 0.01 and not torch.equal(q, k)
+    W, c = kept["blocks.1.mixer.qkv.weight"], kept["blocks.1.mixer.qkv.weight:k.c"]
+    torch.testing.assert_close(model["blocks.1.mixer.qkv.weight"][32:64], torch.diag(k) @ W[32:64] @ torch.diag(c))
+    assert model["head.weight"].shape == (320, 32) and not any("head" in name for name in kept)
+
+
+def test_scales_are_logged_at_each_evaluation(tiny):
+    history = t.train(tiny(multipliers="vector"))["history"]
+    seen = [h for h in history if "weights" in h]
+    assert [h["step"] for h in seen] == [0, 5, 10]
+    assert set(seen[0]["drift"]) == {"q/k", "v/o", "up/down"} and set(seen[0]["drift"].values()) == {0.0}
+    assert seen[0]["weights"]["q"]["rms"] == seen[0]["weights"]["q"]["rms_effective"]
+    assert seen[-1]["weights"]["q"]["rms"] != seen[-1]["weights"]["q"]["rms_effective"]
+    assert seen[0]["weights"]["down"]["spread"] is None, "down starts at 0"
+
+
+def test_frozen_gains_stay_at_1(tiny, tmp_path):
+    for which, frozen in (("final", {"norm.weight"}), ("blocks", {f"blocks.{i}.{m}_norm.weight" for i in range(2)
+                                                                for m in ("mixer", "mlp")})):
+        c = tiny(steps=3, frozen_gains=which, out_dir=str(tmp_path / which))
+        model = load_checkpoint(t.train(c)["checkpoint"])["model"]
+        assert {n for n, p in model.items() if n.endswith("norm.weight") and (p == 1).all()} == frozen
+
+
+def test_module_factors_act_on_their_module_alone(tiny, tmp_path):
+    """A step from 0 gradient history: the head moves twice as far, and all else as it did."""
+    ends = [load_checkpoint(t.train(tiny(steps=1, warmup_steps=0, weight_decay=0.0, optimizer="adamw", out_dir=str(
+        tmp_path / str(i)), module_lr=factors))["checkpoint"])["model"] for i, factors in enumerate(("", "head=2,mlp=0.5"))]
+    torch.manual_seed(0)
+    start = t.GPT(t.model_config(tiny(), 257)).state_dict()
+    for name, p in start.items():
+        factor = 2.0 if name == "head.weight" else 0.5 if ".mlp." in name else 1.0
+        torch.testing.assert_close(ends[1][name] - p, factor * (ends[0][name] - p), rtol=1e-3, atol=1e-6)
+
+
+def test_a_decay_branches_off_and_is_the_run_planned_to_that_length(tiny, tmp_path):
+    """From step 5 of a long run: with decay_fraction 0.5 it ends at 10, as a run of 10 steps that decays from 5 does."""
+    flags = dict(teacher="none", decay_fraction=0.5, decay_shape="sqrt")
+    trunk = stop_at(tiny(**flags, steps=40, out_dir=str(tmp_path / "trunk")), 5)
+    kept = open(trunk, "rb").read()
+    planned = t.train(tiny(**flags, steps=10, out_dir=str(tmp_path / "planned")))
+    c = t.parse_flags([f"--resume={trunk}", "--decay_now", f"--out_dir={tmp_path}/branch"])
+    assert c.steps == 10
+    assert t.train(c)["step"] == 10 and open(trunk, "rb").read() == kept
+    assert same(state(planned["checkpoint"]), state(tmp_path / "branch" / "ckpt.pt"))
+    lr = [h["lr"] for h in lines(tmp_path / "branch") if "lr" in h]
+    assert lr == pytest.approx([0.006 * (1 - (i / 5) ** 0.5) for i in range(5)], rel=1e-9)
+    longer = t.train(t.parse_flags([f"--resume={trunk}", "--decay_now", "--steps=25", f"--out_dir={tmp_path}/longer"]))
+    assert [h["lr"] for h in longer["history"] if "lr" in h][4] == pytest.approx(0.006 * (1 - 0.2**0.5))
+    again = t.parse_flags([f"--resume={tmp_path}/branch/ckpt.pt", "--steps=10"])
+    assert not again.decay_now, "a branch is resumed as any run"
+
+
+def test_a_decay_keeps_the_trunks_let_stop(tiny, small_teacher, tmp_path):
+    flags = dict(teacher=small_teacher, let_student_layer=1, let_stop=0.2, decay_fraction=0.5)
+    trunk = stop_at(tiny(**flags, steps=40, out_dir=str(tmp_path / "trunk")), 5)
+    history = t.train(t.parse_flags([f"--resume={trunk}", "--decay_now", f"--out_dir={tmp_path}/branch"]))["history"]
+    assert {h["step"]: h["let_weight"] for h in history if "let_weight" in h} == pytest.approx(
+        {s + 1: 0.1 * (8 - s) / 8 for s in range(5, 8)})
+
+
+@pytest.mark.parametrize("flags, words, message", [
+    (dict(steps=8), [], "step 5 of a wsd schedule is not in its stable phase, steps 2 to 3"),
+    (dict(steps=40, schedule="cosine"), ["--schedule=wsd"], "step 5 of a cosine schedule is not in its stable phase"),
+    (dict(steps=40), ["--steps=5"], "--steps=5: the decay would begin at step 5"),
+    (dict(steps=40), ["--out_dir=TRUNK"], "holds a run already"),
+    (dict(steps=40, schedule="constant"), [], "is a setting of wsd")])
+def test_a_decay_that_cannot_branch_off_is_refused(tiny, tmp_path, flags, words, message):
+    trunk = stop_at(tiny(**flags, out_dir=str(tmp_path / "trunk")), 5)
+    words = [w.replace("TRUNK", str(tmp_path / "trunk")) for w in words]
+    with pytest.raises(t.BadInput, match=re.escape(message)):
+        t.train(t.parse_flags([f"--resume={trunk}", "--decay_now", *words]))
+
+
 # Several ranks
 
 
@@ -316,8 +412,11 @@ def let_flags(small_teacher):
     return dict(teacher=small_teacher, let_weight=1.0, let_stop=6, let_student_layer=1, let_resize="project")
 
 
+@pytest.mark.parametrize("extra", [{}, dict(multipliers="vector", normuon=True), dict(optimizer="adamw",
+                                   multipliers="scalar", tie_embeddings=True)], ids=["plain", "muon", "adamw"])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_reach_the_same_losses(tiny, tmp_path, let_flags, ranks):
+def test_ranks_reach_the_same_losses(tiny, tmp_path, let_flags, ranks, extra):
+    let_flags |= extra
     one = t.train(tiny(**let_flags, micro_batch=2, eval_tokens=1100, out_dir=str(tmp_path / "one")))
     c = tiny(**let_flags, micro_batch=2, eval_tokens=1100, out_dir=str(tmp_path / "more"))
     done = run_python(ROOT / "train.py", *flags_of(c), ranks=ranks)
@@ -325,13 +424,19 @@ def test_ranks_reach_the_same_losses(tiny, tmp_path, let_flags, ranks):
     a, b = losses(one["history"]), losses(lines(tmp_path / "more"))
     assert a.keys() == b.keys() and max(abs(a[k] - b[k]) for k in a) < 1e-4
     assert json.loads((tmp_path / "more" / "config.json").read_text())["provenance"]["world_size"] == ranks
+    a, b = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("one", "more"))
+    for i, packed in enumerate(a["optimizers"]):  # the state is whole, and does not show the number of ranks
+        for index, kept in packed["state"].items():
+            for key, value in kept.items():
+                torch.testing.assert_close(b["optimizers"][i]["state"][index][key], value, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("before,after", [(2, 1), (1, 2)])
 def test_a_checkpoint_moves_between_numbers_of_ranks(tiny, tmp_path, before, after):
     """With a schedule that does not depend on the number of steps, a run of 5 is the first half of a run of 10."""
-    reference = t.train(tiny(schedule="constant", out_dir=str(tmp_path / "reference")))
-    c = tiny(schedule="constant", steps=5)
+    flags = dict(schedule="constant", multipliers="vector", normuon=True)
+    reference = t.train(tiny(**flags, out_dir=str(tmp_path / "reference")))
+    c = tiny(**flags, steps=5)
     for words, ranks in ((flags_of(c), before), ([f"--resume={c.out_dir}/ckpt.pt", "--steps=10"], after)):
         done = run_python(ROOT / "train.py", *words, ranks=ranks)
         assert done.returncode == 0, done.stderr
