@@ -2,12 +2,15 @@
 
     python model.py runs/1/ckpt.pt --prompt "def " --tokens 200
 
-A decoder-only GPT in the style of Llama and Qwen3: pre-norm RMSNorm, rotary positions, grouped-query attention,
-gated MLP, no biases. Read it from `GPT.forward` upwards or from the top downwards; both take ten minutes.
+A decoder-only model in the style of Llama and Qwen3: pre-norm RMSNorm, rotary positions, grouped-query attention,
+gated MLP, no biases. In place of attention, or beside it, Mamba-2 (`--mixer`); in place of the MLP, a mixture of
+experts (`--n_experts`). Read it from `GPT.forward` upwards or from the top downwards.
 
 Names and symbols
     B, T, C     sequences in a batch, tokens in a sequence, width of the residual stream (n_embd, d_model in papers)
     H, H_kv, D  query heads, key/value heads, channels of one head (C / H)
+    mixer       what moves information between tokens: attention, Mamba-2, or both side by side
+    E, k        experts, and experts that each token goes to
     V           vocabulary size; V_pad is V rounded up to a multiple of 64, which matrix units like
     x           the residual stream, (B, T, C)
     state k     x after block k; blocks are numbered from 1 and state 0 is the output of the embedding
@@ -61,11 +64,29 @@ class ModelConfig:
     tie_embeddings: bool = False
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
+    mixer: str = "attention"  # attention | mamba2 | hybrid (both, side by side on one normed input)
+    layer_pattern: str = ""  # a letter a block, A, M or H for these three; empty: all of one kind
+    d_state: int = 64  # Mamba-2: N, numbers of state per channel
+    ssm_head_dim: int = 64  # Mamba-2: P, channels of one head
+    expand: int = 2  # Mamba-2: width inside it over C
+    n_groups: int = 1  # Mamba-2: heads of one group share B and C, as query heads share keys
+    chunk_size: int = 64  # Mamba-2: Q, tokens whose interactions are written out as a square matrix
+    d_conv: int = 4  # Mamba-2: width of the causal convolution
+    ssm_norm: bool = True  # Mamba-2: gated RMSNorm before the output projection
+    n_experts: int = 0  # 0: a dense MLP
+    experts_per_token: int = 2
+    expert_hidden: int = 0  # width inside an expert; 0 means mlp_hidden / k: as many active weights as the dense MLP
 
     def __post_init__(self):
         if self.mlp_hidden == 0:
             swiglu = max(1, round(8 / 3 * self.n_embd / 64)) * 64
             self.mlp_hidden = swiglu if self.mlp == "swiglu" else 4 * self.n_embd
+        if self.expert_hidden == 0:
+            self.expert_hidden = max(1, self.mlp_hidden // self.experts_per_token)
+
+    def kinds(self) -> str:
+        """A letter a block: A attention and MLP, M Mamba-2 alone, H attention beside Mamba-2, and MLP."""
+        return self.layer_pattern or {"attention": "A", "mamba2": "M", "hybrid": "H"}[self.mixer] * self.n_layer
 
 
 class RMSNormOnCPU(torch.autograd.Function):
@@ -126,11 +147,12 @@ def rotate(x, cos, sin):
     return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
 
 
-class KVCache:
-    """Keys and values of the tokens read so far, for one attention layer; each (B, H_kv, T so far, D)."""
+class Cache:
+    """What one block keeps of the tokens read so far, `length` of them. Attention: their keys and values, each
+    (B, H_kv, length, D). Mamba-2, whatever the length: the last d_conv - 1 inputs of its convolution and its state."""
 
     def __init__(self):
-        self.k = self.v = None
+        self.length, self.k, self.v, self.conv, self.state = 0, None, None, None, None
 
     def append(self, k, v):
         if self.k is not None:
@@ -170,6 +192,117 @@ class Attention(nn.Module):
         return self.o(y.transpose(1, 2).reshape(B, T, C))
 
 
+# Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): each head carries a state h (P, N) from token to token,
+#
+#     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,    y_t = h_t C_t + D x_t,
+#
+# where x_t (P,), B_t (N,), C_t (N,) and dt_t > 0 come from the token and A < 0 is learned. Read as one linear map from all
+# x to all y this is y = (L o C B^T) (dt x), attention without softmax under a mask L of decays: L_ts = exp(sum of dt A from
+# s+1 to t). State-space duality: within chunks of Q tokens use the second form, matrix products; between chunks the first.
+
+
+def ssd(x, dt, A, B, C, chunk: int, state=None):
+    """The state-space dual form in chunks (the paper's section 6), without D x. Any length.
+
+    x: (b, T, H, P); dt: (b, T, H), positive; A: (H,), negative; B, C: (b, T, G, N), H a multiple of G; state: (b, H, P, N)
+    before the first token, None for 0. Returns y (b, T, H, P) and the state after the last token. Decays are formed in the
+    dtype of dt, which should be float32; the products run in the dtype of x or under autocast.
+    b T (2 Q N G + 2 Q P H + 4 P N H) FLOPs."""
+    b, T, H, P = x.shape
+    G, N = B.shape[2:]
+    Q = min(chunk, T)
+    K = -(-T // Q)  # chunks; the last is filled up with tokens of dt = 0, which leave the state alone
+    if K * Q > T:
+        x, dt, B, C = (F.pad(t, (0, 0) * (t.ndim - 2) + (0, K * Q - T)) for t in (x, dt, B, C))
+    x = (x * dt[..., None].to(x.dtype)).view(b, K, Q, G, H // G, P).permute(0, 1, 3, 4, 2, 5)  # (b, K, G, H/G, Q, P)
+    a = (dt * A).view(b, K, Q, G, H // G).permute(0, 1, 3, 4, 2).cumsum(-1)  # (b, K, G, H/G, Q): log of the decay so far
+    B, C = (t.view(b, K, Q, G, N).transpose(2, 3) for t in (B, C))  # (b, K, G, Q, N)
+
+    # Within a chunk: scores C B^T once a group, times each head's mask of decays, times x
+    mask = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
+    L = (a[..., :, None] - a[..., None, :]).masked_fill(~mask, -math.inf).exp()  # (b, K, G, H/G, Q, Q)
+    y = ((C @ B.mT)[:, :, :, None] * L).to(x.dtype) @ x  # (b, K, G, H/G, Q, P)
+
+    # What each chunk adds to the state at its end, and the state carried from chunk to chunk
+    to_end = (a[..., -1:] - a).exp()[..., None].to(x.dtype)
+    added = (x * to_end).transpose(-1, -2).reshape(b, K, G, H // G * P, Q) @ B  # (b, K, G, H/G P, N)
+    added = added.view(b, K, G, H // G, P, N).to(a.dtype)
+    h = a.new_zeros(b, G, H // G, P, N) if state is None else state.view(b, G, H // G, P, N)
+    decay, before = a[..., -1].exp()[..., None, None], []
+    for k in range(K):
+        before.append(h)
+        h = decay[:, k] * h + added[:, k]
+
+    # Between chunks: what the state before the chunk gives to each of its tokens
+    carried = torch.stack(before, 1).to(x.dtype).flatten(3, 4)  # (b, K, G, H/G P, N)
+    off = (C @ carried.mT).view(b, K, G, Q, H // G, P).transpose(3, 4)  # (b, K, G, H/G, Q, P)
+    y = y + off * a.exp()[..., None].to(x.dtype)
+    return y.permute(0, 1, 4, 2, 3, 5).reshape(b, K * Q, H, P)[:, :T], h.view(b, H, P, N)
+
+
+def ssd_step(x, dt, A, B, C, state):
+    """One token by the recurrence: x (b, H, P), dt (b, H), B, C (b, G, N), state (b, H, P, N) -> (y (b, H, P), state)."""
+    heads = x.shape[1] // B.shape[1]
+    B, C = (t.repeat_interleave(heads, dim=1).to(state.dtype) for t in (B, C))  # (b, H, N)
+    state = (dt * A).exp()[..., None, None] * state + (dt[..., None] * x)[..., None] * B[:, :, None]
+    return (state @ C[..., None])[..., 0].to(x.dtype), state
+
+
+class CausalConv(nn.Module):
+    """Depthwise convolution over time: y_t = bias + sum_j w_j x_{t - d_conv + 1 + j}, per channel, as shifts and products.
+    past: the d_conv - 1 inputs before the first, (B, d_conv - 1, channels), None for 0."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(channels, 1, width)), nn.Parameter(torch.empty(channels))
+
+    def forward(self, x, past=None):
+        width, T, w = self.weight.shape[-1], x.shape[1], self.weight.to(x.dtype)
+        x = F.pad(x, (0, 0, width - 1, 0)) if past is None else torch.cat((past, x), dim=1)
+        return sum((x[:, j:j + T] * w[:, 0, j] for j in range(width)), self.bias.to(x.dtype)), x[:, T:]
+
+
+class Mamba2(nn.Module):
+    """z, x, B, C, dt = in_proj(u); x, B, C = silu(conv(x, B, C)); y = ssd(x, ...) + D x; out(norm(y silu(z)))."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        inner = c.expand * c.n_embd
+        self.heads, self.head_dim, self.groups, self.chunk = inner // c.ssm_head_dim, c.ssm_head_dim, c.n_groups, c.chunk_size
+        self.sizes = inner, c.n_groups * c.d_state, c.n_groups * c.d_state  # channels of x, B, C
+        self.in_proj = Fused(c.n_embd, z=inner, x=inner, B=self.sizes[1], C=self.sizes[2], dt=self.heads)
+        self.conv = CausalConv(sum(self.sizes), c.d_conv)
+        self.A_log, self.D, self.dt_bias = (nn.Parameter(torch.empty(self.heads)) for _ in range(3))
+        self.norm = RMSNorm(inner, c.norm_eps) if c.ssm_norm else None  # in n_groups parts
+        self.out = nn.Linear(inner, c.n_embd, bias=False)
+
+    def forward(self, u, cache=None):
+        b, T, _ = u.shape
+        z, x, B, C, dt = self.in_proj(u)
+        xBC, past = self.conv(torch.cat((x, B, C), dim=-1), None if cache is None else cache.conv)
+        x, B, C = F.silu(xBC).split(self.sizes, dim=-1)
+        x, B, C = x.view(b, T, self.heads, -1), B.view(b, T, self.groups, -1), C.view(b, T, self.groups, -1)
+        dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)  # (b, T, H), in float32 whatever the autocast
+        A = -self.A_log.exp()
+        if cache is not None and cache.state is not None and T == 1:
+            y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], cache.state)
+            y = y[:, None]
+        else:
+            y, state = ssd(x, dt, A, B, C, self.chunk, None if cache is None else cache.state)
+        if cache is not None:
+            cache.conv, cache.state = past, state
+        y = (y + x * self.D[:, None].to(x.dtype)).reshape(b, T, -1) * F.silu(z)
+        if self.norm is not None:  # the mean square is a group's own
+            parts = y.view(b, T, self.groups, -1)
+            y = F.rms_norm(parts, parts.shape[-1:], None, self.norm.eps).view(b, T, -1) * self.norm.weight.to(y.dtype)
+        return self.out(y)
+
+    def flops_per_token(self) -> int:
+        """Of the scan, forward, beside those of the projections; see ssd."""
+        Q, P, H, GN = self.chunk, self.head_dim, self.heads, self.sizes[1]
+        return 2 * Q * GN + 2 * Q * P * H + 4 * P * H * (GN // self.groups)
+
+
 class MLP(nn.Module):
     """Position-wise network. swiglu: down(silu(gate x) * up x); relu2: down(relu(up x)^2); gelu: down(gelu(up x))."""
 
@@ -187,17 +320,86 @@ class MLP(nn.Module):
         return self.down(F.relu(h[0]).square() if self.kind == "relu2" else F.gelu(h[0]))
 
 
-class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)): the mixer moves information between tokens, the MLP within one."""
+def expert_products(x, weight, counts, grouped: bool):
+    """Rows of x, sorted by expert, times their expert's matrix: x (rows, in), weight (E, out, in), counts (E,) rows of each.
+    grouped: one kernel for all experts, on CUDA; else a loop. Returns (rows, out)."""
+    if grouped:
+        return F.grouped_mm(x, weight.to(x.dtype).mT, offs=counts.cumsum(0).to(torch.int32))
+    parts = x.tensor_split(len(weight)) if x.is_meta else x.split(counts.tolist())
+    return torch.cat([part @ w.T for part, w in zip(parts, weight.to(x.dtype))])
+
+
+class MoE(nn.Module):
+    """Mixture of experts in place of the MLP: y = sum over the k experts e that the router likes best of w_e expert_e(x).
+
+    As Qwen3-MoE: p = softmax(router x) in float32, w the k largest p over their sum, no shared expert, no token dropped.
+    After a forward pass in training, `losses` holds the load-balancing loss and the router z-loss, `counts` the tokens
+    that each expert got. load: the share of tokens that each expert got in the last step, over all devices: train.py keeps
+    it. Balance is thus asked of the whole batch and not of each micro-batch, and no device waits for another."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.mixer_norm, self.mixer = RMSNorm(c.n_embd, c.norm_eps), Attention(c)
-        self.mlp_norm, self.mlp = RMSNorm(c.n_embd, c.norm_eps), MLP(c)
+        self.kind, self.k = c.mlp, c.experts_per_token
+        self.router = nn.Linear(c.n_embd, c.n_experts, bias=False)
+        rows = {"gate": c.expert_hidden, "up": c.expert_hidden} if c.mlp == "swiglu" else {"up": c.expert_hidden}
+        self.pieces = {"up": rows, "down": {"down": c.n_embd}}  # rows of the matrices of one expert
+        self.up = nn.Parameter(torch.empty(c.n_experts, sum(rows.values()), c.n_embd))
+        self.down = nn.Parameter(torch.empty(c.n_experts, c.n_embd, c.expert_hidden))
+        self.register_buffer("load", torch.full((c.n_experts,), 1 / c.n_experts))
+        self.losses, self.counts = None, None
+
+    def forward(self, x):
+        shape, x = x.shape, x.flatten(0, 1)  # (tokens, C)
+        logits = self.router(x).float()
+        p = logits.softmax(-1)
+        w, chosen = p.topk(self.k, dim=-1)  # (tokens, k)
+        w = w / w.sum(-1, keepdim=True)
+        self.counts = counts = torch.zeros_like(self.load, dtype=torch.int64).scatter_add_(
+            0, chosen.flatten(), torch.ones_like(chosen).flatten())
+        self.losses = load_balancing_loss(p, self.load), logits.logsumexp(-1).square().mean()
+        order = chosen.flatten().argsort(stable=True)  # (token, choice) pairs, those of one expert together
+        rows = x[order // self.k]
+        device = "cpu" if x.is_meta else x.device.type
+        if torch.is_autocast_enabled(device):
+            rows = rows.to(torch.get_autocast_dtype(device))
+        grouped = x.is_cuda and rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+        h = expert_products(rows, self.up, counts, grouped)
+        if self.kind == "swiglu":
+            gate, up = h.chunk(2, dim=-1)
+            h = F.silu(gate) * up
+        else:
+            h = F.relu(h).square() if self.kind == "relu2" else F.gelu(h)
+        y = expert_products(h, self.down, counts, grouped) * w.flatten()[order, None].to(h.dtype)
+        return torch.zeros_like(x, dtype=y.dtype).index_add(0, order // self.k, y).view(shape)
+
+
+def load_balancing_loss(p, load):
+    """E sum_e f_e P_e (Fedus et al. 2022, arXiv 2101.03961, eq. 4): p (tokens, E) router probabilities, P_e their mean; load:
+    f_e, each expert's share of the tokens, without gradient. 1 where both are uniform, more where both lean the same way."""
+    return len(load) * (load * p.mean(0)).sum()
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)): the mixer moves information between tokens, the MLP within one.
+    kind: A, attention; M, Mamba-2, which brings its own gate and has no MLP after it; H, the sum of both mixers."""
+
+    def __init__(self, c: ModelConfig, kind: str):
+        super().__init__()
+        self.mixer_norm = RMSNorm(c.n_embd, c.norm_eps)
+        self.mixer = Attention(c) if kind in "AH" else None
+        self.ssm = Mamba2(c) if kind in "MH" else None
+        self.mlp_norm = RMSNorm(c.n_embd, c.norm_eps) if kind in "AH" else None
+        self.mlp = (MoE(c) if c.n_experts else MLP(c)) if kind in "AH" else None
 
     def forward(self, x, cos, sin, cache=None):
-        x = x + self.mixer(self.mixer_norm(x), cos, sin, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        u = self.mixer_norm(x)
+        if self.mixer is not None:
+            x = x + self.mixer(u, cos, sin, cache)
+        if self.ssm is not None:
+            x = x + self.ssm(u, cache)
+        if cache is not None:
+            cache.length += u.shape[1]
+        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))
 
 
 class GPT(nn.Module):
@@ -210,11 +412,12 @@ class GPT(nn.Module):
         self.config = c
         V_pad = -(-c.vocab_size // 64) * 64
         self.embed = nn.Embedding(V_pad, c.n_embd)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(Block(c, kind) for kind in c.kinds())
         self.norm = RMSNorm(c.n_embd, c.norm_eps)
         self.head = nn.Linear(c.n_embd, V_pad, bias=False)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
+        self.has_attention = set(c.kinds()) != {"M"}  # else any length will do, in constant memory
         for name, table in zip(("cos", "sin"), rope_tables(c.block_size, c.n_embd // c.n_head, c.rope_base)):
             self.register_buffer(name, table, persistent=False)
         self.init_weights()
@@ -223,14 +426,25 @@ class GPT(nn.Module):
     def init_weights(self):
         """Gains 1; what writes into the residual stream 0, so that every block starts as the identity; matrices
         that read it N(0, 1/fan_in); the embedding N(0, 1), near the scale the norms give anyway; the head small,
-        so that the first loss is ln V: logits of standard deviation s add s^2 / 2 to it, and s is 0.1 here."""
+        so that the first loss is ln V: logits of standard deviation s add s^2 / 2 to it, and s is 0.1 here; the router
+        small too, so that all experts begin alike. Mamba-2 as its authors' code: D 1, A from -16 to -1, and dt log-uniform
+        in [1e-3, 1e-1], as which softplus(dt_bias) comes out; the convolution as torch's Conv1d, uniform."""
         for name, p in self.named_parameters():
-            if name.endswith("norm.weight"):
+            if name.endswith(("norm.weight", ".D")):
                 p.fill_(1.0)
-            elif name.endswith((".o.weight", ".down.weight")):
+            elif name.endswith((".o.weight", ".down.weight", ".out.weight", ".mlp.down")):
                 p.zero_()
-            elif name.endswith((".qkv.weight", ".up.weight")):
-                p.normal_(std=p.shape[1] ** -0.5)
+            elif name.endswith((".qkv.weight", ".up.weight", ".in_proj.weight", ".mlp.up")):
+                p.normal_(std=p.shape[-1] ** -0.5)
+            elif name.endswith(".router.weight"):
+                p.normal_(std=0.1 * p.shape[1] ** -0.5)
+            elif name.endswith((".conv.weight", ".conv.bias")):
+                p.uniform_(-(self.config.d_conv ** -0.5), self.config.d_conv ** -0.5)
+            elif name.endswith(".A_log"):
+                p.uniform_(1.0, 16.0).log_()
+            elif name.endswith(".dt_bias"):
+                dt = p.uniform_(math.log(1e-3), math.log(1e-1)).exp()
+                p.copy_(dt + (-(-dt).expm1()).log())  # the inverse of softplus: log(e^dt - 1)
             elif name == "embed.weight":
                 p.normal_(std=0.1 * p.shape[1] ** -0.5 if self.config.tie_embeddings else 1.0)
             elif name == "head.weight":
@@ -241,11 +455,11 @@ class GPT(nn.Module):
     def trunk(self, idx, hidden=(), caches=None, blocks=None):
         """The residual stream without the head.
 
-        idx: (B, T) token ids; hidden: numbers of the states to keep; caches: one KVCache a block, filled in place;
+        idx: (B, T) token ids; hidden: numbers of the states to keep; caches: one Cache a block, filled in place;
         blocks: run only so many of the blocks. Returns x (B, T, C) before the final norm, and the tuple of states."""
-        past = 0 if caches is None or caches[0].k is None else caches[0].k.shape[2]
+        past = 0 if caches is None else caches[0].length
         T = idx.shape[1]
-        if past + T > self.config.block_size:
+        if past + T > self.config.block_size and self.has_attention:
             raise ValueError(f"{past + T} tokens, but block_size is {self.config.block_size}")
         cos, sin = self.cos[past:past + T], self.sin[past:past + T]  # (T, 1, D)
         x = self.embed(idx)
@@ -267,18 +481,32 @@ class GPT(nn.Module):
             return self.head(x)[..., :V], states
         return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), V), states
 
-    def num_params(self) -> int:
-        """All parameters; a tied matrix counts once."""
-        return sum(p.numel() for p in self.parameters())
+    def moes(self) -> list[MoE]:
+        return [b.mlp for b in self.blocks if isinstance(b.mlp, MoE)]
+
+    def router_losses(self):
+        """(load-balancing loss, z-loss) of the last forward pass, each the mean over the blocks with experts, 0-d."""
+        return tuple(torch.stack(losses).mean() for losses in zip(*(m.losses for m in self.moes())))
+
+    def num_params(self, active=False) -> int:
+        """All parameters; a tied matrix counts once. active: those that a token meets, k of E experts."""
+        idle = sum((1 - m.k / len(m.load)) * (m.up.numel() + m.down.numel()) for m in self.moes())
+        return sum(p.numel() for p in self.parameters()) - (round(idle) if active else 0)
 
     def flops_per_token(self, backward=True, head=True, blocks=None, length=None) -> int:
         """Floating-point operations per token in sequences of `length` (block_size): 2 a weight in each matrix product,
-        4 T C a block in attention (the full square, as nanoGPT and PaLM count it), and twice as much again for the
-        backward pass. The embedding is a look-up and costs none. So 6 N + 12 L C T with N without the embedding."""
-        c = self.config
-        n = sum(p.numel() for b in self.blocks[:blocks] for p in b.parameters() if p.ndim == 2)
-        n += self.head.weight.numel() if head else 0
-        forward = 2 * n + 4 * len(self.blocks[:blocks]) * c.n_embd * (length or c.block_size)
+        4 T C a block with attention (the full square, as nanoGPT and PaLM count it), the scan of Mamba-2 (see ssd), and
+        twice as much again for the backward pass. Of experts, those that a token goes to. The embedding is a look-up and
+        costs none. So 6 N + 12 L C T for a GPT, with N without the embedding."""
+        c, forward = self.config, 2 * self.head.weight.numel() if head else 0
+        for b in self.blocks[:blocks]:
+            forward += 2 * sum(p.numel() for p in b.parameters() if p.ndim == 2)
+            if b.mixer is not None:
+                forward += 4 * c.n_embd * (length or c.block_size)
+            if b.ssm is not None:
+                forward += b.ssm.flops_per_token() + 2 * b.ssm.conv.weight.numel()
+            if isinstance(b.mlp, MoE):
+                forward += 2 * (b.mlp.up.numel() + b.mlp.down.numel()) * b.mlp.k // len(b.mlp.load)
         return 3 * forward if backward else forward
 
 
@@ -371,10 +599,10 @@ def pick(logits, temperature: float, top_k: int, top_p: float, generator):
 def generate(model, idx, n_tokens: int, temperature=1.0, top_k=0, top_p=1.0, seed=0, use_cache=True):
     """Append n_tokens sampled tokens to idx (B, T). Returns (B, T + n_tokens).
 
-    When the context is full it starts anew from its last half: one long prefill every block_size / 2 tokens. With
+    When the context is full, and attention needs one, it starts anew from its last half: one long prefill every block_size / 2 tokens. With
     and without the cache the same context is seen, so the same tokens come out; without, each costs a whole pass."""
     generator = torch.Generator(idx.device).manual_seed(seed)
-    block_size = model.config.block_size
+    block_size = model.config.block_size if model.has_attention else math.inf
     start, caches = max(0, idx.shape[1] - block_size), None  # the context is idx[:, start:]
     for _ in range(n_tokens):
         if idx.shape[1] - start > block_size:
@@ -382,7 +610,7 @@ def generate(model, idx, n_tokens: int, temperature=1.0, top_k=0, top_p=1.0, see
         if not use_cache:
             caches = None
         new = idx[:, start:] if caches is None else idx[:, -1:]
-        caches = caches or [KVCache() for _ in model.blocks]
+        caches = caches or [Cache() for _ in model.blocks]
         logits, _ = model.forward(new, caches=caches)  # .forward: lengths vary, so never the compiled call
         idx = torch.cat((idx, pick(logits[:, -1], temperature, top_k, top_p, generator)), dim=1)
     return idx

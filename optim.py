@@ -8,7 +8,8 @@ Learnable multipliers (Velikanov et al. 2026, arXiv 2601.04890) are here too. A 
 settles where the noise of its updates and the decay balance, at RMS ||W|| ~ sqrt(eta / lambda): its scale is set by
 two settings, not by the data. With W~ = diag(r) W diag(c) in its place, W still settles there, but r and c, whose
 gradients are averages over whole rows and columns and so carry little noise, give W~ the scale that the data wants.
-The model holds W~ alone and knows nothing of this; W, r and c live beside the optimizer: class Multipliers.
+(The embedding gets r and c too, though without weight decay no such equilibrium holds it.) The model holds W~ alone and
+knows nothing of this; W, r and c live beside the optimizer: class Multipliers.
 
 Names and symbols (the papers' own)
     W           a weight matrix (out, in) as the optimizer moves it
@@ -33,10 +34,10 @@ from torch import nn
 def place_parameters(model: nn.Module) -> dict[str, list[str]]:
     """Names of the parameters by the way they are treated, each exactly once.
 
-    matrix     2-D weights inside the blocks: Muon or AdamW, with weight decay
+    matrix     weights inside the blocks, stacks of experts too: Muon or AdamW, with weight decay
     embedding  token vectors: AdamW, no decay (a rare token's vector would decay for want of gradients)
     head       the output matrix: AdamW, with decay
-    vector     gains: AdamW, no decay
+    vector     gains, and of Mamba-2 the convolution, A, D and the bias of dt: AdamW, no decay
     Raises ValueError when a parameter has no place or two."""
     places = {"matrix": [], "embedding": [], "head": [], "vector": []}
     for name, p in model.named_parameters():
@@ -44,9 +45,9 @@ def place_parameters(model: nn.Module) -> dict[str, list[str]]:
             places["embedding"].append(name)
         elif name == "head.weight":
             places["head"].append(name)
-        elif p.ndim == 1:
+        elif p.ndim == 1 or name.endswith(".conv.weight"):
             places["vector"].append(name)
-        elif p.ndim == 2 and name.startswith("blocks."):
+        elif p.ndim in (2, 3) and name.startswith("blocks."):
             places["matrix"].append(name)
         else:
             raise ValueError(f"no optimizer group for the parameter {name} of shape {tuple(p.shape)}")
@@ -55,17 +56,25 @@ def place_parameters(model: nn.Module) -> dict[str, list[str]]:
     return places
 
 
-def logical_pieces(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Rows of each logical matrix in a weight, by the weight's name: {"blocks.0.mixer.qkv.weight": {"q": 64, "k": 32,
-    "v": 32}, "blocks.0.mixer.o.weight": {"o": 64}, ...}. The embedding is one piece of its own."""
-    pieces = {"embed.weight": {"embed": model.embed.weight.shape[0]}}
+def logical_pieces(model: nn.Module) -> dict[str, list[tuple[str, int]]]:
+    """(piece, rows) of each logical matrix in a weight, by the weight's name: {"blocks.0.mixer.qkv.weight": [("q", 64),
+    ("k", 32), ("v", 32)], "blocks.0.mixer.o.weight": [("o", 64)], ...}. In a stack of experts they follow each other."""
+    pieces = {"embed.weight": [("embed", model.embed.weight.shape[0])]}
     for name, m in model.named_modules():
         if isinstance(m, nn.Linear):
-            pieces[f"{name}.weight"] = getattr(m, "pieces", None) or {name.rpartition(".")[2]: m.out_features}
+            pieces[f"{name}.weight"] = [*getattr(m, "pieces", {name.rpartition(".")[2]: m.out_features}).items()]
+        elif hasattr(m, "router"):
+            pieces |= {f"{name}.{weight}": [*rows.items()] * len(m.load) for weight, rows in m.pieces.items()}
     return pieces
 
 
-MODULES = {"embedding": ("embed",), "attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down"), "head": ("head",)}
+def flat(p):
+    """A weight as (rows, in), a stack of experts one below the other: a view."""
+    return p.view(-1, p.shape[-1])
+
+
+MODULES = {"embedding": ("embed",), "attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down"),
+           "ssm": ("z", "x", "B", "C", "dt", "out"), "router": ("router",), "head": ("head",)}
 
 
 def module_of(piece: str) -> str:
@@ -88,12 +97,14 @@ def make_optimizers(model: nn.Module, multipliers=None, optimizer="muon", lr=1e-
     groups = {}
     for kind, names in places.items():
         for n in names:
-            module = module_of(next(iter(pieces[n]))) if n in pieces else ""
-            group = groups.setdefault((kind, module if {module} & {*module_lr, *module_decay} else ""), {
+            module = module_of(pieces[n][0][0]) if n in pieces else ""
+            own_group = module in module_lr or module in module_decay
+            factor = embedding_lr if kind == "embedding" and places["head"] else 1.0  # a tied matrix is the head too
+            group = groups.setdefault((kind, module if own_group else ""), {
                 "params": [], "pieces": [], "weight_decay": decay[kind] * module_decay.get(module, 1.0),
-                "lr_factor": module_lr.get(module, 1.0) * (embedding_lr if kind == "embedding" and places["head"] else 1.0)})
+                "lr_factor": factor * module_lr.get(module, 1.0)})
             group["params"].append(params[n])
-            group["pieces"].append(tuple(pieces[n].values()) if n in pieces else None)
+            group["pieces"].append(tuple(rows for _, rows in pieces.get(n, ())))
     made, adamw = [], dict(lr=lr, betas=betas, eps=1e-10)
     adamw["fused"] = all(p.device.type in ("cuda", "cpu") for p in params.values())
     if optimizer == "muon":
@@ -111,11 +122,11 @@ def make_optimizers(model: nn.Module, multipliers=None, optimizer="muon", lr=1e-
 # Muon
 
 # What a step makes of a singular value s: a s + b s^3 + c s^5. One triple a step; the last is repeated.
-COEFFICIENTS = {
+NS_COEFFICIENTS = {
     # Jordan et al. 2024: steep at 0, not convergent on purpose, lands in about [0.68, 1.13] from [0.01, 1]
     "quintic": [(3.4445, -4.7750, 2.0315)],
     # Amsel et al. 2025 (arXiv 2505.16932): each step the best odd quintic for the interval that the last one left,
-    # from [1e-3, 1]; lands in about [0.86, 1.14]. The five-step table with a safety factor of 1.02.
+    # made for [1e-3, 1]; lands in about [0.86, 1.14] from [0.01, 1]. The five-step table, with a safety factor of 1.02.
     "polar_express": [(8.156554524902461, -22.48329292557795, 15.878769915207462),
                       (4.042929935166739, -2.808917465908714, 0.5000178451051316),
                       (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -130,7 +141,7 @@ def newton_schulz(G, coefficients="quintic", steps: int = 5, dtype=torch.bfloat1
     G: (..., m, n). Each step maps every singular value s (of G over its Frobenius norm) to a s + b s^3 + c s^5, by
     products alone: with A = X X^T, X <- a X + (b A + c A A) X. 4 m^2 n + 2 m^3 FLOPs a step for m <= n.
     Returns the same shape in `dtype`. A zero matrix stays zero."""
-    table = COEFFICIENTS[coefficients]
+    table = NS_COEFFICIENTS[coefficients]
     X = G.to(dtype).view(-1, *G.shape[-2:])
     tall = G.shape[-2] > G.shape[-1]
     if tall:  # X X^T is then the smaller of the two Gram matrices
@@ -175,8 +186,8 @@ def momentum_at(step: int, momentum: float, warmup: int, start: float = 0.85) ->
 
 
 def share_work(costs: list[float], world: int) -> list[int]:
-    """The rank that does each job, so that the largest sum is small: dearest first, each to the least busy rank.
-    At most 4/3 of the best possible (Graham 1969)."""
+    """The rank that does each task, so that the busiest rank has little more than its share: longest processing time
+    first (LPT, Graham 1969), i.e. dearest first, each to the rank with the least so far."""
     load, owner = [0.0] * world, [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         owner[i] = min(range(world), key=load.__getitem__)
@@ -190,27 +201,28 @@ class Muon(torch.optim.Optimizer):
         m <- m + (1 - mu) (g - m);  u = g + mu (m - g)  (Nesterov);  O = newton_schulz(u)
         W <- (1 - eta lambda) W - eta kappa O
 
-    params: 2-D parameters, or groups of them with, under "pieces", the rows of each one's logical matrices (default:
-    one matrix each). All logical matrices of a group that have one shape go through Newton-Schulz as one stack, in dtype.
+    params: matrices and stacks of them (E, out, in), or groups of such with, under "pieces", the rows of each one's
+    logical matrices (default: one, or E, each). All logical matrices of a group that have one shape go through Newton-Schulz as one stack, in dtype.
 
-    With several ranks each owns a share of the logical matrices, of about equal FLOPs: it alone keeps their momentum
-    and moves them, and the ranks then exchange what they moved. The exchange runs on until finish(), so that other
-    optimizers can step meanwhile. What state_dict() gives and load_state_dict() takes is whole on every rank, and the
-    same for any number of ranks. State: one buffer the size of W, divided by the number of ranks."""
+    With several ranks each owns a share of the logical matrices, of about equal FLOPs: it alone keeps their momentum,
+    moves them and sends them to all others. The sending goes on until finish(), so that other optimizers can step
+    meanwhile. What state_dict() gives and load_state_dict() takes is whole on every rank, and the same for any number
+    of ranks. State: one buffer the size of W, divided by the number of ranks."""
 
     def __init__(self, params, pieces=None, lr=1e-2, weight_decay=0.1, momentum=0.95, nesterov=True,
                  coefficients="quintic", ns_steps=5, scale="match_rms_adamw", normuon=False, dtype=torch.bfloat16):
         params = list(params)
         groups = params if isinstance(params[0], dict) else [{"params": params, "pieces": pieces}]
         for group in groups:
-            if any(p.ndim != 2 for p in group["params"]):
-                raise ValueError("Muon takes matrices alone; give vectors and others to AdamW")
-            group["pieces"] = group.get("pieces") or [(p.shape[0],) for p in group["params"]]
+            if any(p.ndim not in (2, 3) for p in group["params"]):
+                raise ValueError("Muon takes matrices and stacks of them; give vectors and others to AdamW")
+            group["pieces"] = group.get("pieces") or [(p.shape[-2],) * (p.numel() // p.shape[-2] // p.shape[-1])
+                                                      for p in group["params"]]
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
                                       coefficients=coefficients, ns_steps=ns_steps, scale=scale, normuon=normuon))
-        self.dtype, self.exchanges = dtype, []
+        self.dtype, self.sending = dtype, []
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        shapes = [(rows, p.shape[1]) for g in self.param_groups for p, pieces in zip(g["params"], g["pieces"])
+        shapes = [(rows, p.shape[-1]) for g in self.param_groups for p, pieces in zip(g["params"], g["pieces"])
                   for rows in pieces]
         owners = iter(share_work([4 * m * n * min(m, n) + 2 * min(m, n) ** 3 for m, n in shapes], self.world))
         self.owners = {p: [next(owners) for _ in pieces] for g in self.param_groups
@@ -218,30 +230,35 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        self.finish()
         for group in self.param_groups:
-            moved = [[] for _ in range(self.world)]  # logical matrices by the rank that moves them
-            stacks = {}  # shape -> [(w, g, its state)] of what this rank moves
+            moved, stacks = [], {}  # (matrix, its owner); shape -> [(w, g, its state)] of what this rank owns
             for p, pieces in zip(group["params"], group["pieces"]):
                 if p.grad is None:
                     continue
-                for k, (w, g) in enumerate(zip(p.split(pieces), p.grad.split(pieces))):
-                    owner = self.owners[p][k]
-                    moved[owner].append(w)
-                    if owner == self.rank:
+                for k, (w, g) in enumerate(zip(flat(p).split(pieces), flat(p.grad).split(pieces))):
+                    moved.append((w, self.owners[p][k]))
+                    if self.owners[p][k] == self.rank:
                         stacks.setdefault(w.shape, []).append((w, g, self.piece_state(p, k, w, group["normuon"])))
             for shape, stack in stacks.items():
-                W, G, m = [w for w, _, _ in stack], [g for _, g, _ in stack], [s["momentum_buffer"] for _, _, s in stack]
+                W, G, state = zip(*stack)
+                m = [s["momentum_buffer"] for s in state]
                 torch._foreach_lerp_(m, G, 1 - group["momentum"])
                 u = torch._foreach_lerp(G, m, group["momentum"]) if group["nesterov"] else m
                 O = newton_schulz(torch.stack(u), group["coefficients"], group["ns_steps"], self.dtype).to(W[0].dtype)
                 if group["normuon"]:
-                    v = torch.stack([s["row_mean_square"] for _, _, s in stack])
-                    O = normalize_rows(O, v)
-                    torch._foreach_copy_([s["row_mean_square"] for _, _, s in stack], list(v))
+                    v = [s["row_mean_square"] for s in state]
+                    O = normalize_rows(O, stacked := torch.stack(v))
+                    torch._foreach_copy_(v, list(stacked))
                 torch._foreach_mul_(W, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(W, list(O), alpha=-group["lr"] * muon_scale(*shape, group["scale"]))
-            if self.world > 1 and any(moved):
-                self.exchanges.append(self.start_exchange(moved))
+            if self.world > 1:
+                self.sending += [dist.broadcast(w, owner, async_op=True) for w, owner in moved]
+
+    def finish(self):
+        """Wait until every matrix has come from its owner."""
+        while self.sending:
+            self.sending.pop(0).wait()
 
     def piece_state(self, p, k: int, w, normuon: bool) -> dict:
         """The state of logical matrix k of p, made of zeros at first use."""
@@ -252,44 +269,27 @@ class Muon(torch.optim.Optimizer):
             state["row_mean_square"] = torch.zeros_like(w[:, :1])
         return state
 
-    def start_exchange(self, moved):
-        """Send this rank's moved matrices to all others, in one piece: (handle, what arrives, its places)."""
-        size = max(sum(w.numel() for w in ws) for ws in moved)
-        mine = torch.zeros(size, dtype=sum(moved, [])[0].dtype, device=sum(moved, [])[0].device)
-        if moved[self.rank]:
-            flat = torch.cat([w.flatten() for w in moved[self.rank]])
-            mine[:len(flat)] = flat
-        arrived = mine.new_empty(self.world * size)
-        return dist.all_gather_into_tensor(arrived, mine, async_op=True), arrived.view(self.world, size), moved
-
-    @torch.no_grad()
-    def finish(self):
-        """Wait until every rank's share has arrived, and put it in place."""
-        while self.exchanges:
-            handle, arrived, moved = self.exchanges.pop(0)
-            handle.wait()
-            for rank, (row, ws) in enumerate(zip(arrived, moved)):
-                if rank != self.rank and ws:
-                    torch._foreach_copy_(ws, [part.view(w.shape) for part, w in zip(
-                        row[:sum(w.numel() for w in ws)].split([w.numel() for w in ws]), ws)])
-
     def state_dict(self):
         """Whole tensors for every parameter. With several ranks all have to call it."""
+        self.finish()
         packed, index = super().state_dict(), 0
         for group in self.param_groups:
+            keys = ["momentum_buffer", "row_mean_square"] if group["normuon"] else ["momentum_buffer"]
             for p, pieces in zip(group["params"], group["pieces"]):
                 if packed["state"].pop(index, None) or self.world > 1:
-                    packed["state"][index] = {key: torch.cat([self.whole_piece(p, k, w, key) for k, w in enumerate(
-                        p.detach().split(pieces))]) for key in ("momentum_buffer", "row_mean_square")[:1 + group["normuon"]]}
+                    views = list(enumerate(flat(p.detach()).split(pieces)))
+                    packed["state"][index] = {key: torch.cat([self.whole_piece(p, k, w, key) for k, w in views])
+                                              for key in keys}
                 index += 1
         return packed
 
     def whole_piece(self, p, k: int, w, key: str):
-        """Of logical matrix k of p, the state that its owner keeps."""
+        """Of logical matrix k of p, the state that its owner keeps; zeros where it has not moved yet."""
         zeros = torch.zeros_like(w if key == "momentum_buffer" else w[:, :1])
         part = self.state.get(p, {}).get(k, {}).get(key, zeros)
         if self.world > 1:
-            dist.broadcast(part := part.clone(), self.owners[p][k])
+            part = part.clone()
+            dist.broadcast(part, self.owners[p][k])
         return part
 
     def load_state_dict(self, packed):
@@ -309,22 +309,25 @@ class Muon(torch.optim.Optimizer):
 # ----------------------------------------------------------------------------------------------------------------------
 # Learnable multipliers
 
-# (row multiplier, column multiplier) of each logical matrix with the redundant ones taken out, as in the paper's
-# Appendix C: of two that scale the same numbers one is kept, on q and not k, o and not v, down and not up. It is not what
-# the paper ran: that was both on every matrix, with weight decay on the multipliers against drift along the symmetries.
+# (row multiplier, column multiplier) of each logical matrix without the redundant ones, as in the paper's Appendix C: of
+# two that scale the same numbers one is kept, on q and not k, o and not v, down and not up. (With qk_norm q's and k's gains
+# do it again.) It is not what the paper ran: that was both on every matrix, with weight decay on the multipliers against
+# drift along the symmetries.
 SYMMETRY_FREE = {"embed": (True, True), "q": (True, False), "k": (False, False), "v": (False, False), "o": (True, True),
-                 "gate": (True, False), "up": (False, False), "down": (True, True), "head": (False, False)}
+                 "gate": (True, False), "up": (False, False), "down": (True, True), "z": (True, False), "dt": (True, False),
+                 "x": (False, False), "B": (False, False), "C": (False, False), "out": (True, False)}
 
 
-def place_multipliers(piece: str, placement="all", tied=False, mlp="swiglu") -> tuple[bool, bool]:
+def place_multipliers(piece: str, placement="all", tied=False, mlp="swiglu", ssm_norm=True) -> tuple[bool, bool]:
     """(row multiplier?, column multiplier?) of a logical matrix.
 
     all: both. symmetry_free: SYMMETRY_FREE, where `up` gets rows if a GELU follows, whose input scale is its own (after
-    relu2 it is a factor on the output, which down's columns give). A tied embedding gets no rows: they would act on the
-    logits. The head has none by default, the final norm's gain being its columns; see `modules` of Multipliers."""
-    row, column = (True, True) if placement == "all" else SYMMETRY_FREE[piece]
-    if placement != "all" and piece == "up" and mlp == "gelu":
-        row = True
+    relu2 it is a factor on the output, which down's columns give), and `out` columns if no gated norm with a gain of its
+    own stands before it. A tied embedding gets no rows: they would act on the logits. Head and router, which Multipliers
+    leaves out unless asked, get both in `all`; the paper has none on the head, as the final norm's gain is its columns."""
+    row, column = (True, True) if placement == "all" else SYMMETRY_FREE.get(piece, (False, False))
+    if placement != "all":
+        row, column = row or piece == "up" and mlp == "gelu", column or piece == "out" and not ssm_norm
     return row and not (piece == "embed" and tied), column
 
 
@@ -354,28 +357,28 @@ def effective_weight(W, r=None, c=None, out=None):
 
 
 class Multipliers:
-    """W, r and c of every matrix that has multipliers, in float32. The model's own parameter is W~.
+    """W, r and c of every matrix that has multipliers, in its dtype (train.py: float32). The model's own parameter is W~.
 
-    Around the optimizers' step: pull() turns the gradients of W~ into those of W, r and c; push() writes W~ back.
+    Around the optimizers' step: split_gradients() turns the gradients of W~ into those of W, r and c; fold() writes W~ back.
 
     kind: `scalar` or `vector`; placement: see place_multipliers; modules: names out of MODULES. Each logical piece of a
     fused tensor has its own (the paper is silent on columns there). At the start W = W~ and r = c = 1, so the function
     that the model computes is not changed by giving it multipliers, nor by leaving them off again."""
 
-    def __init__(self, model, kind="vector", placement="all", modules=("embedding", "attention", "mlp")):
-        tied, mlp = model.config.tie_embeddings, model.config.mlp
+    def __init__(self, model, kind="vector", placement="all", modules=("embedding", "attention", "mlp", "ssm")):
+        c = model.config
         params = dict(model.named_parameters())
         self.p, self.W, self.pieces = {}, {}, {}  # by the parameter's name: W~, W, [(piece, rows, r, c)]
         for name, pieces in logical_pieces(model).items():
-            if name not in params or module_of(next(iter(pieces))) not in modules:
+            if name not in params or module_of(pieces[0][0]) not in modules:
                 continue
             made = []
-            for piece, rows in pieces.items():
-                row, column = place_multipliers(piece, placement, tied, mlp)
+            for piece, rows in pieces:
+                row, column = place_multipliers(piece, placement, c.tie_embeddings, c.mlp, c.ssm_norm)
                 if kind == "scalar":
                     sizes = (1 if row or column else 0, 0)
                 else:
-                    sizes = (rows if row else 0, params[name].shape[1] if column else 0)
+                    sizes = (rows if row else 0, params[name].shape[-1] if column else 0)
                 made.append((piece, rows, *(nn.Parameter(params[name].new_ones(n)) if n else None
                                             for n in sizes)))
             if any(r is not None or c is not None for _, _, r, c in made):
@@ -387,13 +390,13 @@ class Multipliers:
         return [v for made in self.pieces.values() for _, _, r, c in made for v in (r, c) if v is not None]
 
     @torch.no_grad()
-    def pull(self):
+    def split_gradients(self):
         """From the gradient of each W~ make those of its W, r and c; W~'s own is used up."""
         for name, p in self.p.items():
             if p.grad is None:
                 continue
             rows = [n for _, n, _, _ in self.pieces[name]]
-            for (_, _, r, c), G, W in zip(self.pieces[name], p.grad.split(rows), self.W[name].split(rows)):
+            for (_, _, r, c), G, W in zip(self.pieces[name], flat(p.grad).split(rows), flat(self.W[name]).split(rows)):
                 _, dr, dc = multiplier_gradients(G, W, r, c)
                 if r is not None:
                     r.grad = dr
@@ -402,18 +405,21 @@ class Multipliers:
             self.W[name].grad, p.grad = p.grad, None
 
     @torch.no_grad()
-    def push(self):
+    def fold(self):
         """W~ = diag(r) W diag(c), into the model."""
         for name, p in self.p.items():
             rows = [n for _, n, _, _ in self.pieces[name]]
-            for (_, _, r, c), out, W in zip(self.pieces[name], p.detach().split(rows), self.W[name].split(rows)):
+            for (_, _, r, c), out, W in zip(self.pieces[name], flat(p.detach()).split(rows), flat(self.W[name]).split(rows)):
                 effective_weight(W, r, c, out)
 
     def named(self) -> dict[str, torch.Tensor]:
-        """What there is to save, by name: every W, and r and c as NAME:PIECE.r and NAME:PIECE.c."""
+        """What there is to save, by name: every W, and r and c as NAME:PIECE.r, or NAME:PIECE.E.r of expert E."""
         named = dict(self.W)
         for name, made in self.pieces.items():
-            named |= {f"{name}:{piece}.{k}": v for piece, _, *rc in made for k, v in zip("rc", rc) if v is not None}
+            first = [piece for piece, *_ in made]
+            for i, (piece, _, *rc) in enumerate(made):
+                label = piece if first.count(piece) == 1 else f"{piece}.{first[:i].count(piece)}"
+                named |= {f"{name}:{label}.{k}": v for k, v in zip("rc", rc) if v is not None}
         return named
 
     def state_dict(self):
@@ -436,15 +442,16 @@ def weight_scales(model, multipliers=None) -> dict:
 
     weights: rms and rms_effective, the root mean square of W and of W~; spread, the standard deviation of log(RMS of a
     row of W~ over its matrix' mean of those), the paper's feature-scale diversity (section 3.1) in one number, without
-    rows of zeros. drift, with multipliers: log of RMS r of q, v, up over that of the partner k, o, down (rows of k,
-    columns of o and down), mean over blocks. Drift does not change the model: what one gains the other can lose."""
+    rows of zeros. drift, with multipliers: by symmetric pair, log of RMS r of q, v, up over that of the partner k, o, down
+    (rows of k, columns of o and down), mean over blocks: q times t and k over t are the same model, so nothing but weight
+    decay holds this. After relu2 up's counts twice, as t^2 comes out; after gelu, and under qk_norm, it is no symmetry."""
     params, weights, logs = dict(model.named_parameters()), {}, {}
     for name, pieces in logical_pieces(model).items():
         if name not in params:  # a tied head
             continue
-        rows = tuple(pieces.values())
+        rows = [n for _, n in pieces]
         W = multipliers.W.get(name, params[name]) if multipliers else params[name]
-        for piece, own, effective in zip(pieces, W.split(rows), params[name].split(rows)):
+        for (piece, _), own, effective in zip(pieces, flat(W).split(rows), flat(params[name]).split(rows)):
             norms = effective.square().mean(1).sqrt()
             weights.setdefault(piece, []).append((own.square().mean(), effective.square().mean(), (
                 norms[norms > 0] / norms[norms > 0].mean()).log()))
@@ -453,10 +460,12 @@ def weight_scales(model, multipliers=None) -> dict:
                 if v is not None:
                     logs.setdefault((piece, side), []).append(v.square().mean().sqrt().clamp(min=1e-30).log())
     drift = {}
-    for piece, partner, side in (("q", "k", "r"), ("v", "o", "c"), ("up", "down", "c")):
+    c = model.config
+    for piece, partner, side, power in (("q", "k", "r", 0 if c.qk_norm else 1), ("v", "o", "c", 1),
+                                        ("up", "down", "c", {"swiglu": 1, "relu2": 2, "gelu": 0}[c.mlp])):
         other = logs.get((partner, side)) or logs.get((partner, "r"))  # a scalar counts as r
-        if (piece, "r") in logs and other:
-            drift[f"{piece}/{partner}"] = (torch.stack(logs[piece, "r"]).mean() - torch.stack(other).mean()).item()
+        if (piece, "r") in logs and other and power:
+            drift[f"{piece}/{partner}"] = (power * torch.stack(logs[piece, "r"]).mean() - torch.stack(other).mean()).item()
     out = {}
     for piece, seen in weights.items():
         own, effective, spread = zip(*seen)
@@ -524,5 +533,6 @@ def set_lr(optimizers, lr: float):
 
 
 def set_momentum(muon: Muon, momentum: float):
+    """Every group's mu."""
     for group in muon.param_groups:
         group["momentum"] = momentum

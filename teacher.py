@@ -1,7 +1,5 @@
 """teacher.py: what a frozen, already trained model can teach. Loading teachers, and LET.
 
-    python teacher.py compare runs/plain-0 runs/plain-1 runs/let-0 runs/let-1      # NAME-SEED; the first is the reference
-
 Late-to-early training (LET, Zhao et al. 2026, arXiv 2602.05393): a small pretrained teacher T reads the same tokens as
 the larger student M. T's *late* state guides one of M's *early* blocks, and only *early* in training:
 
@@ -19,17 +17,12 @@ Names and symbols
     s                   optimizer steps taken so far, from 0
     L_proj              let_loss: `cosine`, or `logsum` (Miles & Mikolajczyk 2023, arXiv 2303.11098)
 """
-import argparse
-import json
-import statistics
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from model import BadInput, command, load_checkpoint, model_from_checkpoint, tokenizer_id
+from model import BadInput, load_checkpoint, model_from_checkpoint, tokenizer_id
 
 
 def load_teacher(path, tokenizer: dict, block_size: int, device="cpu"):
@@ -134,80 +127,3 @@ class LET(nn.Module):
         """The teacher's forward pass on sequences of this length, and the projection's forward and backward."""
         forward = self._teacher[0].flops_per_token(backward=False, head=False, blocks=self.teacher_layer, length=length)
         return forward + (6 * self.projection.weight.numel() if self.projection else 0)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Comparing runs
-
-
-def read_evaluations(run) -> list[dict]:
-    """The lines of a run's metrics.jsonl that hold an evaluation."""
-    path = Path(run) / "metrics.jsonl"
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, json.JSONDecodeError) as e:
-        raise BadInput(f"{path}: not the metrics of a run ({e})") from None
-    lines = [line for line in lines if "val_loss" in line]
-    if not lines:
-        raise BadInput(f"{path}: no evaluation in it")
-    return lines
-
-
-def first_reached(lines, loss: float) -> dict | None:
-    """Where the held-out loss first comes down to `loss`: step, flops and seconds, each on the straight line between the
-    evaluations around it. None when it never does."""
-    for before, after in zip(lines, lines[1:]):
-        if after["val_loss"] <= loss < before["val_loss"]:
-            part = (before["val_loss"] - loss) / (before["val_loss"] - after["val_loss"])
-            return {k: before[k] + part * (after[k] - before[k]) for k in ("step", "flops", "seconds")}
-    return None
-
-
-def spread(values, digits) -> str:
-    sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{sd}"
-
-
-def compare(runs) -> str:
-    """A table over groups of runs (folders NAME-SEED): final held-out loss, mean ± sd over seeds, and where each comes
-    down to the final loss of the first group's run of the same seed, in steps, FLOPs and seconds as a share of that
-    run's own. Paired by seed, as two runs of a seed share their initial weights and the order of their data."""
-    groups = {}
-    for run in runs:
-        name, dash, seed = Path(run).name.rpartition("-")
-        if not dash:
-            raise BadInput(f"{run}: the folder's name has to end in -SEED")
-        groups.setdefault(name, {})[seed] = read_evaluations(run)
-    reference = groups[next(iter(groups))]
-    rows = ["| run | seeds | held-out nats | minus the first | bits per byte | steps to it | FLOPs to it | seconds to it |",
-            "|---|---|---|---|---|---|---|---|"]
-    for name, group in groups.items():
-        if missing := group.keys() - reference.keys():
-            raise BadInput(f"{name}-{min(missing)}: the first group has no run of this seed")
-        final = {seed: lines[-1] for seed, lines in group.items()}
-        shares = {k: [] for k in ("step", "flops", "seconds")}
-        for seed, lines in group.items():
-            target = reference[seed][-1]
-            if found := first_reached(lines, target["val_loss"]):
-                for k, share in shares.items():
-                    share.append(100 * found[k] / target[k])
-        reached = len(shares["step"])
-        note = "" if reached == len(group) else f" ({reached} of {len(group)} seeds)"
-        rows.append(" | ".join((
-            f"| {name}", str(len(group)), spread([f["val_loss"] for f in final.values()], 4),
-            spread([f["val_loss"] - reference[seed][-1]["val_loss"] for seed, f in final.items()], 4),
-            spread([f["bits_per_byte"] for f in final.values()], 4),
-            *((spread(share, 1) + " %" + note) if share else "never" for share in shares.values()))) + " |")
-    return "\n".join(rows)
-
-
-def main(argv):
-    parser = argparse.ArgumentParser(prog="teacher.py", description="Compare runs with and without a teacher.")
-    parser.add_argument("command", choices=["compare"])
-    parser.add_argument("runs", nargs="+", help="folders of runs, named NAME-SEED; the first NAME is the reference")
-    a = parser.parse_args(argv)
-    print(compare(a.runs))
-
-
-if __name__ == "__main__":
-    command(main)

@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 from model import (END_OF_TEXT, GPT, IGNORE, BadInput, Failed, ModelConfig, command, device_exists, generate,
                    load_checkpoint, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
-from optim import (COEFFICIENTS, DECAY_SHAPES, MODULES, SCHEDULES, Multipliers, clip_gradients,
+from optim import (NS_COEFFICIENTS, DECAY_SHAPES, MODULES, SCHEDULES, Multipliers, clip_gradients,
                    clipped_parameters, make_optimizers, momentum_at, set_lr, set_momentum, weight_scales)
 from teacher import LET, LET_LOSSES, let_weight, load_teacher
 
@@ -78,6 +78,9 @@ class Config:
     micro_batch: int = flag(8, "sequences in one forward pass on one device")
     eval_tokens: int = flag(32_768, "held-out tokens that an evaluation reads, the same ones every time")
     # model
+    mixer: str = flag("attention", "what moves information between tokens: attention, mamba2 (alone, without MLPs), or both "
+                      "side by side", ("attention", "mamba2", "hybrid"))
+    layer_pattern: str = flag("", "a letter a block in place of --mixer: A attention, M mamba2, H hybrid, such as MMAMM")
     n_layer: int = flag(4, "blocks")
     n_embd: int = flag(192, "width of the residual stream")
     n_head: int = flag(2, "query heads")
@@ -85,6 +88,17 @@ class Config:
     mlp: str = flag("relu2", "kind of MLP", ("swiglu", "relu2", "gelu"))
     qk_norm: bool = flag(False, "normalise queries and keys")
     tie_embeddings: bool = flag(False, "one matrix for the embedding and the head")
+    d_state: int = flag(64, "Mamba-2: N, numbers of state per channel")
+    ssm_head_dim: int = flag(64, "Mamba-2: P, channels of a head")
+    expand: int = flag(2, "Mamba-2: its inner width over n_embd")
+    n_groups: int = flag(1, "Mamba-2: groups of heads that share B and C")
+    chunk_size: int = flag(64, "Mamba-2: tokens in a chunk of the scan; changes speed, not values")
+    ssm_norm: bool = flag(True, "Mamba-2: gated RMSNorm before its output projection")
+    n_experts: int = flag(0, "experts in place of each MLP; 0: a dense MLP")
+    experts_per_token: int = flag(2, "experts that each token goes to")
+    expert_hidden: int = flag(0, "width inside an expert; 0: as many active weights as the dense MLP")
+    balance_weight: float = flag(0.01, "experts: weight of the load-balancing loss")
+    router_z_weight: float = flag(1e-3, "experts: weight of the router z-loss")
     # optimizer
     optimizer: str = flag("muon", "for the matrices; the rest always gets AdamW", ("muon", "adamw"))
     lr: float = flag(6e-3, "peak learning rate")
@@ -104,11 +118,11 @@ class Config:
     muon_scale: str = flag("match_rms_adamw", "Muon: factor on the update of an (out, in) matrix: match_rms_adamw is "
                            "0.2 sqrt(max(out, in)), original sqrt(max(1, out/in)), spectral sqrt(out/in)",
                            ("match_rms_adamw", "original", "spectral"))
-    muon_coefficients: str = flag("quintic", "Muon: of Newton-Schulz", tuple(COEFFICIENTS))
+    muon_coefficients: str = flag("quintic", "Muon: polynomials of Newton-Schulz", tuple(NS_COEFFICIENTS))
     momentum_warmup: int = flag(0, "Muon: steps over which the momentum rises from 0.85")
     normuon: bool = flag(False, "Muon: give all rows of an update the same long-run RMS (NorMuon)")
     module_lr: str = flag("", "factors on the learning rate by module, such as head=0.5,mlp=2; of embedding, attention, mlp, "
-                          "head")
+                          "ssm, router, head")
     module_decay: str = flag("", "factors on the weight decay by module, likewise")
     frozen_gains: str = flag("none", "gains of RMSNorm that stay 1: none, blocks (all but the last), final (the last), all",
                              ("none", "blocks", "final", "all"))
@@ -117,7 +131,7 @@ class Config:
                             ("none", "scalar", "vector"))
     multiplier_placement: str = flag("all", "all: on rows and columns of every matrix, as the paper ran it; symmetry_free: "
                                      "without the redundant ones", ("all", "symmetry_free"))
-    multiplier_modules: str = flag("embedding,attention,mlp", "modules that get multipliers; head is possible")
+    multiplier_modules: str = flag("embedding,attention,mlp,ssm", "modules that get multipliers; head and router are possible")
     multiplier_lr: float = flag(1e-2, "peak learning rate of the multipliers; it follows the schedule")
     multiplier_weight_decay: float = flag(2e-3, "weight decay of the multipliers, towards 0")
     clip_multipliers: bool = flag(False, "count the multipliers' gradients in the norm that --clip limits, which costs their "
@@ -215,14 +229,16 @@ def module_factors(text: str) -> dict[str, float]:
     factors = {}
     for part in text.split(",") if text else ():
         name, _, value = part.partition("=")
+        if name not in MODULES:
+            raise ValueError(f"{name}: no such module; one of {', '.join(MODULES)}")
+        if name in factors:
+            raise ValueError(f"{name}: given twice")
         try:
             factors[name] = float(value)
         except ValueError:
             raise ValueError(f"{part}: MODULE=NUMBER is needed") from None
-        if name not in MODULES:
-            raise ValueError(f"{name}: no such module; one of {', '.join(MODULES)}")
-        if not 0 < factors[name] < math.inf:
-            raise ValueError(f"{part}: a positive number is needed")
+        if not 0 <= factors[name] < math.inf:
+            raise ValueError(f"{part}: a number from 0 on is needed")
     return factors
 
 
@@ -248,7 +264,9 @@ def check(c: Config, world: int = 1):
     for name in ("block_size", "batch_tokens", "micro_batch", "eval_tokens", "n_layer", "n_embd", "n_head", "steps",
                  "eval_every", "log_every", "save_every"):
         need(getattr(c, name) >= 1, name, why="at least 1 is needed")
-    for name in ("n_kv_head", "warmup_steps", "weight_decay", "clip", "let_weight", "seed", "sample_tokens",
+    for name in ("d_state", "ssm_head_dim", "expand", "n_groups", "chunk_size", "experts_per_token"):
+        need(getattr(c, name) >= 1, name, why="at least 1 is needed")
+    for name in ("n_experts", "expert_hidden", "balance_weight", "router_z_weight", "n_kv_head", "warmup_steps", "weight_decay", "clip", "let_weight", "seed", "sample_tokens",
                  "momentum_warmup", "multiplier_weight_decay"):
         need(getattr(c, name) >= 0, name, why="must not be negative")
     need(c.seed < 2**62, "seed", why="must be below 2^62")
@@ -259,7 +277,10 @@ def check(c: Config, world: int = 1):
     need(c.multiplier_lr > 0, "multiplier_lr", why="must be positive")
     for name in ("module_lr", "module_decay"):
         try:
-            module_factors(getattr(c, name))
+            factors = module_factors(getattr(c, name))
+            need("head" not in factors or not c.tie_embeddings, name, "tie_embeddings", why="a tied head is the embedding")
+            need("embedding" not in factors or name == "module_lr", name, why="the embedding has no weight decay")
+            need(name != "module_lr" or all(factors.values()), name, why="learning rates must be positive")
         except ValueError as e:
             need(False, name, why=str(e))
     modules = c.multiplier_modules.split(",")
@@ -271,6 +292,25 @@ def check(c: Config, world: int = 1):
         need(c.n_embd % (2 * c.n_head) == 0, "n_embd", "n_head", why="each head needs the same even number of channels")
         need(c.n_head % (c.n_kv_head or c.n_head) == 0, "n_head", "n_kv_head", why="the first must be a multiple of "
              "the second")
+    kinds = c.layer_pattern or {"mamba2": "M", "hybrid": "H"}.get(c.mixer, "A") * c.n_layer
+    need({*kinds} <= {*"AMH"}, "layer_pattern", why="letters A (attention), M (mamba2) and H (hybrid) are needed")
+    need(len(kinds) == c.n_layer, "layer_pattern", "n_layer", why=f"{len(kinds)} letters for {c.n_layer} blocks")
+    need(not c.layer_pattern or c.mixer == "attention", "layer_pattern", "mixer", why="each says what the blocks are; give one")
+    if {*kinds} & {*"MH"}:
+        if min(c.expand, c.ssm_head_dim, c.n_groups) >= 1:
+            heads, rest = divmod(c.expand * c.n_embd, c.ssm_head_dim)
+            need(rest == 0, "n_embd", "expand", "ssm_head_dim", why="n_embd * expand must be a multiple of the last")
+            need(rest or heads % c.n_groups == 0, "n_groups", why=f"does not divide the {heads} heads of Mamba-2")
+    else:
+        for name in ("d_state", "ssm_head_dim", "expand", "n_groups", "chunk_size", "ssm_norm"):
+            need(getattr(c, name) == FLAGS[name].default, name, why="is a setting of Mamba-2, and no block has it")
+    if c.n_experts:
+        need(c.experts_per_token <= c.n_experts, "experts_per_token", "n_experts", why="more than there are")
+        need({*kinds} & {*"AH"}, "n_experts", "mixer", "layer_pattern", why="experts stand in place of MLPs, and Mamba-2 "
+             "blocks have none")
+    else:
+        for name in ("experts_per_token", "expert_hidden", "balance_weight", "router_z_weight"):
+            need(getattr(c, name) == FLAGS[name].default, name, why="has no effect without --n_experts")
     if min(c.block_size, c.batch_tokens, c.micro_batch) >= 1:
         sequences, rest = divmod(c.batch_tokens, c.block_size)
         need(rest == 0, "batch_tokens", "block_size", why="the first must be a multiple of the second")
@@ -295,13 +335,18 @@ def check(c: Config, world: int = 1):
     if c.multipliers == "none":
         for name in (n for n in FLAGS if n.startswith("multiplier_") or n == "clip_multipliers"):
             need(getattr(c, name) == FLAGS[name].default, name, why="has no effect without --multipliers")
+    else:
+        need(c.clip > 0 or not c.clip_multipliers, "clip", "clip_multipliers", why="nothing is clipped")
+        need(c.multiplier_placement == "all" or {*modules} - {"head", "router"}, "multiplier_placement", "multiplier_modules",
+             why="leaves no multiplier")
     if c.schedule != "wsd":
-        for name in ("decay_shape", "decay_now"):
+        for name in ("decay_fraction", "decay_shape", "decay_now"):
             need(getattr(c, name) == FLAGS[name].default, name, "schedule", why="is a setting of wsd")
     need(c.resume or not c.decay_now, "decay_now", why="needs --resume, a checkpoint to branch off from")
     if c.optimizer == "adamw":
         for name in ("momentum", "muon_scale", "muon_coefficients", "momentum_warmup", "normuon"):
             need(getattr(c, name) == FLAGS[name].default, name, "optimizer", why="is a setting of Muon")
+    need(c.momentum > 0.85 or not c.momentum_warmup, "momentum", "momentum_warmup", why="the warm-up begins at 0.85")
     need(c.device == "auto" or device_exists(c.device), "device", why="no such device here")
     if c.out_dir:
         parent = next(p for p in [Path(c.out_dir), *Path(c.out_dir).resolve().parents] if p.exists())
@@ -862,7 +907,10 @@ def save_checkpoint(path: Path, state: dict):
 def model_config(c: Config, vocab_size: int) -> ModelConfig:
     return ModelConfig(vocab_size=vocab_size, block_size=c.block_size, n_layer=c.n_layer, n_embd=c.n_embd,
                        n_head=c.n_head, n_kv_head=c.n_kv_head or c.n_head, mlp=c.mlp, qk_norm=c.qk_norm,
-                       tie_embeddings=c.tie_embeddings)
+                       tie_embeddings=c.tie_embeddings, mixer=c.mixer, layer_pattern=c.layer_pattern, d_state=c.d_state,
+                       ssm_head_dim=c.ssm_head_dim, expand=c.expand, n_groups=c.n_groups, chunk_size=c.chunk_size,
+                       ssm_norm=c.ssm_norm, n_experts=c.n_experts, experts_per_token=c.experts_per_token,
+                       expert_hidden=c.expert_hidden)
 
 
 @torch.no_grad()
@@ -911,16 +959,17 @@ def activation_bytes(c: Config, vocab_size: int, bf16: bool) -> int:
 
 def print_plan(c: Config, model: GPT, devices: Devices, data: Data, let, stop: int):
     n, tokens = model.num_params(), c.steps * c.batch_tokens
-    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
     state = 4 * (4 * n - (matrices if c.optimizer == "muon" else 0))  # Muon keeps one buffer where AdamW keeps two
     if c.multipliers != "none":
         state += 4 * (matrices + model.embed.weight.numel())  # W beside W~
     activations = activation_bytes(c, model.config.vocab_size, devices.bf16)
     flops = model.flops_per_token() * tokens
+    active = f", {model.num_params(active=True):,} active" if model.moes() else ""
     if let:
         flops += let.flops_per_token(c.block_size) * c.batch_tokens * min(stop, c.steps)
     print(f"""plan
-  parameters      {n:,} ({n - model.embed.weight.numel():,} without the embedding)
+  parameters      {n:,} ({n - model.embed.weight.numel():,} without the embedding{active})
   data            {len(data.train) * c.block_size:,} training tokens, {len(data.val) * c.block_size:,} held out
   steps           {c.steps:,} of {c.batch_tokens:,} tokens: {tokens:,} tokens, {tokens / len(data.train) / c.block_size:.2f} epochs
   FLOPs           {model.flops_per_token():,} per token, {flops:.3g} in all (the teacher's included)
@@ -1078,14 +1127,11 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
         tokens, flops, seconds, best = (resumed[k] for k in ("tokens", "flops", "seconds", "best_val_loss"))
         states = resumed["optimizers"]
         if multipliers and not multipliers.load_state_dict(resumed.get("multipliers")):
-            states = states[:len(optimizers) - 1]  # multipliers that begin here, at 1
+            states = states[:len(optimizers) - 1]
+            say("multipliers begin here, at 1: the checkpoint has none of this kind and placement")
         for optimizer, state in zip(optimizers, states):
             settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            try:
-                optimizer.load_state_dict(state)
-            except ValueError:
-                raise BadInput(f"--resume={c.resume}: --module_lr and --module_decay must name the modules that the run "
-                               "began with") from None
+            optimizer.load_state_dict(state)
             for group, now in zip(optimizer.param_groups, settings):  # the flags of now, not of then
                 group.update(now)
         if let_optimizer and resumed["let"]:
@@ -1098,15 +1144,16 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
         if let:
             let.compile_teacher()
     if dist.is_initialized():
-        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     # The run's folder. Nothing has been written until here.
     out_dir = on_rank_0(lambda: claim_run_folder(c))
     c = replace(c, out_dir=str(out_dir))
     checkpoint = out_dir / "ckpt.pt"
     history, write_line = open_metrics(out_dir, c, devices, step) if master else ([], lambda line: None)
-    token_bytes, peak = token_lengths(enc), devices.peak_flops()
-    say(f"{out_dir}: {model.num_params():,} parameters, {model.flops_per_token():,} FLOPs per token, "
+    token_bytes, peak, moes = token_lengths(enc), devices.peak_flops(), model.moes()
+    active = f" ({model.num_params(active=True):,} active)" if moes else ""
+    say(f"{out_dir}: {model.num_params():,} parameters{active}, {model.flops_per_token():,} FLOPs per token, "
         f"{'bf16' if devices.bf16 else 'fp32'} on {devices.world} x {devices.name()}; "
         f"{len(data.train) * c.block_size:,} training tokens")
 
@@ -1160,7 +1207,8 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             set_lr(optimizers, lr)
             if c.optimizer == "muon":
                 set_momentum(optimizers[0], momentum_at(step, c.momentum, c.momentum_warmup))
-            sums = torch.zeros(3, device=devices.device)  # of nll, let, cosine over the micro-batches
+            sums = torch.zeros(5, device=devices.device)  # of nll, let, cosine, balance, router_z over the micro-batches
+            routed = 0  # tokens that each expert of each block got
             for micro in range(accumulation):
                 idx, targets = batch
                 if dist.is_initialized():  # gradients travel between the ranks once a step
@@ -1168,19 +1216,23 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                 with devices.autocast():
                     nll, states = net(idx, targets, hidden=hidden)
                     loss = nll
-                    align = cosine = torch.zeros_like(nll)
+                    align = cosine = balance = router_z = torch.zeros_like(nll)
                     if let:
                         align, cosine = let(states[0], let.teach(idx))
-                        loss = nll + weight * align
+                        loss = loss + weight * align
+                    if moes:
+                        balance, router_z = model.router_losses()
+                        loss = loss + c.balance_weight * balance + c.router_z_weight * router_z
+                        routed = routed + torch.stack([m.counts for m in moes])
                 (loss / accumulation).backward()
                 batch = next(stream)
-                sums += torch.stack((nll.detach(), align.detach(), cosine.detach())) / accumulation
+                sums += torch.stack([v.detach() for v in (nll, align, cosine, balance, router_z)]) / accumulation
             if multipliers:  # the gradient of each effective matrix becomes those of W, r and c
-                multipliers.pull()
+                multipliers.split_gradients()
             norm = clip_gradients(clipped, c.clip)
-            nll, align, cosine, norm, asked = all_mean(torch.cat((sums, norm.view(1), torch.tensor(
+            nll, align, cosine, balance, router_z, norm, asked = all_mean(torch.cat((sums, norm.view(1), torch.tensor(
                 [float(bool(stop_signals.seen))], device=devices.device))))
-            if not (math.isfinite(nll + weight * align) and math.isfinite(norm)):
+            if not (math.isfinite(nll + weight * align + balance + router_z) and math.isfinite(norm)):
                 raise NonFinite(f"step {step}: loss {nll + weight * align}, gradient norm {norm}; stopped before the weights "
                                 "were touched. " + (f"{checkpoint} holds step {saved}" if saved > 0 else "No checkpoint "
                                                     "has been written") + ". A lower --lr may help")
@@ -1189,13 +1241,18 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             if c.optimizer == "muon":  # the ranks' shares travelled while AdamW stepped
                 optimizers[0].finish()
             if multipliers:
-                multipliers.push()
+                multipliers.fold()
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             if let_optimizer:
                 let.average_gradients()
                 let_optimizer.step()
                 let_optimizer.zero_grad(set_to_none=True)
+            if moes:
+                if dist.is_initialized():
+                    dist.all_reduce(routed)
+                for m, counts in zip(moes, routed):
+                    m.load.copy_(counts / counts.sum())
             stopping = asked > 0
             step += 1
             tokens += c.batch_tokens
@@ -1211,7 +1268,9 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                 logged = seconds, tokens
                 log(train_loss=nll, grad_norm=norm, lr=lr, tokens_per_second=round(speed),
                     mfu=speed * model.flops_per_token() / peak if peak else None,
-                    **({"let_weight": weight, "let_loss": align, "let_cosine": cosine} if let else {}))
+                    **({"let_weight": weight, "let_loss": align, "let_cosine": cosine} if let else {}),
+                    **({"balance_loss": balance, "router_z": router_z, "experts_unused": int((routed == 0).sum()),
+                        "expert_load": [m.load.tolist() for m in moes]} if moes else {}))
 
     # What came out
     result = {"out_dir": str(out_dir), "checkpoint": str(checkpoint), "step": step, "tokens": tokens, "flops": flops,
@@ -1243,6 +1302,10 @@ def refuse_changes(c: Config, resumed: dict, tokenizer: dict):
         changed.append("another tokenizer")
     if c.optimizer != resumed["config"]["optimizer"]:
         changed.append(f"optimizer: {resumed['config']['optimizer']} there, {c.optimizer} here")
+    then, now = ({*module_factors(lr), *module_factors(decay)} for lr, decay in (
+        (resumed["config"].get("module_lr", ""), resumed["config"].get("module_decay", "")), (c.module_lr, c.module_decay)))
+    if then != now:  # the optimizer's groups would not fit
+        changed.append(f"modules named by --module_lr and --module_decay: {sorted(then)} there, {sorted(now)} here")
     if changed:
         raise BadInput(f"--resume={c.resume}: the model has changed ({'; '.join(changed)})")
 
@@ -1256,7 +1319,7 @@ def branch_decay(c: Config, resumed: dict) -> tuple[Config, int]:
                        f"phase, steps {then.warmup_steps} to {stable:.0f}")
     if c.steps <= step:
         raise BadInput(f"--decay_now --steps={c.steps}: the decay would begin at step {step}")
-    let_stop = round(then.let_stop * then.steps) if then.let_stop < 1 else int(then.let_stop)
+    let_stop = max(1, round(c.let_stop * then.steps)) if c.let_stop < 1 else int(c.let_stop)
     return replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps,
                    let_stop=c.let_stop if c.teacher == "none" else let_stop), let_stop
 

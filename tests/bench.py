@@ -72,12 +72,12 @@ def training_step(config: ModelConfig, rows: int, devices: t.Devices, optimizer=
                     loss = loss + let(states[0], let.teach(idx))[0]
             loss.backward()
         if multipliers:
-            multipliers.pull()
+            multipliers.split_gradients()
         t.clip_gradients(clipped, 1.0)
         for o in optimizers:
             o.step()
         if multipliers:
-            multipliers.push()
+            multipliers.fold()
         for o in optimizers:
             o.zero_grad(set_to_none=True)
         return loss.item()

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train as train_module
-from model import (GPT, MLP, BadInput, KVCache, ModelConfig, RMSNorm, generate, linear_cross_entropy, load_checkpoint,
+from model import (GPT, MLP, BadInput, Cache, ModelConfig, RMSNorm, generate, linear_cross_entropy, load_checkpoint,
                    model_from_checkpoint, pick, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
 
 torch.set_num_threads(1)
@@ -362,7 +362,7 @@ def test_a_context_of_one_token_is_enough_to_generate():
 @torch.no_grad()
 def test_logits_of_cached_chunks_equal_the_whole_forward_pass(chunks):
     model, idx = tiny_model(), random_tokens(2, 20)
-    caches = [KVCache() for _ in model.blocks]
+    caches = [Cache() for _ in model.blocks]
     logits = torch.cat([model(part, caches=caches)[0] for part in idx.split(chunks, dim=1)], dim=1)
     torch.testing.assert_close(logits, model(idx)[0], atol=1e-5, rtol=1e-5)
 

@@ -1,5 +1,4 @@
 """teacher.py: the losses and the resizing against their formulas, LET against hooks, what load_teacher refuses."""
-import json
 import math
 
 import numpy as np
@@ -10,7 +9,7 @@ from conftest import tiny_model
 
 import train as train_module
 from model import BadInput, load_checkpoint, tokenizer_to_dict
-from teacher import LET, compare, cosine_loss, interpolate, let_weight, load_teacher, logsum_loss
+from teacher import LET, cosine_loss, interpolate, let_weight, load_teacher, logsum_loss
 
 torch.set_num_threads(1)
 
@@ -260,46 +259,3 @@ def test_a_teacher_that_is_no_checkpoint_is_refused(tmp_path, checkpoint):
     for name in ("none.pt", "text.pt"):
         with pytest.raises(BadInput, match=name):
             load_teacher(tmp_path / name, load_checkpoint(checkpoint)["tokenizer"], 32)
-
-
-# Comparing runs
-
-
-def write_run(folder, losses, seconds_per_step=2.0):
-    folder.mkdir(parents=True)
-    lines = [{"step": 10 * i, "flops": 1000 * i, "seconds": 10 * i * seconds_per_step, "val_loss": loss,
-              "bits_per_byte": loss / 2} for i, loss in enumerate(losses)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1}\n')
-    return str(folder)
-
-
-def test_compare_finds_where_a_run_reaches_the_reference(tmp_path):
-    """By hand: the plain runs end at 3.0 and 4.0 after 30 steps. LET passes 3.0 half-way from step 10 (3.5) to 20 (2.5), so at
-    step 15 of 30, 50 %; the other seed reaches 4.0 exactly at step 20, 66.7 %. Seconds run 1.5 times as fast there."""
-    runs = [write_run(tmp_path / "plain-0", [8, 5, 4, 3.0]), write_run(tmp_path / "plain-1", [8, 6, 5, 4.0]),
-            write_run(tmp_path / "let-0", [8, 3.5, 2.5, 2.0], 3.0), write_run(tmp_path / "let-1", [8, 5, 4.0, 3.5], 3.0),
-            write_run(tmp_path / "worse-1", [8, 7, 6, 5.0])]
-    header, rule, plain, let, worse = compare(runs).splitlines()
-    cells = [cell.strip() for cell in let.strip("| ").split("|")]
-    assert cells == ["let", "2", "2.7500 ± 1.0607", "-0.7500 ± 0.3536", "1.3750 ± 0.5303", "58.3 ± 11.8 %", "58.3 ± 11.8 %",
-                     "87.5 ± 17.7 %"]
-    assert plain.split("|")[6:9] == [" 100.0 ± 0.0 % "] * 3
-    assert worse.count("never") == 3
-    assert header.count("|") == rule.count("|") == let.count("|")
-
-
-@pytest.mark.parametrize("broken,why", [("name", "has to end in -SEED"), ("empty", "no evaluation"), ("text", "not the metrics"),
-                                        ("none", "not the metrics"), ("seed", "no run of this seed")])
-def test_compare_refuses_what_is_no_run(tmp_path, broken, why):
-    runs = [write_run(tmp_path / "plain-0", [8, 5])]
-    if broken == "name":
-        runs.append(write_run(tmp_path / "let", [8, 5]))
-    elif broken == "seed":
-        runs.append(write_run(tmp_path / "let-1", [8, 5]))
-    else:
-        runs.append(str(tmp_path / "let-0"))
-        if broken != "none":
-            (tmp_path / "let-0").mkdir()
-            (tmp_path / "let-0" / "metrics.jsonl").write_text('{"step": 1}\n' if broken == "empty" else "{")
-    with pytest.raises(BadInput, match=why):
-        compare(runs)
