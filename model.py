@@ -325,6 +325,11 @@ def expert_products(x, weight, counts, grouped: bool):
     grouped: one kernel for all experts, on CUDA; else a loop. Returns (rows, out)."""
     if grouped:
         return F.grouped_mm(x, weight.to(x.dtype).mT, offs=counts.cumsum(0).to(torch.int32))
+    return expert_loop(x, weight, counts)
+
+
+@torch.compiler.disable  # its shapes are the data's, so that it would be compiled anew again and again
+def expert_loop(x, weight, counts):
     parts = x.tensor_split(len(weight)) if x.is_meta else x.split(counts.tolist())
     return torch.cat([part @ w.T for part, w in zip(parts, weight.to(x.dtype))])
 

@@ -5,7 +5,7 @@
     python tests/bench.py nanogpt --nanogpt=PATH       # against a checkout of nanoGPT, at its shape
 
 Parts: gpt (AdamW against Muon), let (a step with the teacher against one without), loss (the chunked loss against torch's),
-optim (Muon against torch's, multipliers, the split over ranks), nanogpt, 124m (CUDA: GPT-2's shape, compiled and eager, with
+optim (Muon against torch's, multipliers, the split over ranks), mixers (attention against Mamba-2 by length), nanogpt, 124m (CUDA: GPT-2's shape, compiled and eager, with
 MFU). The variants of a part take turns, step by step, so
 that a noisy machine slows all of them; the figure is the median over the steps. FLOPs as GPT.flops_per_token counts them.
 """
@@ -26,7 +26,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import train as t  # noqa: E402
-from model import GPT, ModelConfig, linear_cross_entropy  # noqa: E402
+from model import GPT, Cache, ModelConfig, linear_cross_entropy, ssd  # noqa: E402
 from optim import Muon, newton_schulz  # noqa: E402
 from teacher import LET  # noqa: E402
 
@@ -170,6 +170,89 @@ def bench_loss(a, devices, report):
         report(name=f"loss, {n}", ms=1e3 * s, time_over_ours=s / seconds["ours"])
 
 
+def kept_for_backward(loss_of) -> int:
+    """Bytes that autograd keeps of what loss_of() computes, weights included."""
+    seen = {}
+
+    def pack(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss_of()
+    return sum(seen.values())
+
+
+def ssd_by_einsum(x, dt, A, B, C, chunk):
+    """The same scan as model.ssd, with the part within chunks as one einsum of four operands, B and C expanded to heads."""
+    b, T, H, P = x.shape
+    N, K = B.shape[-1], T // chunk
+    x, a = (x * dt[..., None]).view(b, K, chunk, H, P), (dt * A).view(b, K, chunk, H).permute(0, 3, 1, 2).cumsum(-1)
+    B, C = (t.repeat_interleave(H // t.shape[2], dim=2).view(b, K, chunk, H, N) for t in (B, C))
+    mask = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
+    L = (a[..., :, None] - a[..., None, :]).masked_fill(~mask, -torch.inf).exp()
+    y = torch.einsum("bclhn,bcshn,bhcls,bcshp->bclhp", C, B, L, x)
+    states = torch.einsum("bclhn,bhcl,bclhp->bchpn", B, (a[..., -1:] - a).exp(), x)
+    h, before = torch.zeros_like(states[:, 0]), []
+    for k in range(K):
+        before.append(h)
+        h = a[:, :, k, -1].exp()[..., None, None] * h + states[:, k]
+    return (y + torch.einsum("bclhn,bchpn,bhcl->bclhp", C, torch.stack(before, 1), a.exp())).reshape(b, T, H, P)
+
+
+def bench_mixers(a, devices, report):
+    """Two blocks of attention and MLP against four of Mamba-2, of nearly equal parameters, without embedding and head."""
+    shape = dict(vocab_size=64, block_size=8192, n_embd=512, n_head=8, n_kv_head=8, mlp="relu2", qk_norm=False)
+    models = {"attention": GPT(ModelConfig(**shape, n_layer=2)), "mamba2": GPT(ModelConfig(**shape, n_layer=4, mixer="mamba2"))}
+    for m in models.values():
+        m.to(devices.device)
+        for p in m.parameters():
+            torch.nn.init.normal_(p, std=0.02) if p.ndim == 2 and not p.any() else None
+    first = {}
+    for length in (256, 512, 1024, 2048, 4096, 8192):
+        idx = torch.randint(64, (8192 // length, length), device=devices.device)
+
+        def step(m):
+            with devices.autocast():
+                m.trunk(idx)[0].float().square().mean().backward()
+            m.zero_grad(set_to_none=True)
+
+        seconds = take_turns({n: lambda m=m: step(m) for n, m in models.items()}, a.seconds / 2, devices, warm_up=1)
+        for n, m in models.items():
+            with devices.autocast():
+                kept = kept_for_backward(lambda: m.trunk(idx)) - sum(4 * p.numel() for p in m.blocks.parameters())
+            us = 1e6 * seconds[n] / 8192
+            if length == 512:
+                first[n] = us
+            report(name=f"{n}, length {length}", parameters=sum(p.numel() for p in m.blocks.parameters()), us_per_token=us,
+                   over_attention=seconds[n] / seconds["attention"], kept_kb_per_token=kept / 8192 / 1e3,
+                   **({"over_length_512": us / first[n]} if first.get(n) else {}))
+
+    torch.manual_seed(0)
+    x, dt = torch.randn(4, 1024, 8, 64, device=devices.device), torch.rand(4, 1024, 8, device=devices.device) * 0.1
+    A, B, C = -torch.rand(8, device=devices.device) * 16, *torch.randn(2, 4, 1024, 1, 64, device=devices.device)
+    args = [t.requires_grad_() for t in (x, dt, A, B, C)]
+    forms = {"scan, split products": lambda: ssd(*args, 64)[0].sum().backward(),
+             "scan, four-operand einsum": lambda: ssd_by_einsum(*args, 64).sum().backward()}
+    error = (ssd(*args, 64)[0] - ssd_by_einsum(*args, 64)).abs().max().item()
+    seconds = take_turns(forms, a.seconds / 2, devices, warm_up=1)
+    for n, s in seconds.items():
+        report(name=n, ms=1e3 * s, time_over_split=s / seconds["scan, split products"], largest_difference=error)
+
+    model = models["mamba2"].eval()
+    with torch.no_grad():
+        caches, token = [Cache() for _ in model.blocks], torch.zeros(1, 1, dtype=torch.int64, device=devices.device)
+        model.forward(token.expand(1, 64), caches=caches)
+        for until in (256, 1024, 4096):
+            start, times = caches[0].length, []
+            for _ in range(until - start):
+                now = time.perf_counter()
+                model.forward(token, caches=caches)
+                devices.sync()
+                times.append(time.perf_counter() - now)
+            report(name=f"mamba2 decodes to {until}", ms_per_token=1e3 * statistics.median(times[-100:]))
+
+
 def gpt2_matrices(device, layers=12) -> list[torch.nn.Parameter]:
     """The matrices in GPT-2 124M's blocks, each logical one alone, with gradients."""
     shapes = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
@@ -301,7 +384,7 @@ def bench_124m(a, devices, report):
             torch._dynamo.reset()
 
 
-PARTS = {"gpt": bench_gpt, "let": bench_let, "loss": bench_loss, "optim": bench_optim, "nanogpt": bench_nanogpt,
+PARTS = {"gpt": bench_gpt, "let": bench_let, "loss": bench_loss, "optim": bench_optim, "mixers": bench_mixers, "nanogpt": bench_nanogpt,
          "124m": bench_124m}
 
 

@@ -328,6 +328,21 @@ def test_loop_and_grouped_products_agree():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.gpu
+def test_grouped_products_on_a_gpu_agree_with_the_loop_in_bf16():
+    model, idx = tiny_model(**KINDS["experts"], n_embd=64).cuda(), tokens(2, 32).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        grouped = model(idx)[0].float()
+        module = __import__("model")
+        original = module.expert_products
+        module.expert_products = lambda x, w, counts, _: original(x, w, counts, False)
+        try:
+            looped = model(idx)[0].float()
+        finally:
+            module.expert_products = original
+    assert (grouped - looped).norm() < 0.02 * looped.norm()
+
+
 # Fresh models
 
 
