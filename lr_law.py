@@ -1,0 +1,407 @@
+"""lr_law.py: many runs: fit the optimum learning rate over model size and tokens, and predict it. No training in here.
+
+    python lr_law.py fit runs.csv -o law.json --plot law.png
+    python lr_law.py predict --law law.json --n_params 4e9 --tokens 1.2e11
+    python lr_law.py predict --law step --n_params 4e9 --tokens 1.2e11        # a published law
+
+The procedure of Zhou et al. 2026 (arXiv 2601.05049): at each size N and number of tokens D the loss is a parabola in the
+log of the learning rate, whose lowest point is found from a few rates; at each size and rate the loss falls with D as a power
+law, so that longer runs can be guessed from shorter ones; and the lowest points lie on a plane in ln N and ln D. Only
+texts derived from the paper could be read: see each docstring for what it leaves open.
+
+Names and symbols
+    N, D        parameters of a model, tokens that it was trained on: two columns of a table of runs
+    eta, lr     peak learning rate; eta* the one of least loss
+    L           loss in nats per token
+    group       what else tells runs apart, such as the batch: only runs of one group are held against each other
+    slice       the runs of one (N, D, group), which differ in lr alone
+    C           curvature of the parabola in ln lr: 0.5 d^2 L / d(ln lr)^2
+"""
+import argparse
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from model import BadInput, command
+
+VERSION = "nanolet-law-1"
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fits
+
+
+def basin(loss, tolerance: float = 0.05):
+    """Which points, in the order of their learning rates, lie in the valley around the least loss: the unbroken stretch of
+    points with loss <= (1 + tolerance) times the least. Beyond it runs diverge, and no parabola describes that."""
+    loss = np.asarray(loss, float)
+    low = loss <= (1 + tolerance) * np.nanmin(loss)
+    first = last = int(np.nanargmin(loss))
+    while first > 0 and low[first - 1]:
+        first -= 1
+    while last + 1 < len(loss) and low[last + 1]:
+        last += 1
+    return slice(first, last + 1)
+
+
+def fit_parabola(lr, loss, weights=None) -> dict:
+    """L = L_min + C (ln lr - ln lr*)^2 by weighted least squares (the paper's eq. 2; the base of its log is unknown and only
+    rescales C). lr, loss: (n,), n >= 3. Returns lr, L_min, C, r2, n, and inside: C > 0 and lr* within the swept rates; a fit
+    that is not inside says no more than on which side the optimum lies."""
+    x, y = np.log(np.asarray(lr, float)), np.asarray(loss, float)
+    w = np.ones_like(y) if weights is None else np.asarray(weights, float)
+    if len(np.unique(x)) < 3:
+        raise BadInput(f"a parabola needs at least 3 learning rates, here are {len(np.unique(x))}")
+    middle = x.mean()
+    X = np.stack([np.ones_like(x), x - middle, (x - middle) ** 2], 1)
+    c0, c1, c2 = np.linalg.lstsq(X * np.sqrt(w)[:, None], y * np.sqrt(w), rcond=None)[0]
+    residual, total = (w * (y - X @ (c0, c1, c2)) ** 2).sum(), (w * (y - np.average(y, weights=w)) ** 2).sum()
+    vertex = middle - c1 / (2 * c2) if c2 != 0 else math.inf
+    inside = c2 > 0 and x.min() <= vertex <= x.max()
+    return {"lr": float(np.exp(np.clip(vertex, -700, 700))), "L_min": float(c0 - c1**2 / (4 * c2)) if c2 else math.nan,
+            "C": float(c2), "r2": float(1 - residual / total) if total > 0 else 1.0, "n": len(x), "inside": bool(inside)}
+
+
+def fit_horizon(D, loss, weights=None, gammas=(0.01, 3.0)) -> dict:
+    """L(D) = L_0 + A D^-gamma with L_0, A >= 0 and gamma in `gammas` (the paper's eq. 4), by least squares. D, loss: (n,), n >=
+    3. For each gamma the best L_0 and A are a linear problem; gamma is found on a grid, and then by Gauss-Newton on all three.
+    Returns L_0, A, gamma, and predict, a function of D."""
+    D, y = np.asarray(D, float), np.asarray(loss, float)
+    w = np.sqrt(np.ones_like(y) if weights is None else np.asarray(weights, float))
+    if len(np.unique(D)) < 3:
+        raise BadInput(f"a power law with a floor needs at least 3 numbers of tokens, here are {len(np.unique(D))}")
+    unit = np.exp(np.log(D).mean())  # so that A is of the size of the losses
+    d = np.log(D / unit)
+
+    def linear(gamma):
+        """(least sum of squares, L_0, A) for this gamma, neither negative."""
+        p = np.exp(-gamma * d)
+        best = np.linalg.lstsq(np.stack([w, w * p], 1), w * y, rcond=None)[0]
+        if best[0] < 0:
+            best = np.array([0.0, (w**2 * p * y).sum() / (w**2 * p * p).sum()])
+        if best[1] < 0:
+            best = np.array([np.average(y, weights=w**2), 0.0])
+        return ((w * (y - best[0] - best[1] * p)) ** 2).sum(), *best
+
+    grid = np.geomspace(*gammas, 400)
+    gamma = grid[int(np.argmin([linear(g)[0] for g in grid]))]
+    _, L_0, A = linear(gamma)
+    for _ in range(50):
+        p = np.exp(-gamma * d)
+        jacobian = np.stack([np.ones_like(d), p, -A * d * p], 1) * w[:, None]
+        step = np.linalg.lstsq(jacobian, w * (y - L_0 - A * p), rcond=None)[0]
+        new = float(np.clip(gamma + step[2], *gammas))
+        if linear(new)[0] > linear(gamma)[0] or abs(new - gamma) < 1e-14:
+            break
+        gamma = new
+        _, L_0, A = linear(gamma)
+    return {"L_0": float(L_0), "A": float(A * unit**gamma), "gamma": float(gamma),
+            "predict": lambda D: L_0 + A * np.exp(-gamma * np.log(np.asarray(D, float) / unit))}
+
+
+def fit_law(N, D, lr, weights=None, draws: int = 1000, seed: int = 0) -> dict:
+    """lr*(N, D) = exp(a) N^b D^c (the paper's eq. 6), by least squares in the logs, with a bootstrap of the residuals.
+
+    Where all N (or all D) are equal, b (or c) cannot be known and is left out, as None. Each draw puts the residuals, drawn
+    with replacement and freed of the shrinkage of fitting (divided by sqrt(1 - leverage)), onto the fitted values and fits
+    again; with few points its spread is widened as Student's t is. Returns a, b, c, r2, sd (of a residual, in ln lr), draws (k, 3), the ranges of N and D."""
+    N, D, y = (np.log(np.asarray(v, float)) for v in (N, D, lr))
+    w = np.sqrt(np.ones_like(y) if weights is None else np.asarray(weights, float))
+    center = np.array([N.mean(), D.mean()])
+    used = [bool(np.ptp(v) > 1e-9) for v in (N, D)]
+    X = np.stack([np.ones_like(y)] + [v - m for v, m, u in zip((N, D), center, used) if u], 1)
+    if len(y) < X.shape[1] + 1 or np.linalg.matrix_rank(X) < X.shape[1]:
+        raise BadInput(f"{len(y)} optima are too few, or all on one line, for a law with {X.shape[1]} constants")
+    solve = np.linalg.pinv(X * w[:, None])  # (constants, n)
+    beta = solve @ (w * y)
+    residual = w * (y - X @ beta)
+    free = residual / np.sqrt(np.clip(1 - np.einsum("ij,ji->i", X * w[:, None], solve), 1e-3, None))
+    rng = np.random.default_rng(seed)
+    dof = len(y) - X.shape[1]
+    unsure = np.sqrt(dof / rng.chisquare(dof, (draws, 1)))  # few residuals do not tell their own size: normal to Student's t
+    betas = beta + unsure * (rng.choice(free - free.mean(), (draws, len(y))) @ solve.T)
+
+    def constants(betas):
+        """Rows (a, b, c) from rows of centred constants; nan where left out."""
+        out = np.full((len(betas), 3), np.nan)
+        out[:, 0], column = betas[:, 0], 1
+        for i, u in enumerate(used):
+            if u:
+                out[:, 1 + i] = betas[:, column]
+                out[:, 0] -= betas[:, column] * center[i]
+                column += 1
+        return out
+
+    total = ((w * (y - np.average(y, weights=w**2))) ** 2).sum()
+    a, b, c = constants(beta[None])[0]
+    return {"a": a, "b": b if used[0] else None, "c": c if used[1] else None, "n": len(y),
+            "r2": float(1 - (residual**2).sum() / total) if total > 0 else 1.0, "sd": float(np.sqrt((residual**2).sum() / dof)),
+            "draws": constants(betas), "N": [float(np.exp(N.min())), float(np.exp(N.max()))],
+            "D": [float(np.exp(D.min())), float(np.exp(D.max()))]}
+
+
+def interval(values, level: float = 0.9) -> list[float]:
+    """The middle `level` of the values."""
+    return [float(v) for v in np.quantile(values, [(1 - level) / 2, (1 + level) / 2])]
+
+
+def predict_law(law: dict, N, D, level: float = 0.9) -> dict:
+    """lr* at one (N, D), its interval from the bootstrap, and how many decades (N, D) lies outside the data, at most."""
+    x = np.array([1.0, math.log(N), math.log(D)])
+    point = np.array([law["a"], law["b"] or 0.0, law["c"] or 0.0])
+    draws = np.exp(np.nan_to_num(np.asarray(law["draws"], float)) @ x)
+    beyond = [max(math.log10(v / high), math.log10(low / v), 0.0) for v, (low, high) in ((N, law["N"]), (D, law["D"]))]
+    return {"lr": float(np.exp(point @ x)), "interval": interval(draws, level), "decades": max(beyond),
+            "unknown": [name for name, k, v in (("N", "b", N), ("D", "c", D)) if law[k] is None
+                        and not 0.99 < v / law[name][0] < 1.01]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A table of runs
+
+
+def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
+    """Rows of a CSV with a header as dicts of N, D, lr, loss (numbers) and group (a text), and how many were left out as
+    diverged (a loss that is inf or nan). columns: the names in the file; group may be several, separated by commas."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            table = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise BadInput(f"{path}: not a table of runs ({e})") from None
+    if not table:
+        raise BadInput(f"{path}: no runs in it")
+    groups = [g for g in columns["group"].split(",") if g and (g in table[0] or g != "group")]
+    if missing := [f"--{k}={columns[k]}" for k in ("N", "D", "lr", "loss") if columns[k] not in table[0]] + [
+            f"--group={g}" for g in groups if g not in table[0]]:
+        raise BadInput(f"{path}: no such column: {', '.join(missing)}; there are {', '.join(filter(None, table[0]))}")
+    runs, diverged = [], 0
+    for i, row in enumerate(table, start=2):
+        try:
+            run = {k: float(row[columns[k]]) for k in ("N", "D", "lr", "loss")}
+        except (TypeError, ValueError):
+            raise BadInput(f"{path}, line {i}: {columns['N']}, {columns['D']}, {columns['lr']} and {columns['loss']} must be "
+                           "numbers") from None
+        if not math.isfinite(run["loss"]):
+            diverged += 1
+            continue
+        if not all(0 < run[k] < math.inf for k in ("N", "D", "lr")):
+            raise BadInput(f"{path}, line {i}: {columns['N']}, {columns['D']} and {columns['lr']} must be positive")
+        runs.append(run | {"group": ",".join(row[g] for g in groups)})
+    return runs, diverged
+
+
+def fit_slices(runs, tolerance: float = 0.05) -> list[dict]:
+    """A parabola for every (N, D, group) with at least 3 rates in its basin: {N, D, group, ...fit_parabola}."""
+    slices = {}
+    for run in runs:
+        slices.setdefault((run["N"], run["D"], run["group"]), []).append((run["lr"], run["loss"]))
+    fitted = []
+    for (N, D, group), points in sorted(slices.items()):
+        lr, loss = np.array(sorted(points)).T
+        valley = basin(loss, tolerance)
+        if len(np.unique(lr[valley])) >= 3:
+            fitted.append({"N": N, "D": D, "group": group, **fit_parabola(lr[valley], loss[valley])})
+    return fitted
+
+
+def near_optima(runs, within: float = 0.0025) -> list[dict]:
+    """The middle (mean of ln lr) of all runs of an (N, D), over all groups, whose loss is within that share of the least:
+    what remains when the batch is chosen together with the rate."""
+    slices = {}
+    for run in runs:
+        slices.setdefault((run["N"], run["D"]), []).append(run)
+    optima = []
+    for (N, D), found in sorted(slices.items()):
+        least = min(r["loss"] for r in found)
+        good = [math.log(r["lr"]) for r in found if r["loss"] <= (1 + within) * least]
+        optima.append({"N": N, "D": D, "lr": math.exp(sum(good) / len(good)), "n": len(good)})
+    return optima
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Published laws
+
+# Each: what N counts, the batch policy under which it was found, its source, and lr(N, D). Units: parameters and tokens.
+LAWS = {
+    "step": ("non-embedding parameters", "batch grown with D: 0.58 D^0.571 tokens", "Step Law, arXiv 2503.04715",
+             lambda N, D: 1.79 * N**-0.713 * D**0.307),
+    "bjorck": ("parameters", "0.5M tokens; the constant is disputed, this one for N and D in billions", "arXiv 2409.19913",
+               lambda N, D: 1.55e-3 * (N / 1e9) ** -0.23 * (D / 1e9) ** -0.32),
+    "deepseek": ("non-embedding FLOPs per token / 6", "0.2920 C^0.3271 tokens; C = 6 N D here", "DeepSeek LLM, arXiv 2401.02954",
+                 lambda N, D: 0.3118 * (6 * N * D) ** -0.1250),
+    "porian": ("parameters with the head", "0.7576 N^0.703 tokens", "arXiv 2406.19146", lambda N, D: 3.7 * N**-0.36),
+    "kaplan": ("non-embedding parameters", "grows as the loss falls", "arXiv 2001.08361, as Step Law tabulates it",
+               lambda N, D: 3.239e-3 - 1.395e-4 * math.log(N)),
+    "minicpm": ("non-embedding parameters", "grows as the loss falls; constant under its own muP", "arXiv 2404.06395",
+                lambda N, D: 0.01),
+    "ling": ("non-embedding FLOPs per token / 6, of the active experts", "0.0694 C^0.3644", "Ling MoE, arXiv 2507.17702",
+             lambda N, D: 1.1576 * (6 * N * D) ** -0.1529),
+}
+# Known as ratios alone: the units of N and D behind the constant are not known (papers' digests disagree by a factor of 20).
+RATIOS = {"zhou": ("unknown; MoE models", "unknown", "arXiv 2601.05049", lambda N, D: N**-0.2219 * D**-0.3509)}
+
+
+def published(name: str, N: float, D: float, anchor=None) -> float:
+    """The rate of a published law at (N, D); from a point of yours, anchor = (N, D, lr), it takes the ratio alone."""
+    if name not in LAWS | RATIOS:
+        raise BadInput(f"--law={name}: no file and no published law; those are {', '.join(LAWS | RATIOS)}")
+    rate = (LAWS | RATIOS)[name][3]
+    if anchor:
+        return anchor[2] * rate(N, D) / rate(*anchor[:2])
+    if name in RATIOS:
+        raise BadInput(f"--law={name}: its units are not known, so it gives ratios only: --anchor=N,D,LR, a point of yours, is "
+                       "needed")
+    if rate(N, D) <= 0:
+        raise BadInput(f"--law={name}: gives {rate(N, D):.3g} at --n_params={N:g}, far beyond where it was made")
+    return rate(N, D)
+
+
+def load_law(path) -> dict:
+    """A law that `fit` wrote. Raises BadInput when it is none, or of another version."""
+    try:
+        law = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as e:
+        raise BadInput(f"--law={path}: not a law file ({e})") from None
+    if not isinstance(law, dict) or law.get("version") != VERSION:
+        raise BadInput(f"--law={path}: of version {law.get('version') if isinstance(law, dict) else None}, {VERSION} is needed")
+    if law.get("units") != "parameters, tokens":
+        raise BadInput(f"--law={path}: in units of {law.get('units')}, parameters, tokens are needed")
+    return law
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def report(law: dict, fitted: list[dict], diverged: int) -> str:
+    lines = [f"{len(fitted)} slices with a parabola, {sum(f['inside'] for f in fitted)} with the optimum inside the swept "
+             f"rates; {diverged} diverged runs left out"]
+    if fitted:
+        lines.append(f"R^2 of the parabolas: median {np.median([f['r2'] for f in fitted]):.3f}")
+    for f in fitted if len(fitted) <= 40 else []:
+        note = "" if f["inside"] else "   <- no minimum inside the sweep: widen it" if f["C"] > 0 else "   <- bends downwards"
+        lines.append(f"  N {f['N']:.3g}  D {f['D']:.3g}  {f['group']:>8}  lr* {f['lr']:.3g}  loss {f['L_min']:.4f}  "
+                     f"C {f['C']:.4f}  R^2 {f['r2']:.3f}  {f['n']} rates{note}")
+    draws = np.asarray(law["draws"], float)
+    text = f"lr* = {math.exp(law['a']):.4g}"
+    for name, k, column in (("N", "b", 1), ("D", "c", 2)):
+        if law[k] is None:
+            lines.append(f"all optima have one {name}, so nothing is known of how lr* changes with it")
+        else:
+            low, high = interval(draws[:, column])
+            text += f" * {name}^{law[k]:.3f} [{low:.3f}, {high:.3f}]"
+    lines.append(f"{text}   R^2 {law['r2']:.3f}, {law['n']} optima; 90 % bootstrap intervals")
+    groups = sorted({f["group"] for f in fitted}, key=lambda g: (len(g), g))
+    for group in groups if len(groups) > 1 else []:
+        mine = [f for f in fitted if f["group"] == group and f["inside"]]
+        try:
+            one = fit_law(*([f[k] for f in mine] for k in ("N", "D", "lr")), draws=10)
+        except BadInput:
+            continue
+        lines.append(f"  group {group:>8} alone: " + " ".join(f"{n}^{one[k]:+.3f}" for n, k in (("N", "b"), ("D", "c"))
+                                                              if one[k] is not None) + f"   R^2 {one['r2']:.3f}, {len(mine)} optima")
+    return "\n".join(lines)
+
+
+def plot_fit(runs, fitted, law, path):
+    """Left: losses over lr with their parabolas. Right: optima over D by N with the law and its interval."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise BadInput("--plot: needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    sizes = sorted({f["N"] for f in fitted})
+    for f in fitted:
+        color = f"C{sizes.index(f['N'])}"
+        points = sorted((r["lr"], r["loss"]) for r in runs if (r["N"], r["D"], r["group"]) == (f["N"], f["D"], f["group"]))
+        lr, loss = np.array(points).T
+        valley = basin(loss)
+        left.plot(lr[valley], loss[valley], ".", color=color)
+        fine = np.geomspace(lr[valley].min(), lr[valley].max(), 50)
+        left.plot(fine, f["L_min"] + f["C"] * np.log(fine / f["lr"]) ** 2, "-", color=color, linewidth=0.8)
+    for i, N in enumerate(sizes):
+        mine = [f for f in fitted if f["N"] == N and f["inside"]]
+        right.plot([f["D"] for f in mine], [f["lr"] for f in mine], "o", color=f"C{i}", label=f"N = {N:.3g}")
+        if mine:
+            Ds = np.geomspace(min(f["D"] for f in fitted), 3 * max(f["D"] for f in fitted), 30)
+            at = [predict_law(law, N, D) for D in Ds]
+            right.plot(Ds, [p["lr"] for p in at], "-", color=f"C{i}")
+            right.fill_between(Ds, *np.array([p["interval"] for p in at]).T, color=f"C{i}", alpha=0.15)
+    left.set(xscale="log", xlabel="learning rate", ylabel="loss, nats", title="slices and their parabolas")
+    right.set(xscale="log", yscale="log", xlabel="D, tokens", ylabel="lr*", title="optima and the law, 90 % interval")
+    right.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def fit_command(a) -> str:
+    runs, diverged = read_runs(a.runs, {k: getattr(a, k) for k in ("N", "D", "lr", "loss", "group")})
+    fitted = fit_slices(runs, a.basin)
+    optima = near_optima(runs) if a.joint else [f for f in fitted if f["inside"]]
+    if not optima:
+        raise BadInput(f"{a.runs}: no slice has its optimum inside the swept rates; at least 3 rates around it are needed")
+    law = fit_law(*([o[k] for o in optima] for k in ("N", "D", "lr")))
+    law |= {"version": VERSION, "units": "parameters, tokens", "draws": law["draws"].round(12).tolist()}
+    text = report(law, fitted, diverged)
+    if a.plot:
+        plot_fit(runs, fitted, law, a.plot)
+    if a.output:
+        tmp = Path(f"{a.output}.tmp")
+        tmp.write_text(json.dumps(law).replace("NaN", "null"))
+        tmp.replace(a.output)
+        text += f"\nwritten to {a.output}"
+    return text
+
+
+def predict_command(a) -> str:
+    if not (0 < a.n_params < math.inf and 0 < a.tokens < math.inf):
+        raise BadInput(f"--n_params={a.n_params:g} --tokens={a.tokens:g}: both must be positive")
+    anchor = None
+    if a.anchor:
+        try:
+            anchor = tuple(map(float, a.anchor.split(",")))
+            if len(anchor) != 3 or not all(0 < v < math.inf for v in anchor):
+                raise ValueError
+        except ValueError:
+            raise BadInput(f"--anchor={a.anchor}: N,D,LR, three positive numbers, are needed") from None
+    if a.law in LAWS | RATIOS:
+        counts, batch, source, _ = (LAWS | RATIOS)[a.law]
+        return (f"lr {published(a.law, a.n_params, a.tokens, anchor):.4g}   ({a.law}: {source}; N: {counts}; batch: {batch}"
+                + ("; as a ratio from your point)" if anchor else ")"))
+    if not Path(a.law).exists():
+        published(a.law, a.n_params, a.tokens)  # says what there is
+    at = predict_law(load_law(a.law), a.n_params, a.tokens)
+    text = f"lr {at['lr']:.4g}   90 % interval {at['interval'][0]:.4g} to {at['interval'][1]:.4g}"
+    if at["decades"] > 0:
+        text += f"\n{at['decades']:.2f} decades beyond the data" + (": do not trust it far" if at["decades"] > 1 else "")
+    for name in at["unknown"]:
+        text += f"\nthe data have one {name} only: how lr* changes with it is not known, and taken as not at all"
+    return text
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="lr_law.py", description="Fit and predict the optimum learning rate.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    f = commands.add_parser("fit", help="parabolas and the law from a table of runs")
+    f.add_argument("runs", help="a CSV with a header")
+    for column in ("N", "D", "lr", "loss", "group"):
+        f.add_argument(f"--{column}", default=column, help=f"name of the column (default: {column})")
+    f.add_argument("--basin", type=float, default=0.05, help="points above (1 + this) times the least loss are left out")
+    f.add_argument("--joint", action="store_true", help="take the best rate over all groups of an (N, D)")
+    f.add_argument("-o", "--output", default="", help="write the law to this file")
+    f.add_argument("--plot", default="", help="write a picture to this file")
+    p = commands.add_parser("predict", help="the rate at a size and a number of tokens")
+    p.add_argument("--law", required=True, help=f"a file of `fit`, or one of {', '.join(LAWS | RATIOS)}")
+    p.add_argument("--n_params", type=float, required=True)
+    p.add_argument("--tokens", type=float, required=True)
+    p.add_argument("--anchor", default="", help="N,D,LR: a point of yours from which a published law gives the ratio")
+    a = parser.parse_args(argv)
+    print(fit_command(a) if a.command == "fit" else predict_command(a))
+
+
+if __name__ == "__main__":
+    command(main)
