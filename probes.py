@@ -1,12 +1,18 @@
-"""probes.py: what can be measured on trained models and read from their runs. So far: tables over runs.
+"""probes.py: what can be measured on trained models and read from their runs; and the linearity regulariser.
 
+    python probes.py linearity runs/1/ckpt.pt --text notes.txt --plot=profile.png        # how linear is each block?
     python probes.py compare runs/plain-0 runs/plain-1 runs/let-0 runs/let-1       # NAME-SEED; the first is the reference
     python probes.py sweep runs/fixed@*-? runs/scalar@*-? --piece=head --plot=sweep.png         # NAME@X-SEED
 
-Names
+Linearity ("Your Transformer is Secretly Linear", Razzhigaev et al. 2024, arXiv 2405.12250): how well an affine map
+predicts a block's output from its input, over many tokens.
+
+Names and symbols
+    X, Y        (n, d) states of n tokens before and after a block, each column centred; D = Y - X, what the block adds
+    full, free  1 - min_A ||X A - Y||^2 / ||Y||^2, and the same with D in place of Y (residual-free)
     run         a folder that train.py wrote; its metrics.jsonl is what is read here
     seed        what follows the last dash of its name; runs that differ in it alone are one row of a table
-    X           of a sweep: the number between @ and the seed, such as a factor on a learning rate
+    x           of a sweep: the number between @ and the seed, such as a factor on a learning rate
     piece       a kind of logical matrix: q, k, v, o, gate, up, down, embed, head
 """
 import argparse
@@ -15,7 +21,189 @@ import math
 import statistics
 from pathlib import Path
 
-from model import BadInput, command
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model import BadInput, command, load_checkpoint, model_from_checkpoint, tokenizer_from_dict
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Linearity
+
+
+def linearity_penalty(states, kind: str = "cosine", reduction: str = "sum", stop_gradient: str = "none"):
+    """The pretraining regulariser (the paper's section 4): it pulls neighbouring states together, and the score above is
+    reported to fall, as blocks do more of their work off the line. 0-d, float32.
+
+        cosine: sum_i mean over tokens of 1 - cos(h_i, h_{i-1});    mse: sum_i mean over tokens of ||h_i - h_{i-1}||^2
+
+    states: h_0, ..., h_L, (B, T, C) each. The paper does not say what is averaged, where the sum begins, or what is held
+    fixed: tokens are averaged here as the loss is; reduction: over blocks, `sum` or `mean`; stop_gradient: which of the two
+    states of a pair gets no gradient, `none`, `lower` or `upper`; train.py's --linearity_from says where it begins."""
+    terms = []
+    for lower, upper in zip(states, states[1:]):
+        lower, upper = (lower.detach() if stop_gradient == "lower" else lower).float(), (
+            upper.detach() if stop_gradient == "upper" else upper).float()
+        terms.append(1 - F.cosine_similarity(upper, lower, dim=-1).mean() if kind == "cosine"
+                     else (upper - lower).square().sum(-1).mean())
+    return torch.stack(terms).sum() if reduction == "sum" else torch.stack(terms).mean()
+
+
+@torch.no_grad()
+def stream_scales(states) -> dict[str, list[float]]:
+    """By block: mean cosine of the states before and after, mean norm of the state after, mean over tokens of the norm of what
+    the block adds over that. A penalty can be met cheaply, mse by a shrinking stream, cosine by a growing one: here it shows."""
+    found = {"cosine": [], "norm": [], "ratio": []}
+    for lower, upper in zip(states, states[1:]):
+        lower, upper = lower.float(), upper.float()
+        norm = upper.norm(dim=-1)
+        found["cosine"].append(F.cosine_similarity(upper, lower, dim=-1).mean().item())
+        found["norm"].append(norm.mean().item())
+        found["ratio"].append(((upper - lower).norm(dim=-1) / norm.clamp(min=1e-30)).mean().item())
+    return found
+
+
+class Moments:
+    """Sums over tokens of what a linear fit of Y on X needs, in float64: any number of tokens in memory for 2 d^2 numbers.
+
+    About a shift, the mean of the first tokens, which changes no score but keeps digits where a mean is large."""
+
+    def __init__(self, shift_x=None, shift_y=None):
+        self.n, self.shift_x, self.shift_y, self.ratio = 0, shift_x, shift_y, 0.0
+
+    def add(self, x, y):
+        """x, y: (tokens, d) before and after a block."""
+        x, y = x.double(), y.double()
+        if self.shift_x is None:
+            self.shift_x, self.shift_y = x.mean(0), y.mean(0)
+        if self.n == 0:
+            self.x, self.y = torch.zeros_like(self.shift_x), torch.zeros_like(self.shift_y)
+            self.xx, self.xy, self.yy = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], y.shape[1]), 0.0
+            self.dd, self.y2 = 0.0, 0.0
+        self.ratio += ((y - x).norm(dim=1) / y.norm(dim=1).clamp(min=1e-300)).sum().item()
+        self.dd, self.y2 = self.dd + (y - x).square().sum().item(), self.y2 + y.square().sum().item()
+        x, y = x - self.shift_x, y - self.shift_y
+        self.n += len(x)
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.xx.addmm_(x.mT, x)
+        self.xy.addmm_(x.mT, y)
+        self.yy += y.square().sum().item()
+
+    def centred(self, mean_x=None, mean_y=None):
+        """(X^T X, X^T Y, ||Y||^2) about the means, its own or those given (both relative to the shift)."""
+        mx, my = (self.x / self.n, self.y / self.n) if mean_x is None else (mean_x, mean_y)
+        return (self.xx - torch.outer(self.x, mx) - torch.outer(mx, self.x) + self.n * torch.outer(mx, mx),
+                self.xy - torch.outer(self.x, my) - torch.outer(mx, self.y) + self.n * torch.outer(mx, my),
+                self.yy - 2 * (self.y @ my).item() + self.n * (my @ my).item())
+
+
+def linearity(fit: Moments, held_out: Moments | None = None) -> dict:
+    """The scores of one block, from tokens to fit on and others to check on (with the same shifts).
+
+    full, free: in sample, as the authors do; *_adjusted: freed of what a fit of this rank gets by chance, 1 - (1 - S)(n - 1)
+    / (n - 1 - rank); *_held_out: R^2 of the fitted affine map on the other tokens, which can be negative. The solve is by
+    eigenvalues of X^T X, those below d eps times the largest counted as 0: X is often rank-deficient (few distinct tokens).
+    rank, n, n_over_d; ratios of what the block adds to the state after it: ratio_mean over tokens of the norms, ratio_rms of
+    the Frobenius norms, ratio_centred of the centred ones, for which 1 - full = (1 - free) ratio_centred^2 exactly."""
+    xx, xy, yy = fit.centred()
+    d = len(xx)
+    e, V = torch.linalg.eigh(xx)
+    kept = e > d * torch.finfo(e.dtype).eps * e[-1].clamp(min=1e-300)
+    e, V = e[kept], V[:, kept]
+    rank, n = len(e), fit.n
+    dd = yy - 2 * xy.trace().item() + xx.trace().item()  # ||D||^2, as X^T D = X^T Y - X^T X
+    out = {"n": n, "n_over_d": n / d, "rank": rank, "ratio_mean": fit.ratio / n, "ratio_rms": math.sqrt(fit.dd / fit.y2),
+           "ratio_centred": math.sqrt(max(dd, 0.0) / yy)}
+    if held_out is not None:
+        h_xx, h_xy, h_yy = held_out.centred(fit.x / n, fit.y / n)
+        my = held_out.y / held_out.n - fit.y / n
+        mx = held_out.x / held_out.n - fit.x / n
+    for name, target, size in (("full", xy, yy), ("free", xy - xx, dd)):
+        projected = V.mT @ target  # (rank, d)
+        score = ((projected.square().sum(1) / e).sum() / size).item() if size > 0 else math.nan
+        out[name] = score
+        out[f"{name}_adjusted"] = 1 - (1 - score) * (n - 1) / (n - 1 - rank) if n - 1 > rank else math.nan
+        if held_out is not None:
+            A = V @ (projected / e[:, None])  # the affine map is about the means of the fit
+            h_target = h_xy if name == "full" else h_xy - h_xx
+            h_size = h_yy if name == "full" else h_yy - 2 * h_xy.trace().item() + h_xx.trace().item()
+            error = h_size - 2 * (A * h_target).sum().item() + (A * (h_xx @ A)).sum().item()
+            mean = my if name == "full" else my - mx
+            total = h_size - held_out.n * (mean @ mean).item()
+            out[f"{name}_held_out"] = 1 - error / total if total > 0 else math.nan
+    return out
+
+
+@torch.no_grad()
+def linearity_profile(model, batches, skip_first=False, progress=None) -> list[dict]:
+    """linearity() of every block over batches of token ids (B, T): the even ones to fit, the odd ones held out. skip_first: leave
+    position 0 out, where attention parks what it has no use for, with states a hundred times as large."""
+    blocks = len(model.blocks)
+    fit, held_out = [Moments() for _ in range(blocks)], [None] * blocks
+    for i, idx in enumerate(batches):
+        _, states = model.trunk(idx, hidden=tuple(range(blocks + 1)))
+        states = [h[:, 1 if skip_first else 0:].flatten(0, 1) for h in states]
+        for k in range(blocks):
+            if i % 2 == 0:
+                fit[k].add(states[k], states[k + 1])
+            else:
+                held_out[k] = held_out[k] or Moments(fit[k].shift_x, fit[k].shift_y)
+                held_out[k].add(states[k], states[k + 1])
+        if progress:
+            progress.update(idx.numel())
+    return [{"block": k + 1, **linearity(fit[k], held_out[k])} for k in range(blocks)]
+
+
+def linearity_command(a) -> str:
+    ckpt = load_checkpoint(a.checkpoint)
+    model = model_from_checkpoint(ckpt, a.device).eval()
+    try:
+        text = Path(a.text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"--text={a.text}: cannot be read as UTF-8 text ({e})") from None
+    enc = tokenizer_from_dict(ckpt["tokenizer"])
+    length = model.config.block_size
+    ids = torch.tensor(enc.encode_ordinary(text)[:a.tokens or None])
+    rows = len(ids) // length
+    if rows * length < 4 * model.config.n_embd or rows < 2:
+        raise BadInput(f"--text={a.text} --tokens={a.tokens}: {rows * length:,} tokens in whole contexts of {length}; at least "
+                       f"{max(2 * length, 4 * model.config.n_embd):,}, four times the width, are needed")
+    ids = ids[:rows * length].view(rows, length).to(a.device)
+    with tqdm(total=ids.numel(), unit="token", disable=None) as progress:
+        profile = linearity_profile(model, ids.split(max(1, min(16, rows // 2))), a.skip_first, progress)
+    keys = ("full", "full_adjusted", "full_held_out", "free", "free_adjusted", "free_held_out", "ratio_mean", "rank")
+    lines = [f"{profile[0]['n']:,} tokens to fit on, {profile[0]['n_over_d']:.1f} times the width",
+             "block " + " ".join(f"{k:>14}" for k in keys)]
+    lines += [f"{p['block']:>5} " + " ".join(f"{p[k]:>14.4f}" if k != "rank" else f"{p[k]:>14}" for k in keys) for p in profile]
+    if a.plot:
+        pyplot = plotting(a.plot)
+        figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
+        depth = [p["block"] / len(profile) for p in profile]
+        for key, style in (("full", "-"), ("full_held_out", "--"), ("free", "-"), ("free_held_out", "--")):
+            axis.plot(depth, [p[key] for p in profile], style, marker="o", color="C0" if "full" in key else "C1",
+                      label=key.replace("_", " "))
+        axis.set(xlabel="depth, block over blocks", ylabel="linearity score", title="linearity of each block")
+        axis.legend()
+        figure.savefig(a.plot, dpi=120)
+    return "\n".join(lines)
+
+
+def plotting(path: str):
+    """matplotlib.pyplot without a screen; refuses names that make no picture."""
+    if Path(path).suffix not in (".png", ".pdf", ".svg"):
+        raise BadInput(f"--plot={path}: a name that ends in .png, .pdf or .svg is needed")
+    try:
+        import matplotlib
+    except ImportError:
+        raise BadInput("--plot: needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables over runs
 
 
 def read_evaluations(run) -> list[dict]:
@@ -146,13 +334,7 @@ def weight_rms(finals, piece: str, key: str) -> list[float]:
 
 def plot_sweep(runs, piece: str, path: str):
     """The tables of `sweep` as a picture: loss over X with the standard deviation, RMS W (dashed) and W~ over X."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise BadInput("--plot: needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = plotting(path)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for i, (base, by_x) in enumerate(read_sweep(runs).items()):
         losses = [[f["val_loss"] for f in finals] for finals in by_x.values()]
@@ -170,7 +352,7 @@ def plot_sweep(runs, piece: str, path: str):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="probes.py", description="Tables and pictures over runs of train.py.")
+    parser = argparse.ArgumentParser(prog="probes.py", description="Measure models, and make tables and pictures of runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     c = commands.add_parser("compare", help="final losses, and where each run reaches the first one's")
     c.add_argument("runs", nargs="+", help="folders of runs, named NAME-SEED; the first NAME is the reference")
@@ -178,11 +360,20 @@ def main(argv):
     s.add_argument("runs", nargs="+", help="folders of runs, named NAME@X-SEED")
     s.add_argument("--piece", default="head", help="kind of matrix whose RMS is shown")
     s.add_argument("--plot", default="", help="also write a picture to this file")
+    p = commands.add_parser("linearity", help="how linear each block of a checkpoint is")
+    p.add_argument("checkpoint")
+    p.add_argument("--text", required=True, help="a text file to read")
+    p.add_argument("--tokens", type=int, default=40_000, help="how many of its tokens; 0: all")
+    p.add_argument("--skip_first", action="store_true", help="leave the first position of each context out")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--plot", default="", help="also draw the profile over depth to this file")
     a = parser.parse_args(argv)
-    if a.command == "sweep" and a.plot and Path(a.plot).suffix not in (".png", ".pdf", ".svg"):
-        raise BadInput(f"--plot={a.plot}: a name that ends in .png, .pdf or .svg is needed")
+    if getattr(a, "plot", ""):
+        plotting(a.plot)
     if a.command == "compare":
         print(compare(a.runs))
+    elif a.command == "linearity":
+        print(linearity_command(a))
     else:
         print(sweep(a.runs, a.piece))
         if a.plot:

@@ -53,6 +53,7 @@ from model import (END_OF_TEXT, GPT, IGNORE, BadInput, Failed, ModelConfig, comm
                    load_checkpoint, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
 from optim import (NS_COEFFICIENTS, DECAY_SHAPES, MODULES, SCHEDULES, Multipliers, clip_gradients,
                    clipped_parameters, make_optimizers, momentum_at, set_lr, set_momentum, weight_scales)
+from probes import linearity_penalty, stream_scales
 from teacher import LET, LET_LOSSES, let_weight, load_teacher
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -146,6 +147,13 @@ class Config:
     let_loss: str = flag("cosine", "LET: the alignment loss", tuple(LET_LOSSES))
     let_resize: str = flag("interpolate", "LET: how unequal widths meet", ("interpolate", "project"))
     let_resize_side: str = flag("teacher", "LET: whose state is resized", ("teacher", "student"))
+    # linearity
+    linearity: str = flag("none", "regulariser that pulls neighbouring states together: none, cosine or mse",
+                          ("none", "cosine", "mse"))
+    linearity_weight: float = flag(0.5, "its weight; 0.5 is the paper's")
+    linearity_from: int = flag(0, "first state that it holds against the next; 0 is the embedding")
+    linearity_reduction: str = flag("sum", "over blocks", ("sum", "mean"))
+    linearity_stop_gradient: str = flag("none", "which of the two states gets no gradient", ("none", "lower", "upper"))
     # run
     steps: int = flag(500, "optimizer steps")
     eval_every: int = flag(100, "steps between evaluations; there is always one at the end")
@@ -332,6 +340,11 @@ def check(c: Config, world: int = 1):
         need(c.let_stop > 0, "let_stop", why="must be positive")
         need(c.let_stop < 1 or c.let_stop == int(c.let_stop), "let_stop", why="a whole number of steps, or a fraction "
              "below 1")
+    need(c.linearity_weight >= 0, "linearity_weight", why="must not be negative")
+    need(0 <= c.linearity_from < max(1, c.n_layer), "linearity_from", "n_layer", why="there is no block after this state")
+    if c.linearity == "none":
+        for name in (n for n in FLAGS if n.startswith("linearity_")):
+            need(getattr(c, name) == FLAGS[name].default, name, why="has no effect without --linearity")
     if c.multipliers == "none":
         for name in (n for n in FLAGS if n.startswith("multiplier_") or n == "clip_multipliers"):
             need(getattr(c, name) == FLAGS[name].default, name, why="has no effect without --multipliers")
@@ -980,7 +993,7 @@ def source_hash() -> str:
     """Of the project's own source files, so that a result can be held against the code that made it."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for name in ("model.py", "optim.py", "teacher.py", "train.py"):
+    for name in ("model.py", "optim.py", "teacher.py", "probes.py", "train.py"):
         digest.update((here / name).read_bytes())
     return digest.hexdigest()
 
@@ -1174,6 +1187,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
 
     # The loop
     stream, stopping, saved, val_loss, bpb = micro_batches(step), False, -1, math.nan, math.nan
+    linear = c.linearity != "none" and c.linearity_weight > 0
     batch = next(stream)
     mark, logged = time.perf_counter(), (seconds, tokens)
     with tqdm(total=c.steps, initial=step, disable=not (master and sys.stderr.isatty()), unit="step",
@@ -1198,16 +1212,18 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             if step == c.steps or stopping:
                 break
 
-            # One step: loss = nll + let_weight(step) * let
+            # One step: loss = nll + let_weight(step) * let + linearity_weight * penalty
             weight = let_weight(step, c.let_weight, let_stop) if let else 0.0
             if let and weight == 0:  # from here on the teacher is neither called nor kept
                 let = let_optimizer = None
             hidden = (c.let_student_layer,) if let else ()
+            if linear:
+                hidden += tuple(range(c.linearity_from, c.n_layer + 1))
             lr = c.lr * SCHEDULES[c.schedule](step, c.steps, c.warmup_steps, c.decay_fraction, c.decay_shape)
             set_lr(optimizers, lr)
             if c.optimizer == "muon":
                 set_momentum(optimizers[0], momentum_at(step, c.momentum, c.momentum_warmup))
-            sums = torch.zeros(5, device=devices.device)  # of nll, let, cosine, balance, router_z over the micro-batches
+            sums = torch.zeros(6, device=devices.device)  # of nll, let, cosine, penalty, balance, router_z
             routed = 0  # tokens that each expert of each block got
             for micro in range(accumulation):
                 idx, targets = batch
@@ -1216,23 +1232,28 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                 with devices.autocast():
                     nll, states = net(idx, targets, hidden=hidden)
                     loss = nll
-                    align = cosine = balance = router_z = torch.zeros_like(nll)
+                    align = cosine = penalty = balance = router_z = torch.zeros_like(nll)
                     if let:
                         align, cosine = let(states[0], let.teach(idx))
                         loss = loss + weight * align
+                    if linear:
+                        stream_states = states[1 if let else 0:]
+                        penalty = linearity_penalty(stream_states, c.linearity, c.linearity_reduction,
+                                                    c.linearity_stop_gradient)
+                        loss = loss + c.linearity_weight * penalty
                     if moes:
                         balance, router_z = model.router_losses()
                         loss = loss + c.balance_weight * balance + c.router_z_weight * router_z
                         routed = routed + torch.stack([m.counts for m in moes])
                 (loss / accumulation).backward()
                 batch = next(stream)
-                sums += torch.stack([v.detach() for v in (nll, align, cosine, balance, router_z)]) / accumulation
+                sums += torch.stack([v.detach() for v in (nll, align, cosine, penalty, balance, router_z)]) / accumulation
             if multipliers:  # the gradient of each effective matrix becomes those of W, r and c
                 multipliers.split_gradients()
             norm = clip_gradients(clipped, c.clip)
-            nll, align, cosine, balance, router_z, norm, asked = all_mean(torch.cat((sums, norm.view(1), torch.tensor(
+            nll, align, cosine, penalty, balance, router_z, norm, asked = all_mean(torch.cat((sums, norm.view(1), torch.tensor(
                 [float(bool(stop_signals.seen))], device=devices.device))))
-            if not (math.isfinite(nll + weight * align + balance + router_z) and math.isfinite(norm)):
+            if not (math.isfinite(nll + weight * align + penalty + balance + router_z) and math.isfinite(norm)):
                 raise NonFinite(f"step {step}: loss {nll + weight * align}, gradient norm {norm}; stopped before the weights "
                                 "were touched. " + (f"{checkpoint} holds step {saved}" if saved > 0 else "No checkpoint "
                                                     "has been written") + ". A lower --lr may help")
@@ -1269,6 +1290,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                 log(train_loss=nll, grad_norm=norm, lr=lr, tokens_per_second=round(speed),
                     mfu=speed * model.flops_per_token() / peak if peak else None,
                     **({"let_weight": weight, "let_loss": align, "let_cosine": cosine} if let else {}),
+                    **({"linearity_loss": penalty, "stream": stream_scales(stream_states)} if linear else {}),
                     **({"balance_loss": balance, "router_z": router_z, "experts_unused": int((routed == 0).sum()),
                         "expert_load": [m.load.tolist() for m in moes]} if moes else {}))
 

@@ -1,11 +1,206 @@
-"""probes.py: tables over runs against values by hand."""
+"""probes.py: linearity against its definition and identities; tables over runs against values by hand."""
 import json
 import math
 
 import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, run_python, tiny_model
 
+import train as train_module
 from model import BadInput
-from probes import compare, plot_sweep, read_sweep, sweep
+from probes import (Moments, compare, linearity, linearity_penalty, linearity_profile, plot_sweep, read_sweep, stream_scales,
+                    sweep)
+
+torch.set_num_threads(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Linearity
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def score(x, y, *held_out, parts=1):
+    """linearity() of these rows, added in so many parts."""
+    fit = Moments()
+    for a, b in zip(x.chunk(parts), y.chunk(parts)):
+        fit.add(a, b)
+    other = None
+    if held_out:
+        other = Moments(fit.shift_x, fit.shift_y)
+        other.add(*held_out)
+    return linearity(fit, other)
+
+
+def by_svd(x, y):
+    """The authors' definition: centre, divide by the Frobenius norm, 1 - ||X A - Y||^2 with A by the SVD of X."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    x, y = x / x.norm(), y / y.norm()
+    U, s, Vh = torch.linalg.svd(x, full_matrices=False)
+    A = Vh.mT @ torch.diag(1 / s) @ U.mT @ y
+    return 1 - (x @ A - y).square().sum().item()
+
+
+def block(x, strength=0.5, seed=5):
+    """Some of it linear in x, some not."""
+    d = x.shape[1]
+    return x + strength * (x @ randn(d, d, seed=seed) / d**0.5).tanh() + 0.3
+
+
+def test_scores_are_those_of_the_authors_definition():
+    x = randn(400, 12) @ randn(12, 12, seed=1) + 5
+    y = block(x)
+    got = score(x, y)
+    assert got["full"] == pytest.approx(by_svd(x, y), abs=1e-10)
+    assert got["free"] == pytest.approx(by_svd(x, y - x), abs=1e-10)
+    U = torch.linalg.svd(x - x.mean(0), full_matrices=False).U  # the projection form
+    assert got["full"] == pytest.approx(((U.mT @ (y - y.mean(0))).norm() / (y - y.mean(0)).norm()).item() ** 2, abs=1e-10)
+    assert got["rank"] == 12 and got["n"] == 400 and got["n_over_d"] == pytest.approx(400 / 12)
+
+
+def test_in_parts_is_as_in_one():
+    x = randn(403, 9) + 100
+    whole, parts = score(x, block(x)), score(x, block(x), parts=7)
+    assert whole.keys() == parts.keys()
+    for k in whole:
+        assert parts[k] == pytest.approx(whole[k], rel=1e-9), k
+
+
+def test_full_and_free_are_tied_by_the_centred_ratio():
+    x = randn(300, 8) + 3
+    got = score(x, block(x, 0.2))
+    assert 1 - got["full"] == pytest.approx((1 - got["free"]) * got["ratio_centred"] ** 2, rel=1e-9)
+    d, y = block(x, 0.2) - x, block(x, 0.2)
+    assert got["ratio_mean"] == pytest.approx((d.norm(dim=1) / y.norm(dim=1)).mean().item(), rel=1e-9)
+    assert got["ratio_rms"] == pytest.approx((d.norm() / y.norm()).item(), rel=1e-9)
+
+
+def test_score_does_not_see_a_map_of_x_nor_a_turn_of_y():
+    x = randn(200, 6)
+    y = block(x, 3.0).square()
+    base = score(x, y)["full"]
+    turn = torch.linalg.qr(randn(6, 6, seed=2)).Q
+    assert score(x @ randn(6, 6, seed=3) + 7, y)["full"] == pytest.approx(base, abs=1e-9)
+    assert score(x, 4 * y @ turn - 2)["full"] == pytest.approx(base, abs=1e-9)
+    assert abs(score(x, y @ torch.diag(torch.tensor([9.0, 1, 1, 1, 1, 1], dtype=torch.float64)))["full"] - base) > 1e-3
+    assert abs(score(y, x)["full"] - base) > 1e-4, "not symmetric"
+
+
+def test_unrelated_states_score_what_chance_gives_and_0_when_adjusted():
+    n, d = 300, 20
+    scores = [score(randn(n, d, seed=s), randn(n, d, seed=99 + s)) for s in range(20)]
+    assert sum(s["full"] for s in scores) / 20 == pytest.approx(d / (n - 1), rel=0.05)
+    assert sum(s["full_adjusted"] for s in scores) / 20 == pytest.approx(0.0, abs=0.01)
+
+
+def test_a_block_that_adds_noise_of_ratio_r_scores_one_over_one_plus_r_squared():
+    x, r = randn(20_000, 4), 0.2
+    assert score(x, x + r * randn(20_000, 4, seed=1))["full"] == pytest.approx(1 / (1 + r * r), abs=2e-3)
+
+
+def test_held_out_is_the_r_squared_of_the_fitted_affine_map():
+    x, x2 = randn(60, 7) + 2, randn(50, 7, seed=1) * 1.3 + 1
+    y, y2 = block(x) + 0.3 * randn(60, 7, seed=2), block(x2) + 0.3 * randn(50, 7, seed=3)
+    got = score(x, y, x2, y2)
+    ones, ones2 = torch.ones(60, 1, dtype=torch.float64), torch.ones(50, 1, dtype=torch.float64)
+    for name, target, target2 in (("full", y, y2), ("free", y - x, y2 - x2)):
+        A = torch.linalg.lstsq(torch.cat((x, ones), 1), target).solution
+        error = (torch.cat((x2, ones2), 1) @ A - target2).square().sum()
+        expected = 1 - (error / (target2 - target2.mean(0)).square().sum()).item()
+        assert got[f"{name}_held_out"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_few_distinct_tokens_do_not_break_the_score():
+    """200 distinct rows in 256 dimensions: without a cut-off on the singular values the score is garbage."""
+    rows = randn(200, 256)[torch.randint(200, (4000,), generator=torch.Generator().manual_seed(0))]
+    y = rows @ randn(256, 256, seed=1) / 16 + 3.2 * randn(4000, 256, seed=2) / 10
+    got = score(rows, y)
+    centred = rows - rows.mean(0)
+    U, s, _ = torch.linalg.svd(centred, full_matrices=False)
+    U = U[:, s > 1e-9 * s[0]]
+    assert got["rank"] == U.shape[1] <= 199
+    yc = y - y.mean(0)
+    assert got["full"] == pytest.approx(((U.mT @ yc).norm() / yc.norm()).item() ** 2, abs=1e-9)
+    assert score(randn(10, 30), randn(10, 30, seed=1))["full"] == pytest.approx(1.0), "as many tokens as dimensions"
+
+
+def test_a_few_massive_rows_make_anything_look_linear_and_position_0_can_be_left_out():
+    x, y = randn(2000, 16), randn(2000, 16, seed=1)
+    x[:20, 0] += 300.0
+    y[:20, 0] += 300.0
+    assert score(x, y)["full"] > 0.8 and score(x[20:], y[20:])["full"] < 0.03
+
+
+def test_profile_reads_the_states_of_each_block():
+    model = tiny_model(n_layer=3)
+    with torch.no_grad():  # a block that only rotates its input is linear
+        for p in (model.blocks[1].mixer.o.weight, model.blocks[1].mlp.down.weight):
+            p.zero_()
+    batches = [torch.randint(97, (4, 32), generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    profile = linearity_profile(model, batches)
+    assert [p["block"] for p in profile] == [1, 2, 3] and profile[1]["full"] == pytest.approx(1.0)
+    assert profile[0]["n"] == 3 * 4 * 32 and 0 < profile[0]["free"] < 0.99
+    with torch.no_grad():
+        _, (h0, h1) = model.trunk(torch.cat(batches[::2]), hidden=(0, 1))
+    assert profile[0]["full"] == pytest.approx(by_svd(h0.flatten(0, 1).double(), h1.flatten(0, 1).double()), abs=1e-6)
+    skipped = linearity_profile(model, batches, skip_first=True)
+    assert skipped[0]["n"] == 3 * 4 * 31
+
+
+def test_linearity_of_a_checkpoint_from_the_command_line(tiny, tmp_path):
+    ckpt = train_module.train(tiny(steps=3))["checkpoint"]
+    (tmp_path / "text.txt").write_text("def alpha(beta):\n    return 1\n" * 60)
+    done = run_python(ROOT / "probes.py", "linearity", ckpt, "--text", tmp_path / "text.txt", "--plot", tmp_path / "a.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and "free_held_out" in done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["1", "2"]
+    (tmp_path / "short.txt").write_text("too short")
+    done = run_python(ROOT / "probes.py", "linearity", ckpt, "--text", tmp_path / "short.txt")
+    assert done.returncode == 2 and "at least 128, four times the width, are needed" in done.stderr
+
+
+@pytest.mark.parametrize("kind, reduction", [("cosine", "sum"), ("cosine", "mean"), ("mse", "sum"), ("mse", "mean")])
+def test_penalty_is_the_formula(kind, reduction):
+    states = [randn(2, 3, 5, seed=i) for i in range(4)]
+    terms = []
+    for a, b in zip(states, states[1:]):
+        tokens = [(x, y) for x, y in zip(a.flatten(0, 1), b.flatten(0, 1))]
+        terms.append(sum(1 - x @ y / x.norm() / y.norm() if kind == "cosine" else ((x - y) ** 2).sum() for x, y in tokens) / 6)
+    expected = sum(terms) / (3 if reduction == "mean" else 1)
+    assert linearity_penalty(states, kind, reduction).item() == pytest.approx(expected.item(), rel=1e-5)
+    scales = stream_scales(states)
+    assert scales["cosine"][0] == pytest.approx(F.cosine_similarity(states[0], states[1], dim=-1).mean().item(), rel=1e-5)
+    assert scales["norm"][2] == pytest.approx(states[3].norm(dim=-1).mean().item(), rel=1e-5)
+    assert scales["ratio"][1] == pytest.approx(((states[2] - states[1]).norm(dim=-1) / states[2].norm(dim=-1)).mean().item(),
+                                               rel=1e-5)
+
+
+@pytest.mark.parametrize("stop, free", [("none", {0, 1, 2}), ("lower", {1, 2}), ("upper", {0, 1})])
+def test_penalty_stops_the_gradient_where_it_is_told(stop, free):
+    states = [randn(1, 2, 4, seed=i).requires_grad_() for i in range(3)]
+    linearity_penalty(states, "mse", stop_gradient=stop).backward()
+    assert {i for i, h in enumerate(states) if h.grad is not None and h.grad.any()} == free
+    if stop == "lower":  # state 1 is moved towards state 0 alone
+        torch.testing.assert_close(states[1].grad, (2 * (states[1] - states[0]) / 2).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_penalty_in_a_run_pulls_states_together_and_is_none_at_weight_0(tiny, tmp_path):
+    def run(**flags):
+        return train_module.train(tiny(steps=20, eval_every=20, **flags, out_dir=str(tmp_path / str(len(list(tmp_path.iterdir()))))))
+    plain, zero, strong = run(), run(linearity="cosine", linearity_weight=0.0), run(linearity="cosine", linearity_weight=5.0)
+    weak = run(linearity="cosine", linearity_weight=1e-6, linearity_from=1)
+    assert plain["val_loss"] == zero["val_loss"]
+    last = [[h for h in r["history"] if "stream" in h][-1] for r in (strong, weak)]
+    assert len(last[0]["stream"]["cosine"]) == 2 and len(last[1]["stream"]["cosine"]) == 1
+    assert last[0]["stream"]["cosine"][1] > last[1]["stream"]["cosine"][0]
+    assert last[0]["linearity_loss"] == pytest.approx(sum(1 - c for c in last[0]["stream"]["cosine"]), rel=0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables over runs
 
 
 def write_run(folder, losses, seconds_per_step=2.0):

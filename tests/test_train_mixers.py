@@ -26,6 +26,8 @@ def test_all_kinds_train_save_resume_and_sample(tiny, tmp_path, kind, optimizer,
     if teacher:
         path = t.train(tiny(n_embd=16, n_layer=1, n_head=1, steps=5, seed=9, out_dir=str(tmp_path / "teacher")))["checkpoint"]
         flags |= dict(teacher=path, let_student_layer=1, let_weight=1.0, let_stop=8)
+    if (len(kind) + ranks + teacher) % 2:
+        flags |= dict(linearity="cosine" if teacher else "mse", linearity_weight=0.01)
     straight = t.train(tiny(**flags, out_dir=str(tmp_path / "straight")))
     history = losses(straight["history"])
     assert history[10, "val_loss"] < history[0, "val_loss"] - 0.1
