@@ -4,10 +4,10 @@
     python lr_law.py predict --law law.json --n_params 4e9 --tokens 1.2e11
     python lr_law.py predict --law step --n_params 4e9 --tokens 1.2e11        # a published law
 
-The procedure of Zhou et al. 2026 (arXiv 2601.05049): at each size N and number of tokens D the loss is a parabola in the
-log of the learning rate, whose lowest point is found from a few rates; at each size and rate the loss falls with D as a power
-law, so that longer runs can be guessed from shorter ones; and the lowest points lie on a plane in ln N and ln D. Only
-texts derived from the paper could be read: see each docstring for what it leaves open.
+The procedure of Zhou et al. 2026 (arXiv 2601.05049): at each size N and number of tokens D the loss is a parabola in
+the log of the learning rate, whose lowest point is found from a few rates; at each size and rate the loss falls with D
+as a power law, so that longer runs can be guessed from shorter ones; and the lowest points lie on a plane in ln N and
+ln D. Only texts derived from the paper could be read: see each docstring for what it leaves open.
 
 Names and symbols
     N, D        parameters of a model, tokens that it was trained on: two columns of a table of runs
@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from model import BadInput, command
+from probes import plotting
 
 VERSION = "nanolet-law-1"
 
@@ -34,8 +35,8 @@ VERSION = "nanolet-law-1"
 
 
 def basin(loss, tolerance: float = 0.05):
-    """Which points, in the order of their learning rates, lie in the valley around the least loss: the unbroken stretch of
-    points with loss <= (1 + tolerance) times the least. Beyond it runs diverge, and no parabola describes that."""
+    """Which points, in the order of their learning rates, lie in the valley around the least loss: the unbroken stretch
+    of points with loss <= (1 + tolerance) times the least. Beyond it runs diverge, and no parabola describes that."""
     loss = np.asarray(loss, float)
     low = loss <= (1 + tolerance) * np.nanmin(loss)
     first = last = int(np.nanargmin(loss))
@@ -47,9 +48,9 @@ def basin(loss, tolerance: float = 0.05):
 
 
 def fit_parabola(lr, loss, weights=None) -> dict:
-    """L = L_min + C (ln lr - ln lr*)^2 by weighted least squares (the paper's eq. 2; the base of its log is unknown and only
-    rescales C). lr, loss: (n,), n >= 3. Returns lr, L_min, C, r2, n, and inside: C > 0 and lr* within the swept rates; a fit
-    that is not inside says no more than on which side the optimum lies."""
+    """L = L_min + C (ln lr - ln lr*)^2 by weighted least squares (the paper's eq. 2; the base of its log is unknown and
+    only rescales C). lr, loss: (n,), n >= 3. Returns lr, L_min, C, r2, n, and inside: C > 0 and lr* within the swept
+    rates; a fit that is not inside says no more than on which side the optimum lies."""
     x, y = np.log(np.asarray(lr, float)), np.asarray(loss, float)
     w = np.ones_like(y) if weights is None else np.asarray(weights, float)
     if len(np.unique(x)) < 3:
@@ -65,9 +66,9 @@ def fit_parabola(lr, loss, weights=None) -> dict:
 
 
 def fit_horizon(D, loss, weights=None, gammas=(0.01, 3.0)) -> dict:
-    """L(D) = L_0 + A D^-gamma with L_0, A >= 0 and gamma in `gammas` (the paper's eq. 4), by least squares. D, loss: (n,), n >=
-    3. For each gamma the best L_0 and A are a linear problem; gamma is found on a grid, and then by Gauss-Newton on all three.
-    Returns L_0, A, gamma, and predict, a function of D."""
+    """L(D) = L_0 + A D^-gamma with L_0, A >= 0 and gamma in `gammas` (the paper's eq. 4), by least squares. D, loss:
+    (n,), n >= 3. For each gamma the best L_0 and A are a linear problem; gamma is found on a grid, and then by
+    Gauss-Newton on all three. Returns L_0, A, gamma, and predict, a function of D."""
     D, y = np.asarray(D, float), np.asarray(loss, float)
     w = np.sqrt(np.ones_like(y) if weights is None else np.asarray(weights, float))
     if len(np.unique(D)) < 3:
@@ -104,9 +105,10 @@ def fit_horizon(D, loss, weights=None, gammas=(0.01, 3.0)) -> dict:
 def fit_law(N, D, lr, weights=None, draws: int = 1000, seed: int = 0) -> dict:
     """lr*(N, D) = exp(a) N^b D^c (the paper's eq. 6), by least squares in the logs, with a bootstrap of the residuals.
 
-    Where all N (or all D) are equal, b (or c) cannot be known and is left out, as None. Each draw puts the residuals, drawn
-    with replacement and freed of the shrinkage of fitting (divided by sqrt(1 - leverage)), onto the fitted values and fits
-    again; with few points its spread is widened as Student's t is. Returns a, b, c, r2, sd (of a residual, in ln lr), draws (k, 3), the ranges of N and D."""
+    Where all N (or all D) are equal, b (or c) cannot be known and is left out, as None. Each draw puts the residuals,
+    drawn with replacement and freed of the shrinkage of fitting (divided by sqrt(1 - leverage)), onto the fitted values
+    and fits again; with few points its spread is widened as Student's t is. Returns a, b, c, r2, sd (of a residual, in
+    ln lr), draws (k, 3), the ranges of N and D."""
     N, D, y = (np.log(np.asarray(v, float)) for v in (N, D, lr))
     w = np.sqrt(np.ones_like(y) if weights is None else np.asarray(weights, float))
     center = np.array([N.mean(), D.mean()])
@@ -148,7 +150,8 @@ def interval(values, level: float = 0.9) -> list[float]:
 
 
 def predict_law(law: dict, N, D, level: float = 0.9) -> dict:
-    """lr* at one (N, D), its interval from the bootstrap, and how many decades (N, D) lies outside the data, at most."""
+    """lr* at one (N, D), its interval from the bootstrap, and how many decades (N, D) lies outside the data, at
+    most."""
     x = np.array([1.0, math.log(N), math.log(D)])
     point = np.array([law["a"], law["b"] or 0.0, law["c"] or 0.0])
     draws = np.exp(np.nan_to_num(np.asarray(law["draws"], float)) @ x)
@@ -163,8 +166,9 @@ def predict_law(law: dict, N, D, level: float = 0.9) -> dict:
 
 
 def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
-    """Rows of a CSV with a header as dicts of N, D, lr, loss (numbers) and group (a text), and how many were left out as
-    diverged (a loss that is inf or nan). columns: the names in the file; group may be several, separated by commas."""
+    """Rows of a CSV with a header as dicts of N, D, lr, loss (numbers) and group (a text), and how many were left out
+    as diverged (a loss that is inf or nan). columns: the names in the file; group may be several, separated by
+    commas."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             table = list(csv.DictReader(file))
@@ -207,8 +211,8 @@ def fit_slices(runs, tolerance: float = 0.05) -> list[dict]:
 
 
 def near_optima(runs, within: float = 0.0025) -> list[dict]:
-    """The middle (mean of ln lr) of all runs of an (N, D), over all groups, whose loss is within that share of the least:
-    what remains when the batch is chosen together with the rate."""
+    """The middle (mean of ln lr) of all runs of an (N, D), over all groups, whose loss is within that share of the
+    least: what remains when the batch is chosen together with the rate."""
     slices = {}
     for run in runs:
         slices.setdefault((run["N"], run["D"]), []).append(run)
@@ -307,13 +311,7 @@ def report(law: dict, fitted: list[dict], diverged: int) -> str:
 
 def plot_fit(runs, fitted, law, path):
     """Left: losses over lr with their parabolas. Right: optima over D by N with the law and its interval."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise BadInput("--plot: needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = plotting(path)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     sizes = sorted({f["N"] for f in fitted})
     for f in fitted:

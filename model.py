@@ -204,10 +204,10 @@ class Attention(nn.Module):
 def ssd(x, dt, A, B, C, chunk: int, state=None):
     """The state-space dual form in chunks (the paper's section 6), without D x. Any length.
 
-    x: (b, T, H, P); dt: (b, T, H), positive; A: (H,), negative; B, C: (b, T, G, N), H a multiple of G; state: (b, H, P, N)
-    before the first token, None for 0. Returns y (b, T, H, P) and the state after the last token. Decays are formed in the
-    dtype of dt, which should be float32; the products run in the dtype of x or under autocast.
-    b T (2 Q N G + 2 Q P H + 4 P N H) FLOPs."""
+    x: (b, T, H, P); dt: (b, T, H), positive; A: (H,), negative; B, C: (b, T, G, N), H a multiple of G; state: (b, H, P,
+    N) before the first token, None for 0. Returns y (b, T, H, P) and the state after the last token. Decays are formed
+    in the dtype of dt, which should be float32; the products run in the dtype of x or under autocast. b T (2 Q N G + 2
+    Q P H + 4 P N H) FLOPs."""
     b, T, H, P = x.shape
     G, N = B.shape[2:]
     Q = min(chunk, T)
@@ -241,7 +241,8 @@ def ssd(x, dt, A, B, C, chunk: int, state=None):
 
 
 def ssd_step(x, dt, A, B, C, state):
-    """One token by the recurrence: x (b, H, P), dt (b, H), B, C (b, G, N), state (b, H, P, N) -> (y (b, H, P), state)."""
+    """One token by the recurrence: x (b, H, P), dt (b, H), B, C (b, G, N), state (b, H, P, N) -> (y (b, H, P),
+    state)."""
     heads = x.shape[1] // B.shape[1]
     B, C = (t.repeat_interleave(heads, dim=1).to(state.dtype) for t in (B, C))  # (b, H, N)
     state = (dt * A).exp()[..., None, None] * state + (dt[..., None] * x)[..., None] * B[:, :, None]
@@ -249,8 +250,8 @@ def ssd_step(x, dt, A, B, C, state):
 
 
 class CausalConv(nn.Module):
-    """Depthwise convolution over time: y_t = bias + sum_j w_j x_{t - d_conv + 1 + j}, per channel, as shifts and products.
-    past: the d_conv - 1 inputs before the first, (B, d_conv - 1, channels), None for 0."""
+    """Depthwise convolution over time: y_t = bias + sum_j w_j x_{t - d_conv + 1 + j}, per channel, as shifts and
+    products. past: the d_conv - 1 inputs before the first, (B, d_conv - 1, channels), None for 0."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -321,8 +322,8 @@ class MLP(nn.Module):
 
 
 def expert_products(x, weight, counts, grouped: bool):
-    """Rows of x, sorted by expert, times their expert's matrix: x (rows, in), weight (E, out, in), counts (E,) rows of each.
-    grouped: one kernel for all experts, on CUDA; else a loop. Returns (rows, out)."""
+    """Rows of x, sorted by expert, times their expert's matrix: x (rows, in), weight (E, out, in), counts (E,) rows of
+    each. grouped: one kernel for all experts, on CUDA; else a loop. Returns (rows, out)."""
     if grouped:
         return F.grouped_mm(x, weight.to(x.dtype).mT, offs=counts.cumsum(0).to(torch.int32))
     return expert_loop(x, weight, counts)
@@ -335,12 +336,14 @@ def expert_loop(x, weight, counts):
 
 
 class MoE(nn.Module):
-    """Mixture of experts in place of the MLP: y = sum over the k experts e that the router likes best of w_e expert_e(x).
+    """Mixture of experts in place of the MLP: y = sum over the k experts e that the router likes best of w_e
+    expert_e(x).
 
-    As Qwen3-MoE: p = softmax(router x) in float32, w the k largest p over their sum, no shared expert, no token dropped.
-    After a forward pass in training, `losses` holds the load-balancing loss and the router z-loss, `counts` the tokens
-    that each expert got. load: the share of tokens that each expert got in the last step, over all devices: train.py keeps
-    it. Balance is thus asked of the whole batch and not of each micro-batch, and no device waits for another."""
+    As Qwen3-MoE: p = softmax(router x) in float32, w the k largest p over their sum, no shared expert, no token
+    dropped. After a forward pass in training, `losses` holds the load-balancing loss and the router z-loss, `counts`
+    the tokens that each expert got. load: the share of tokens that each expert got in the last step, over all devices:
+    train.py keeps it. Balance is thus asked of the whole batch and not of each micro-batch, and no device waits for
+    another."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -379,8 +382,9 @@ class MoE(nn.Module):
 
 
 def load_balancing_loss(p, load):
-    """E sum_e f_e P_e (Fedus et al. 2022, arXiv 2101.03961, eq. 4): p (tokens, E) router probabilities, P_e their mean; load:
-    f_e, each expert's share of the tokens, without gradient. 1 where both are uniform, more where both lean the same way."""
+    """E sum_e f_e P_e (Fedus et al. 2022, arXiv 2101.03961, eq. 4): p (tokens, E) router probabilities, P_e their mean;
+    load: f_e, each expert's share of the tokens, without gradient. 1 where both are uniform, more where both lean the
+    same way."""
     return len(load) * (load * p.mean(0)).sum()
 
 
@@ -429,11 +433,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Gains 1; what writes into the residual stream 0, so that every block starts as the identity; matrices
-        that read it N(0, 1/fan_in); the embedding N(0, 1), near the scale the norms give anyway; the head small,
-        so that the first loss is ln V: logits of standard deviation s add s^2 / 2 to it, and s is 0.1 here; the router
-        small too, so that all experts begin alike. Mamba-2 as its authors' code: D 1, A from -16 to -1, and dt log-uniform
-        in [1e-3, 1e-1], as which softplus(dt_bias) comes out; the convolution as torch's Conv1d, uniform."""
+        """Gains 1; what writes into the residual stream 0, so that every block starts as the identity; matrices that
+        read it N(0, 1/fan_in); the embedding N(0, 1), near the scale the norms give anyway; the head small, so that the
+        first loss is ln V: logits of standard deviation s add s^2 / 2 to it, and s is 0.1 here; the router small too,
+        so that all experts begin alike. Mamba-2 as its authors' code: D 1, A from -16 to -1, and dt log-uniform in
+        [1e-3, 1e-1], as which softplus(dt_bias) comes out; the convolution as torch's Conv1d, uniform."""
         for name, p in self.named_parameters():
             if name.endswith(("norm.weight", ".D")):
                 p.fill_(1.0)
@@ -501,8 +505,8 @@ class GPT(nn.Module):
     def flops_per_token(self, backward=True, head=True, blocks=None, length=None) -> int:
         """Floating-point operations per token in sequences of `length` (block_size): 2 a weight in each matrix product,
         4 T C a block with attention (the full square, as nanoGPT and PaLM count it), the scan of Mamba-2 (see ssd), and
-        twice as much again for the backward pass. Of experts, those that a token goes to. The embedding is a look-up and
-        costs none. So 6 N + 12 L C T for a GPT, with N without the embedding."""
+        twice as much again for the backward pass. Of experts, those that a token goes to. The embedding is a look-up
+        and costs none. So 6 N + 12 L C T for a GPT, with N without the embedding."""
         c, forward = self.config, 2 * self.head.weight.numel() if head else 0
         for b in self.blocks[:blocks]:
             forward += 2 * sum(p.numel() for p in b.parameters() if p.ndim == 2)
@@ -604,8 +608,9 @@ def pick(logits, temperature: float, top_k: int, top_p: float, generator):
 def generate(model, idx, n_tokens: int, temperature=1.0, top_k=0, top_p=1.0, seed=0, use_cache=True):
     """Append n_tokens sampled tokens to idx (B, T). Returns (B, T + n_tokens).
 
-    When the context is full, and attention needs one, it starts anew from its last half: one long prefill every block_size / 2 tokens. With
-    and without the cache the same context is seen, so the same tokens come out; without, each costs a whole pass."""
+    When the context is full, and attention needs one, it starts anew from its last half: one long prefill every
+    block_size / 2 tokens. With and without the cache the same context is seen, so the same tokens come out; without,
+    each costs a whole pass."""
     generator = torch.Generator(idx.device).manual_seed(seed)
     block_size = model.config.block_size if model.has_attention else math.inf
     start, caches = max(0, idx.shape[1] - block_size), None  # the context is idx[:, start:]

@@ -58,7 +58,8 @@ def place_parameters(model: nn.Module) -> dict[str, list[str]]:
 
 def logical_pieces(model: nn.Module) -> dict[str, list[tuple[str, int]]]:
     """(piece, rows) of each logical matrix in a weight, by the weight's name: {"blocks.0.mixer.qkv.weight": [("q", 64),
-    ("k", 32), ("v", 32)], "blocks.0.mixer.o.weight": [("o", 64)], ...}. In a stack of experts they follow each other."""
+    ("k", 32), ("v", 32)], "blocks.0.mixer.o.weight": [("o", 64)], ...}. In a stack of experts they follow each
+    other."""
     pieces = {"embed.weight": [("embed", model.embed.weight.shape[0])]}
     for name, m in model.named_modules():
         if isinstance(m, nn.Linear):
@@ -202,7 +203,8 @@ class Muon(torch.optim.Optimizer):
         W <- (1 - eta lambda) W - eta kappa O
 
     params: matrices and stacks of them (E, out, in), or groups of such with, under "pieces", the rows of each one's
-    logical matrices (default: one, or E, each). All logical matrices of a group that have one shape go through Newton-Schulz as one stack, in dtype.
+    logical matrices (default: one, or E, each). All logical matrices of a group that have one shape go through
+    Newton-Schulz as one stack, in dtype.
 
     With several ranks each owns a share of the logical matrices, of about equal FLOPs: it alone keeps their momentum,
     moves them and sends them to all others. The sending goes on until finish(), so that other optimizers can step
@@ -322,9 +324,10 @@ def place_multipliers(piece: str, placement="all", tied=False, mlp="swiglu", ssm
     """(row multiplier?, column multiplier?) of a logical matrix.
 
     all: both. symmetry_free: SYMMETRY_FREE, where `up` gets rows if a GELU follows, whose input scale is its own (after
-    relu2 it is a factor on the output, which down's columns give), and `out` columns if no gated norm with a gain of its
-    own stands before it. A tied embedding gets no rows: they would act on the logits. Head and router, which Multipliers
-    leaves out unless asked, get both in `all`; the paper has none on the head, as the final norm's gain is its columns."""
+    relu2 it is a factor on the output, which down's columns give), and `out` columns if no gated norm with a gain of
+    its own stands before it. A tied embedding gets no rows: they would act on the logits. Head and router, which
+    Multipliers leaves out unless asked, get both in `all`; the paper has none on the head, as the final norm's gain is
+    its columns."""
     row, column = (True, True) if placement == "all" else SYMMETRY_FREE.get(piece, (False, False))
     if placement != "all":
         row, column = row or piece == "up" and mlp == "gelu", column or piece == "out" and not ssm_norm
@@ -357,9 +360,11 @@ def effective_weight(W, r=None, c=None, out=None):
 
 
 class Multipliers:
-    """W, r and c of every matrix that has multipliers, in its dtype (train.py: float32). The model's own parameter is W~.
+    """W, r and c of every matrix that has multipliers, in its dtype (train.py: float32). The model's own parameter is
+    W~.
 
-    Around the optimizers' step: split_gradients() turns the gradients of W~ into those of W, r and c; fold() writes W~ back.
+    Around the optimizers' step: split_gradients() turns the gradients of W~ into those of W, r and c; fold() writes W~
+    back.
 
     kind: `scalar` or `vector`; placement: see place_multipliers; modules: names out of MODULES. Each logical piece of a
     fused tensor has its own (the paper is silent on columns there). At the start W = W~ and r = c = 1, so the function
@@ -427,7 +432,8 @@ class Multipliers:
 
     @torch.no_grad()
     def load_state_dict(self, state) -> bool:
-        """Take over W, r and c where they are of the same kind and placement, and say so; else leave W = W~, r = c = 1."""
+        """Take over W, r and c where they are of the same kind and placement, and say so; else leave W = W~, r = c =
+        1."""
         named = self.named()
         if {n: t.shape for n, t in named.items()} != {n: t.shape for n, t in (state or {}).items()}:
             return False
@@ -442,9 +448,10 @@ def weight_scales(model, multipliers=None) -> dict:
 
     weights: rms and rms_effective, the root mean square of W and of W~; spread, the standard deviation of log(RMS of a
     row of W~ over its matrix' mean of those), the paper's feature-scale diversity (section 3.1) in one number, without
-    rows of zeros. drift, with multipliers: by symmetric pair, log of RMS r of q, v, up over that of the partner k, o, down
-    (rows of k, columns of o and down), mean over blocks: q times t and k over t are the same model, so nothing but weight
-    decay holds this. After relu2 up's counts twice, as t^2 comes out; after gelu, and under qk_norm, it is no symmetry."""
+    rows of zeros. drift, with multipliers: by symmetric pair, log of RMS r of q, v, up over that of the partner k, o,
+    down (rows of k, columns of o and down), mean over blocks: q times t and k over t are the same model, so nothing but
+    weight decay holds this. After relu2 up's counts twice, as t^2 comes out; after gelu, and under qk_norm, it is no
+    symmetry."""
     params, weights, logs = dict(model.named_parameters()), {}, {}
     for name, pieces in logical_pieces(model).items():
         if name not in params:  # a tied head

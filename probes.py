@@ -1,8 +1,8 @@
 """probes.py: what can be measured on trained models and read from their runs; and the linearity regulariser.
 
     python probes.py linearity runs/1/ckpt.pt --text notes.txt --plot=profile.png        # how linear is each block?
-    python probes.py compare runs/plain-0 runs/plain-1 runs/let-0 runs/let-1       # NAME-SEED; the first is the reference
-    python probes.py sweep runs/fixed@*-? runs/scalar@*-? --piece=head --plot=sweep.png         # NAME@X-SEED
+    python probes.py compare runs/plain-? runs/let-?            # folders NAME-SEED; the first NAME is the reference
+    python probes.py sweep runs/fixed@*-? runs/scalar@*-? --piece=head --plot=sweep.png        # folders NAME@X-SEED
 
 Linearity ("Your Transformer is Secretly Linear", Razzhigaev et al. 2024, arXiv 2405.12250): how well an affine map
 predicts a block's output from its input, over many tokens.
@@ -32,14 +32,15 @@ from model import BadInput, command, load_checkpoint, model_from_checkpoint, tok
 
 
 def linearity_penalty(states, kind: str = "cosine", reduction: str = "sum", stop_gradient: str = "none"):
-    """The pretraining regulariser (the paper's section 4): it pulls neighbouring states together, and the score above is
-    reported to fall, as blocks do more of their work off the line. 0-d, float32.
+    """The pretraining regulariser (the paper's section 4): it pulls neighbouring states together, and the score above
+    is reported to fall, as blocks do more of their work off the line. 0-d, float32.
 
         cosine: sum_i mean over tokens of 1 - cos(h_i, h_{i-1});    mse: sum_i mean over tokens of ||h_i - h_{i-1}||^2
 
-    states: h_0, ..., h_L, (B, T, C) each. The paper does not say what is averaged, where the sum begins, or what is held
-    fixed: tokens are averaged here as the loss is; reduction: over blocks, `sum` or `mean`; stop_gradient: which of the two
-    states of a pair gets no gradient, `none`, `lower` or `upper`; train.py's --linearity_from says where it begins."""
+    states: h_0, ..., h_L, (B, T, C) each. The paper does not say what is averaged, where the sum begins, or what is
+    held fixed: tokens are averaged here as the loss is; reduction: over blocks, `sum` or `mean`; stop_gradient: which
+    of the two states of a pair gets no gradient, `none`, `lower` or `upper`; train.py's --linearity_from says where it
+    begins."""
     terms = []
     for lower, upper in zip(states, states[1:]):
         lower, upper = (lower.detach() if stop_gradient == "lower" else lower).float(), (
@@ -51,8 +52,9 @@ def linearity_penalty(states, kind: str = "cosine", reduction: str = "sum", stop
 
 @torch.no_grad()
 def stream_scales(states) -> dict[str, list[float]]:
-    """By block: mean cosine of the states before and after, mean norm of the state after, mean over tokens of the norm of what
-    the block adds over that. A penalty can be met cheaply, mse by a shrinking stream, cosine by a growing one: here it shows."""
+    """By block: mean cosine of the states before and after, mean norm of the state after, mean over tokens of the norm
+    of what the block adds over that. A penalty can be met cheaply, mse by a shrinking stream, cosine by a growing one:
+    here it shows."""
     found = {"cosine": [], "norm": [], "ratio": []}
     for lower, upper in zip(states, states[1:]):
         lower, upper = lower.float(), upper.float()
@@ -64,7 +66,8 @@ def stream_scales(states) -> dict[str, list[float]]:
 
 
 class Moments:
-    """Sums over tokens of what a linear fit of Y on X needs, in float64: any number of tokens in memory for 2 d^2 numbers.
+    """Sums over tokens of what a linear fit of Y on X needs, in float64: any number of tokens in memory for 2 d^2
+    numbers.
 
     About a shift, the mean of the first tokens, which changes no score but keeps digits where a mean is large."""
 
@@ -101,11 +104,12 @@ class Moments:
 def linearity(fit: Moments, held_out: Moments | None = None) -> dict:
     """The scores of one block, from tokens to fit on and others to check on (with the same shifts).
 
-    full, free: in sample, as the authors do; *_adjusted: freed of what a fit of this rank gets by chance, 1 - (1 - S)(n - 1)
-    / (n - 1 - rank); *_held_out: R^2 of the fitted affine map on the other tokens, which can be negative. The solve is by
-    eigenvalues of X^T X, those below d eps times the largest counted as 0: X is often rank-deficient (few distinct tokens).
-    rank, n, n_over_d; ratios of what the block adds to the state after it: ratio_mean over tokens of the norms, ratio_rms of
-    the Frobenius norms, ratio_centred of the centred ones, for which 1 - full = (1 - free) ratio_centred^2 exactly."""
+    full, free: in sample, as the authors do; *_adjusted: freed of what a fit of this rank gets by chance, 1 - (1 - S)(n
+    - 1) / (n - 1 - rank); *_held_out: R^2 of the fitted affine map on the other tokens, which can be negative. The
+    solve is by eigenvalues of X^T X, those below d eps times the largest counted as 0: X is often rank-deficient (few
+    distinct tokens). rank, n, n_over_d; ratios of what the block adds to the state after it: ratio_mean over tokens of
+    the norms, ratio_rms of the Frobenius norms, ratio_centred of the centred ones, for which 1 - full = (1 - free)
+    ratio_centred^2 exactly."""
     xx, xy, yy = fit.centred()
     d = len(xx)
     e, V = torch.linalg.eigh(xx)
@@ -137,8 +141,9 @@ def linearity(fit: Moments, held_out: Moments | None = None) -> dict:
 
 @torch.no_grad()
 def linearity_profile(model, batches, skip_first=False, progress=None) -> list[dict]:
-    """linearity() of every block over batches of token ids (B, T): the even ones to fit, the odd ones held out. skip_first: leave
-    position 0 out, where attention parks what it has no use for, with states a hundred times as large."""
+    """linearity() of every block over batches of token ids (B, T): the even ones to fit, the odd ones held out.
+    skip_first: leave position 0 out, where attention parks what it has no use for, with states a hundred times as
+    large."""
     blocks = len(model.blocks)
     fit, held_out = [Moments() for _ in range(blocks)], [None] * blocks
     for i, idx in enumerate(batches):
@@ -207,8 +212,8 @@ def plotting(path: str):
 
 
 def read_evaluations(run) -> list[dict]:
-    """The lines of a run's metrics.jsonl that hold an evaluation. A run that stopped before its last step, as a diverged
-    one does, has an infinite loss in the last."""
+    """The lines of a run's metrics.jsonl that hold an evaluation. A run that stopped before its last step, as a
+    diverged one does, has an infinite loss in the last."""
     path, lines = Path(run) / "metrics.jsonl", []
     try:
         for text in path.read_text().splitlines():
@@ -230,8 +235,8 @@ def read_evaluations(run) -> list[dict]:
 
 
 def first_reached(lines, loss: float) -> dict | None:
-    """Where the held-out loss first comes down to `loss`: step, flops and seconds, each on the straight line between the
-    evaluations around it. None when it never does."""
+    """Where the held-out loss first comes down to `loss`: step, flops and seconds, each on the straight line between
+    the evaluations around it. None when it never does."""
     if lines[0]["val_loss"] <= loss:
         return lines[0]
     for before, after in zip(lines, lines[1:]):

@@ -274,8 +274,9 @@ def check(c: Config, world: int = 1):
         need(getattr(c, name) >= 1, name, why="at least 1 is needed")
     for name in ("d_state", "ssm_head_dim", "expand", "n_groups", "chunk_size", "experts_per_token"):
         need(getattr(c, name) >= 1, name, why="at least 1 is needed")
-    for name in ("n_experts", "expert_hidden", "balance_weight", "router_z_weight", "n_kv_head", "warmup_steps", "weight_decay", "clip", "let_weight", "seed", "sample_tokens",
-                 "momentum_warmup", "multiplier_weight_decay"):
+    for name in ("n_experts", "expert_hidden", "balance_weight", "router_z_weight", "n_kv_head", "warmup_steps",
+                 "weight_decay", "clip", "let_weight", "seed", "sample_tokens", "momentum_warmup",
+                 "multiplier_weight_decay", "linearity_weight"):
         need(getattr(c, name) >= 0, name, why="must not be negative")
     need(c.seed < 2**62, "seed", why="must be below 2^62")
     for name in ("beta1", "beta2", "momentum"):
@@ -340,7 +341,6 @@ def check(c: Config, world: int = 1):
         need(c.let_stop > 0, "let_stop", why="must be positive")
         need(c.let_stop < 1 or c.let_stop == int(c.let_stop), "let_stop", why="a whole number of steps, or a fraction "
              "below 1")
-    need(c.linearity_weight >= 0, "linearity_weight", why="must not be negative")
     need(0 <= c.linearity_from < max(1, c.n_layer), "linearity_from", "n_layer", why="there is no block after this state")
     if c.linearity == "none":
         for name in (n for n in FLAGS if n.startswith("linearity_")):
