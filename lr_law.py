@@ -1,5 +1,7 @@
-"""lr_law.py: many runs: fit the optimum learning rate over model size and tokens, and predict it. No training in here.
+"""lr_law.py: many runs: plan and run a sweep, fit the optimum learning rate over model size and tokens, predict it.
 
+    python lr_law.py plan --sizes=2x64,2x128,4x128 --lrs=1e-3:3e-2:5 --tokens=2e5,4e5,8e5
+    python lr_law.py sweep --sizes=2x64,2x128,4x128 --lrs=1e-3:3e-2:5 --tokens=2e5,4e5,8e5 runs.csv -- --vocab_size=1024
     python lr_law.py fit runs.csv -o law.json --plot law.png
     python lr_law.py predict --law law.json --n_params 4e9 --tokens 1.2e11
     python lr_law.py predict --law step --n_params 4e9 --tokens 1.2e11        # a published law
@@ -19,16 +21,165 @@ Names and symbols
 """
 import argparse
 import csv
+import itertools
 import json
 import math
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from model import BadInput, command
+import train
+from model import GPT, BadInput, command
 from probes import plotting
+from train import LAW_VERSION, load_law
 
-VERSION = "nanolet-law-1"
+# ----------------------------------------------------------------------------------------------------------------------
+# Plan and sweep
+
+COLUMNS = ("N", "D", "lr", "loss", "seed", "n_layer", "n_embd", "flops", "seconds", "method")
+
+
+def numbers(flag: str, text: str) -> list[float]:
+    """"1,2,3", or "low:high:count" spaced evenly in the log. Raises BadInput, naming the flag, for anything else."""
+    try:
+        if ":" in text:
+            low, high, count = text.split(":")
+            values = np.geomspace(float(low), float(high), int(count)).tolist()
+        else:
+            values = [float(v) for v in text.split(",")]
+        if not values or not all(0 < v < math.inf for v in values):
+            raise ValueError
+    except ValueError:
+        raise BadInput(f"{flag}={text}: positive numbers, as 1,2,3 or as LOW:HIGH:COUNT, are needed") from None
+    return sorted(set(values))
+
+
+def planned_runs(sizes: str, lrs: str, tokens: str, seeds: str, flags: list[str]) -> list[dict]:
+    """The runs of a sweep, cheapest first: {c: a Config without steps, N, steps: [at which it is read], seed, flops}.
+
+    One run a (size, rate, seed): it is read at each number of tokens on the way. That makes O(n C_eta) runs for n sizes
+    and C_eta rates where the full grid has O(n^3), the paper's saving. N counts all parameters but the embedding's."""
+    base, runs = train.parse_flags(flags), []
+    for size in sizes.split(","):
+        try:
+            n_layer, n_embd = map(int, size.split("x"))
+        except ValueError:
+            raise BadInput(f"--sizes={sizes}: LAYERSxWIDTH, separated by commas, are needed, such as 2x64,4x128") from None
+        for lr, seed in itertools.product(numbers("--lrs", lrs), seeds.split(",")):
+            if not seed.isdigit():
+                raise BadInput(f"--seeds={seeds}: whole numbers separated by commas are needed")
+            c = replace(base, n_layer=n_layer, n_embd=n_embd, lr=lr, seed=int(seed), sample_tokens=0)
+            steps = sorted({max(1, round(D / c.batch_tokens)) for D in numbers("--tokens", tokens)})
+            c = replace(c, steps=steps[-1], warmup_steps=min(c.warmup_steps, steps[0]))
+            train.check(c)
+            with torch.device("meta"):
+                model = GPT(train.model_config(c, c.vocab_size))
+            runs.append({"c": c, "N": model.num_params() - model.embed.weight.numel(), "steps": steps, "seed": int(seed),
+                         "flops": model.flops_per_token() * steps[-1] * c.batch_tokens})
+    return sorted(runs, key=lambda r: (r["flops"], r["seed"], r["c"].lr))
+
+
+def plan(runs: list[dict], method: str, share: float, speed: float) -> str:
+    """What a sweep costs, beside the full grid with a run of its own for each number of tokens."""
+    def cost(r):  # a decay branches off at (1 - share) of each reading
+        return r["flops"] + (share * sum(r["flops"] * s / r["steps"][-1] for s in r["steps"][:-1]) if method == "decay" else 0)
+
+    sizes = {}
+    for r in runs:
+        sizes.setdefault((r["N"], r["c"].n_layer, r["c"].n_embd), []).append(r)
+    lines = [f"  N {N:>12,} ({layers} x {width})  {len(found)} runs, read at "
+             + ", ".join(f"{s * found[0]['c'].batch_tokens:,}" for s in found[0]["steps"]) + f" tokens: {sum(map(cost, found)):.3g} FLOPs"
+             for (N, layers, width), found in sorted(sizes.items())]
+    total = sum(map(cost, runs))
+    grid = sum(r["flops"] * s / r["steps"][-1] for r in runs for s in r["steps"])
+    return "\n".join([*lines, f"{len(runs)} runs, {sum(len(r['steps']) for r in runs)} points, {total:.3g} FLOPs, "
+                      f"{total / speed / 3600:.2f} hours at {speed:.3g} FLOP/s; the full grid: "
+                      f"{sum(len(r['steps']) for r in runs)} runs, {grid:.3g} FLOPs, {grid / speed / 3600:.2f} hours"])
+
+
+def append_row(path, row: dict):
+    """One line at the end of the CSV, on disk before this returns; the header first in a new file."""
+    try:
+        with open(path, "a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written to ({e.strerror})") from None
+
+
+def rows_done(path) -> set:
+    """(N, D, lr, seed) of the rows that a CSV of ours holds already. A half row at its end, from a kill, is cut off."""
+    if not Path(path).exists():
+        return set()
+    text = Path(path).read_text()
+    if text and not text.endswith("\n"):
+        text = text[:text.rfind("\n") + 1]
+        Path(path).write_text(text)
+    table = list(csv.DictReader(text.splitlines()))
+    if text and text.splitlines()[0].split(",") != list(COLUMNS):
+        raise BadInput(f"{path}: not a table of `sweep`, whose columns are {', '.join(COLUMNS)}")
+    return {(int(r["N"]), int(r["D"]), float(r["lr"]), int(r["seed"])) for r in table}
+
+
+def run_one(run: dict, path, folder, method: str, share: float):
+    """One run of a sweep, a stretch at a time: up to each reading with a constant rate, and there either read as it is
+    (`stable`) or after a decay of `share` of its length that branches off (`decay`). A row is appended as each point is
+    known. What a kill leaves behind is gone on with. A run that diverges has the loss inf there and at all later points."""
+    c, done = replace(run["c"], schedule="constant", decay_fraction=train.FLAGS["decay_fraction"].default), rows_done(path)
+    out = Path(folder, f"{c.n_layer}x{c.n_embd}-{c.lr:.3e}-{c.seed}")
+    key = {"N": run["N"], "lr": c.lr, "seed": c.seed, "n_layer": c.n_layer, "n_embd": c.n_embd, "method": method}
+    diverged = False
+    for steps in run["steps"]:
+        D = steps * c.batch_tokens
+        if (run["N"], D, c.lr, c.seed) in done:
+            continue
+        point = {"loss": math.inf, "flops": 0, "seconds": 0}
+        until = steps if method == "stable" else max(c.warmup_steps, round((1 - share) * steps))
+        trunk = str(out / "ckpt.pt") if (out / "ckpt.pt").exists() else ""
+        try:
+            if not diverged:
+                stretch = replace(c, steps=until, eval_every=until, save_every=until, out_dir=str(out), resume=trunk)
+                point = train.train(stretch)
+                if method == "decay" and not point["interrupted"]:
+                    point = train.train(replace(stretch, resume=point["checkpoint"], decay_now=True, schedule="wsd", steps=steps,
+                                                eval_every=steps, out_dir=str(out / f"decay-{steps}")))
+        except train.NonFinite:
+            diverged = True
+        else:
+            if not diverged and point["interrupted"]:
+                raise KeyboardInterrupt
+            diverged = diverged or not math.isfinite(point["val_loss"])
+        append_row(path, {**key, "D": D, "loss": math.inf if diverged else point["val_loss"], "flops": point["flops"],
+                          "seconds": round(point["seconds"], 1)})
+
+
+def sweep(runs: list[dict], path, folder, method: str, share: float, jobs: int = 1, shard: str = "1/1"):
+    """Every run of this shard that the CSV does not hold yet; jobs of them at a time, each with its part of the cores."""
+    try:
+        i, n = map(int, shard.split("/"))
+        assert 1 <= i <= n
+    except (ValueError, AssertionError):
+        raise BadInput(f"--shard={shard}: I/N with 1 <= I <= N is needed") from None
+    rows_done(path)  # says early what is wrong with it
+    mine = runs[i - 1::n]
+    if jobs <= 1:
+        for run in mine:
+            run_one(run, path, folder, method, share)
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    context = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        for waiting in [pool.submit(run_one, run, path, folder, method, share) for run in mine]:
+            waiting.result()
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Fits
@@ -262,19 +413,6 @@ def published(name: str, N: float, D: float, anchor=None) -> float:
     return rate(N, D)
 
 
-def load_law(path) -> dict:
-    """A law that `fit` wrote. Raises BadInput when it is none, or of another version."""
-    try:
-        law = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
-        raise BadInput(f"--law={path}: not a law file ({e})") from None
-    if not isinstance(law, dict) or law.get("version") != VERSION:
-        raise BadInput(f"--law={path}: of version {law.get('version') if isinstance(law, dict) else None}, {VERSION} is needed")
-    if law.get("units") != "parameters, tokens":
-        raise BadInput(f"--law={path}: in units of {law.get('units')}, parameters, tokens are needed")
-    return law
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
@@ -343,7 +481,7 @@ def fit_command(a) -> str:
     if not optima:
         raise BadInput(f"{a.runs}: no slice has its optimum inside the swept rates; at least 3 rates around it are needed")
     law = fit_law(*([o[k] for o in optima] for k in ("N", "D", "lr")))
-    law |= {"version": VERSION, "units": "parameters, tokens", "draws": law["draws"].round(12).tolist()}
+    law |= {"version": LAW_VERSION, "units": "parameters, tokens", "draws": law["draws"].round(12).tolist()}
     text = report(law, fitted, diverged)
     if a.plot:
         plot_fit(runs, fitted, law, a.plot)
@@ -372,7 +510,7 @@ def predict_command(a) -> str:
                 + ("; as a ratio from your point)" if anchor else ")"))
     if not Path(a.law).exists():
         published(a.law, a.n_params, a.tokens)  # says what there is
-    at = predict_law(load_law(a.law), a.n_params, a.tokens)
+    at = predict_law(load_law(a.law, "--law"), a.n_params, a.tokens)
     text = f"lr {at['lr']:.4g}   90 % interval {at['interval'][0]:.4g} to {at['interval'][1]:.4g}"
     if at["decades"] > 0:
         text += f"\n{at['decades']:.2f} decades beyond the data" + (": do not trust it far" if at["decades"] > 1 else "")
@@ -397,7 +535,33 @@ def main(argv):
     p.add_argument("--n_params", type=float, required=True)
     p.add_argument("--tokens", type=float, required=True)
     p.add_argument("--anchor", default="", help="N,D,LR: a point of yours from which a published law gives the ratio")
-    a = parser.parse_args(argv)
+    for name, text in (("plan", "what a sweep costs"), ("sweep", "run it, one row of a CSV after the other")):
+        s = commands.add_parser(name, help=text, epilog="flags of train.py follow after --")
+        if name == "sweep":
+            s.add_argument("csv", help="the table of runs, made or gone on with")
+            s.add_argument("--folder", default="", help="of the runs; default: the table's name without .csv")
+            s.add_argument("--jobs", type=int, default=1, help="runs at a time")
+            s.add_argument("--shard", default="1/1", help="I/N: every N-th run from the I-th, for job arrays")
+        s.add_argument("--sizes", required=True, help="LAYERSxWIDTH, separated by commas")
+        s.add_argument("--lrs", required=True, help="1e-3,3e-3 or LOW:HIGH:COUNT")
+        s.add_argument("--tokens", required=True, help="at which each run is read: 1e6,2e6 or LOW:HIGH:COUNT")
+        s.add_argument("--seeds", default="0", help="separated by commas")
+        s.add_argument("--method", choices=("stable", "decay"), default="stable", help="read the loss at a constant rate, or "
+                       "after a decay that branches off")
+        s.add_argument("--decay_share", type=float, default=0.2, help="of decay: its share of the steps")
+        if name == "plan":
+            s.add_argument("--flops_per_second", type=float, default=1e11, help="of the machine, as train.py reaches it")
+    at = argv.index("--") if "--" in argv else len(argv)
+    a = parser.parse_args(argv[:at])
+    if a.command in ("plan", "sweep"):
+        if not 0 < a.decay_share < 1:
+            raise BadInput(f"--decay_share={a.decay_share}: above 0 and below 1 is needed")
+        runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, argv[at + 1:])
+        if a.command == "plan":
+            print(plan(runs, a.method, a.decay_share, a.flops_per_second))
+        else:
+            sweep(runs, a.csv, a.folder or str(Path(a.csv).with_suffix("")), a.method, a.decay_share, a.jobs, a.shard)
+        return
     print(fit_command(a) if a.command == "fit" else predict_command(a))
 
 

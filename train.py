@@ -102,7 +102,8 @@ class Config:
     router_z_weight: float = flag(1e-3, "experts: weight of the router z-loss")
     # optimizer
     optimizer: str = flag("muon", "for the matrices; the rest always gets AdamW", ("muon", "adamw"))
-    lr: float = flag(6e-3, "peak learning rate")
+    lr: float = flag(6e-3, "peak learning rate; law: what the file of --lr_law predicts for this size and number of tokens")
+    lr_law: str = flag("", "a file that lr_law.py wrote, for --lr=law")
     embedding_lr: float = flag(30.0, "learning rate of the embedding, as a factor on --lr")
     schedule: str = flag("wsd", "shape of the learning rate over the run", tuple(SCHEDULES))
     warmup_steps: int = flag(20, "steps of linear warm-up")
@@ -177,6 +178,8 @@ FLAGS = {f.name: f for f in fields(Config)}
 def convert(name: str, text: str):
     """A flag's text as its type. Raises ValueError with a readable reason."""
     kind = FLAGS[name].type
+    if name == "lr" and text == "law":
+        return 0.0  # until the size of the model is known
     if kind is bool:
         if text.lower() not in ("true", "false", "1", "0"):
             raise ValueError("true or false")
@@ -281,7 +284,8 @@ def check(c: Config, world: int = 1):
     need(c.seed < 2**62, "seed", why="must be below 2^62")
     for name in ("beta1", "beta2", "momentum"):
         need(0 <= getattr(c, name) < 1, name, why="must be in [0, 1)")
-    need(c.lr > 0, "lr", why="must be positive")
+    need(c.lr > 0 or c.lr == 0 and c.lr_law, "lr", why="must be positive, or `law` with a file in --lr_law")
+    need(c.lr == 0 or not c.lr_law or c.resume, "lr_law", "lr", why="has no effect without --lr=law")
     need(c.embedding_lr > 0, "embedding_lr", why="must be positive")
     need(c.multiplier_lr > 0, "multiplier_lr", why="must be positive")
     for name in ("module_lr", "module_decay"):
@@ -1118,6 +1122,10 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
     # The model and its optimizers
     torch.manual_seed(c.seed)
     model = GPT(model_config(c, enc.n_vocab)).to(devices.device)
+    if c.lr == 0:
+        N, D = model.num_params() - model.embed.weight.numel(), c.steps * c.batch_tokens
+        c = replace(c, lr=law_rate(c.lr_law, N, D))
+        say(f"--lr={c.lr:.4g}, by {c.lr_law} at N = {N:,} and D = {D:,}")
     if c.dry_run:
         print_plan(c, model, devices, data, let, let_stop)
         return {"interrupted": False, "checkpoint": None}
@@ -1330,6 +1338,29 @@ def refuse_changes(c: Config, resumed: dict, tokenizer: dict):
         changed.append(f"modules named by --module_lr and --module_decay: {sorted(then)} there, {sorted(now)} here")
     if changed:
         raise BadInput(f"--resume={c.resume}: the model has changed ({'; '.join(changed)})")
+
+
+LAW_VERSION = "nanolet-law-1"
+
+
+def load_law(path, flag: str) -> dict:
+    """A law that lr_law.py wrote. Raises BadInput when it is none, of another version or in other units."""
+    try:
+        law = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{flag}={path}: not a law file ({e})") from None
+    if not isinstance(law, dict) or law.get("version") != LAW_VERSION:
+        found = law.get("version") if isinstance(law, dict) else None
+        raise BadInput(f"{flag}={path}: of version {found}, {LAW_VERSION} is needed")
+    if law.get("units") != "parameters, tokens":
+        raise BadInput(f"{flag}={path}: in units of {law.get('units')}, parameters, tokens are needed")
+    return law
+
+
+def law_rate(path, N: float, D: float) -> float:
+    """lr* = exp(a) N^b D^c of a law file, for N parameters (without the embedding) and D tokens."""
+    law = load_law(path, "--lr_law")
+    return math.exp(law["a"]) * N ** (law["b"] or 0.0) * D ** (law["c"] or 0.0)
 
 
 def branch_decay(c: Config, resumed: dict) -> tuple[Config, int]:

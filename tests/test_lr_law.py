@@ -1,14 +1,18 @@
 """lr_law.py: each fit gives its constants back; against numpy's and scipy's; what it refuses."""
+import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import ROOT, run_python
 
-from lr_law import (LAWS, RATIOS, basin, fit_horizon, fit_law, fit_parabola, fit_slices, interval, load_law, main, near_optima,
+import train
+from lr_law import (LAWS, RATIOS, basin, fit_horizon, fit_law, fit_parabola, fit_slices, interval, main, near_optima,
                     predict_law, published, read_runs)
 from model import BadInput
+from train import load_law
 
 LR = np.geomspace(1e-3, 1e-1, 7)
 
@@ -140,6 +144,24 @@ def test_from_a_table_to_a_law_to_a_rate(tmp_path, capsys):
     assert "2.00 decades beyond the data: do not trust it far" in out
 
 
+def test_a_run_takes_its_rate_from_a_law(tmp_path, tiny, capsys):
+    table = write_table(tmp_path / "runs.csv", sweep_rows())
+    main(["fit", table, "-o", str(tmp_path / "law.json")])
+    flags = [f"--{k}={v}" for k, v in vars(tiny(steps=4)).items() if v != train.FLAGS[k].default and k != "lr"]
+    result = train.train(train.parse_flags([*flags, "--lr=law", f"--lr_law={tmp_path}/law.json"]))
+    N = train.load_checkpoint(result["checkpoint"])["model"]["embed.weight"].numel()
+    N = train.GPT(train.model_config(tiny(), 257)).num_params() - N
+    lr = 38.4588 * N**-0.2219 * (4 * 256) ** -0.3509
+    assert train.load_checkpoint(result["checkpoint"])["config"]["lr"] == pytest.approx(lr, rel=1e-4)
+    assert f"by {tmp_path}/law.json at N = {N:,} and D = 1,024" in capsys.readouterr().out
+    for words, message in (([], "`law` with a file"), (["--lr_law=none.json"], "--lr_law=none.json: not a law file")):
+        with pytest.raises(BadInput, match=message):
+            train.train(train.parse_flags([*flags, "--lr=law", f"--out_dir={tmp_path}/other", *words]))
+    with pytest.raises(BadInput, match="has no effect without --lr=law"):
+        train.check(tiny(lr_law="law.json"))
+    assert not (tmp_path / "other").exists()
+
+
 def test_near_optima_take_the_best_group():
     rows = [dict(N=1.0, D=1.0, lr=lr, loss=loss, group=g) for lr, loss, g in (
         (1.0, 2.0, "a"), (4.0, 2.001, "b"), (64.0, 2.5, "a"), (0.1, 3.0, "b"))]
@@ -166,7 +188,7 @@ def test_tables_that_make_no_law_are_refused(tmp_path, rows, words, message):
 def test_foreign_law_files_are_refused(tmp_path, text, message):
     (tmp_path / "law.json").write_text(text)
     with pytest.raises(BadInput, match=message):
-        load_law(tmp_path / "law.json")
+        load_law(tmp_path / "law.json", "--law")
 
 
 @pytest.mark.parametrize("words, message", [
@@ -184,3 +206,106 @@ def test_a_fit_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     main(["fit", write_table(tmp_path / "runs.csv", sweep_rows()), "--plot", str(tmp_path / "law.png")])
     assert (tmp_path / "law.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Plan and sweep
+
+
+def test_plan_counts_runs_and_flops(capsys):
+    main(["plan", "--sizes=2x64,4x128", "--lrs=1e-3:1e-1:5", "--tokens=204800,409600", "--flops_per_second=1e12", "--",
+          "--vocab_size=1024", "--block_size=128"])
+    out = capsys.readouterr().out
+    flops = {}
+    for n_layer, n_embd in ((2, 64), (4, 128)):
+        model = train.GPT(train.model_config(train.Config(n_layer=n_layer, n_embd=n_embd, block_size=128), 1024))
+        flops[n_embd] = 5 * model.flops_per_token() * 409_600
+        assert f"N {model.num_params() - 1024 * n_embd:>12,}" in out
+    total = sum(flops.values())
+    assert f"10 runs, 20 points, {total:.3g} FLOPs, {total / 3.6e15:.2f} hours at 1e+12" in out
+    assert f"the full grid: 20 runs, {1.5 * total:.3g} FLOPs" in out
+
+
+@pytest.fixture
+def tiny_sweep(corpus):
+    """The flags of runs of a second."""
+    return ["--", f"--data={corpus}", "--tokenizer=bytes", "--block_size=32", "--batch_tokens=256", "--micro_batch=4",
+            "--eval_tokens=1024", "--warmup_steps=2", "--dtype=fp32", "--device=cpu"]
+
+
+def table(path):
+    return [{k: float(v) for k, v in row.items() if k != "method"} for row in csv.DictReader(open(path))]
+
+
+def test_sweep_reads_a_run_at_each_number_of_tokens_and_goes_on_after_a_kill(tmp_path, tiny_sweep, monkeypatch):
+    words = ["--sizes=1x16,2x32", "--lrs=0.003,0.01", "--tokens=1280,2560", *tiny_sweep]
+    main(["sweep", str(tmp_path / "whole.csv"), *words])
+    whole = table(tmp_path / "whole.csv")
+    assert len(whole) == 8 and {r["D"] for r in whole} == {1280, 2560} and len({r["N"] for r in whole}) == 2
+    c = train.parse_flags(tiny_sweep[1:])
+    for row in whole:  # as a run of that many steps gives it
+        if row["n_embd"] == 32 and row["lr"] == 0.01:
+            alone = train.train(replace(c, n_layer=2, n_embd=32, lr=0.01, steps=int(row["D"]) // 256, schedule="constant",
+                                        sample_tokens=0, out_dir=str(tmp_path / f"alone{row['D']}")))
+            assert row["loss"] == pytest.approx(alone["val_loss"], abs=1e-9)
+
+    class Killed(BaseException):
+        pass
+
+    calls, original = [], train.train
+    monkeypatch.setattr(train, "train", lambda c: calls.append(c) or (_ for _ in ()).throw(Killed) if len(calls) == 3
+                        else calls.append(c) or original(c))
+    with pytest.raises(Killed):
+        main(["sweep", str(tmp_path / "halved.csv"), *words])
+    with open(tmp_path / "halved.csv", "a") as file:
+        file.write("123,45")  # half a row
+    monkeypatch.setattr(train, "train", original)
+    main(["sweep", str(tmp_path / "halved.csv"), *words])
+    halved = table(tmp_path / "halved.csv")
+    strip = [{k: v for k, v in r.items() if k != "seconds"} for r in whole]
+    assert [{k: v for k, v in r.items() if k != "seconds"} for r in halved] == strip
+    before = (tmp_path / "halved.csv").read_bytes()
+    main(["sweep", str(tmp_path / "halved.csv"), *words])
+    assert (tmp_path / "halved.csv").read_bytes() == before, "nothing left to do"
+
+
+def test_sweep_by_decays_shards_and_jobs(tmp_path, tiny_sweep):
+    words = ["--sizes=1x16", "--lrs=0.003,0.01", "--tokens=1280,2560", "--method=decay", "--decay_share=0.4", *tiny_sweep]
+    for shard in ("1/2", "2/2"):
+        main(["sweep", str(tmp_path / "shards.csv"), f"--shard={shard}", *words])
+    main(["sweep", str(tmp_path / "jobs.csv"), "--jobs=2", *words])
+    shards, jobs = ({(r["lr"], r["D"]): r["loss"] for r in table(tmp_path / n)} for n in ("shards.csv", "jobs.csv"))
+    assert len(shards) == 4 and shards == pytest.approx(jobs, abs=1e-5)
+    c = train.parse_flags(tiny_sweep[1:])
+    planned = train.train(replace(c, n_layer=1, n_embd=16, lr=0.01, steps=10, decay_fraction=0.4, sample_tokens=0,
+                                  out_dir=str(tmp_path / "planned")))
+    assert shards[0.01, 2560] == pytest.approx(planned["val_loss"], abs=1e-9), "a decay from a stable phase is the planned run"
+
+
+def test_a_diverged_run_is_in_the_table_as_such(tmp_path, tiny_sweep):
+    main(["sweep", str(tmp_path / "runs.csv"), "--sizes=1x16", "--lrs=0.01,1e30", "--tokens=1280,2560", *tiny_sweep])
+    losses = {(r["lr"], r["D"]): r["loss"] for r in table(tmp_path / "runs.csv")}
+    assert math.isinf(losses[1e30, 1280]) and math.isinf(losses[1e30, 2560]) and losses[0.01, 2560] < 6
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--sizes=64", "--lrs=1", "--tokens=1e6"], "--sizes=64: LAYERSxWIDTH"),
+    (["--sizes=1x16", "--lrs=1:2", "--tokens=1e6"], "--lrs=1:2: positive numbers"),
+    (["--sizes=1x16", "--lrs=0", "--tokens=1e6"], "--lrs=0: positive numbers"),
+    (["--sizes=1x16", "--lrs=1", "--tokens=1e6", "--seeds=a"], "--seeds=a"),
+    (["--sizes=1x16", "--lrs=1", "--tokens=1e6", "--decay_share=1"], "--decay_share=1.0"),
+    (["--sizes=1x15", "--lrs=1", "--tokens=1e6"], "--n_embd=15 --n_head=2"),
+    (["--sizes=1x16", "--lrs=1", "--tokens=1e6", "--", "--stepz=3"], "--stepz: no such flag")])
+def test_sweeps_that_cannot_be_are_refused(tmp_path, words, message):
+    with pytest.raises(BadInput) as error:
+        main(["sweep", str(tmp_path / "runs.csv"), *words])
+    assert message in str(error.value) and not (tmp_path / "runs.csv").exists()
+
+
+def test_a_foreign_or_unwritable_table_is_refused_and_kept(tmp_path, tiny_sweep):
+    words = ["--sizes=1x16", "--lrs=0.01", "--tokens=1280", *tiny_sweep]
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(BadInput, match="not a table of `sweep`"):
+        main(["sweep", str(tmp_path / "other.csv"), *words])
+    assert (tmp_path / "other.csv").read_text() == "a,b\n1,2\n"
+    with pytest.raises(BadInput, match="cannot be written to"):
+        main(["sweep", str(tmp_path / "none" / "runs.csv"), f"--folder={tmp_path}/f", *words])
