@@ -332,7 +332,9 @@ def expert_products(x, weight, counts, grouped: bool):
 @torch.compiler.disable  # its shapes are the data's, so that it would be compiled anew again and again
 def expert_loop(x, weight, counts):
     parts = x.tensor_split(len(weight)) if x.is_meta else x.split(counts.tolist())
-    return torch.cat([part @ w.T for part, w in zip(parts, weight.to(x.dtype))])
+    # Filled up to a multiple of 128 rows: a CPU's library makes a kernel for every new shape, at a cost that shows.
+    padded = [F.pad(part, (0, 0, 0, -len(part) % 128)) for part in parts]
+    return torch.cat([(full @ w.T)[:len(part)] for full, part, w in zip(padded, parts, weight.to(x.dtype))])
 
 
 class MoE(nn.Module):
