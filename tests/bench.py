@@ -4,9 +4,9 @@
     python tests/bench.py gpt --json                   # one part, one JSON object a line
     python tests/bench.py nanogpt --nanogpt=PATH       # against a checkout of nanoGPT, at its shape
 
-Parts: gpt (AdamW against Muon), let (a step with the teacher against one without), loss (the chunked loss against torch's),
-optim (Muon against torch's, multipliers, the split over ranks), mixers (attention against Mamba-2 by length), nanogpt, 124m (CUDA: GPT-2's shape, compiled and eager, with
-MFU). The variants of a part take turns, step by step, so
+Parts: gpt (AdamW against Muon), let (a step with the teacher against one without), loss (the chunked loss against
+torch's), optim (Muon against torch's, multipliers, the split over ranks), mixers (attention against Mamba-2 by length),
+nanogpt, 124m (CUDA: GPT-2's shape, compiled and eager, with MFU). The variants of a part take turns, step by step, so
 that a noisy machine slows all of them; the figure is the median over the steps. FLOPs as GPT.flops_per_token counts them.
 """
 import argparse
@@ -45,7 +45,7 @@ def random_batch(config, rows, device):
 
 
 def training_step(config: ModelConfig, rows: int, devices: t.Devices, optimizer="muon", compile=False, teacher=None,
-                  multipliers=None, accumulate=1):
+                  multipliers=None):
     """(a function that makes one training step, the model, FLOPs of the step)."""
     torch.manual_seed(0)
     model = GPT(config).to(devices.device)
@@ -65,12 +65,11 @@ def training_step(config: ModelConfig, rows: int, devices: t.Devices, optimizer=
             let.compile_teacher()
 
     def step():
-        for _ in range(accumulate):
-            with devices.autocast():
-                loss, states = model(idx, targets, hidden=(3,) if let else ())
-                if let:
-                    loss = loss + let(states[0], let.teach(idx))[0]
-            loss.backward()
+        with devices.autocast():
+            loss, states = model(idx, targets, hidden=(3,) if let else ())
+            if let:
+                loss = loss + let(states[0], let.teach(idx))[0]
+        loss.backward()
         if multipliers:
             multipliers.split_gradients()
         t.clip_gradients(clipped, 1.0)
@@ -286,16 +285,18 @@ def bench_optim(a, devices, report):
                    relative_error=((O - U @ Vh).norm() / (U @ Vh).norm()).item())
 
     cuda = devices.device.type == "cuda"
-    sizes = {"default": (shape_of(DEFAULT), DEFAULT.micro_batch, 1),
-             "124M": (ModelConfig(**GPT2), 32 if cuda else 4, 16 if cuda else 8)}
-    for size, (config, rows, accumulate) in sizes.items():
+    sizes = {"default": (shape_of(DEFAULT), DEFAULT.micro_batch, ("vector", "scalar")),
+             "124M": (ModelConfig(**GPT2), 32 if cuda else 1, ("vector",))}
+    for size, (config, rows, kinds) in sizes.items():
         for optimizer in ("muon", "adamw"):
-            steps = {str(kind): training_step(config, rows, devices, optimizer, cuda, multipliers=kind,
-                                              accumulate=accumulate)[0] for kind in (None, "vector", "scalar")}
+            steps = {str(kind): training_step(config, rows, devices, optimizer, cuda, multipliers=kind)[0]
+                     for kind in (None, *kinds)}
             seconds = take_turns(steps, a.seconds, devices, warm_up=1)
-            for kind in ("vector", "scalar"):
-                report(name=f"{kind} multipliers, {size}, {optimizer}", tokens=rows * config.block_size * accumulate,
-                       ms_without=1e3 * seconds["None"], ms_with=1e3 * seconds[kind], ratio=seconds[kind] / seconds["None"])
+            for kind in kinds:  # what they cost a step does not grow with its tokens, what the step costs does
+                extra, tokens = seconds[kind] - seconds["None"], rows * config.block_size
+                report(name=f"{kind} multipliers, {size}, {optimizer}", tokens=tokens, ms_without=1e3 * seconds["None"],
+                       extra_ms=1e3 * extra, extra_share=extra / seconds["None"],
+                       extra_share_at_32k_tokens=extra / (seconds["None"] * 32768 / tokens))
             del steps
 
     for ranks in (1, 2, 4):
@@ -384,8 +385,8 @@ def bench_124m(a, devices, report):
             torch._dynamo.reset()
 
 
-PARTS = {"gpt": bench_gpt, "let": bench_let, "loss": bench_loss, "optim": bench_optim, "mixers": bench_mixers, "nanogpt": bench_nanogpt,
-         "124m": bench_124m}
+PARTS = {"gpt": bench_gpt, "let": bench_let, "loss": bench_loss, "optim": bench_optim, "mixers": bench_mixers,
+         "nanogpt": bench_nanogpt, "124m": bench_124m}
 
 
 def main():
