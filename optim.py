@@ -339,24 +339,24 @@ def multiplier_gradients(G, W, r=None, c=None):
 
         dL/dW_ij = r_i c_j G_ij,  dL/dr_i = sum_j W_ij c_j G_ij,  dL/dc_j = sum_i r_i W_ij G_ij
 
-    G, W: (out, in); r: (out,), or (1,) for a scalar s, then dL/ds = sum_ij W_ij G_ij; c: (in,). None: no such one."""
-    if r is not None and r.numel() == 1 and c is None:
-        ds = torch.dot(W.flatten(), G.flatten()).view(1)
-        return G.mul_(r), ds, None
+    G, W: (..., out, in), a stack of matrices; r: (..., out), or (..., 1) for a scalar s, then dL/ds = sum_ij W_ij G_ij; c:
+    (..., in). None: no such one."""
     P = W * G
-    dr = None if r is None else P @ c if c is not None else P.sum(1)
-    dc = None if c is None else r @ P if r is not None else P.sum(0)
+    dr = None if r is None else P.sum(-1) if c is None else (P @ c[..., None])[..., 0]
+    if r is not None and r.shape[-1] == 1:
+        dr = dr.sum(-1, keepdim=True)
+    dc = None if c is None else P.sum(-2) if r is None else (r[..., None, :] @ P)[..., 0, :]
     if r is not None:
-        G.mul_(r[:, None])
+        G.mul_(r[..., None])
     if c is not None:
-        G.mul_(c)
+        G.mul_(c[..., None, :])
     return G, dr, dc
 
 
 def effective_weight(W, r=None, c=None, out=None):
-    """W~_ij = r_i W_ij c_j, or s W_ij for an r of one element. Written to `out`."""
-    out = torch.mul(W, 1.0 if r is None else r if r.numel() == 1 else r[:, None], out=out)
-    return out if c is None else out.mul_(c)
+    """W~_ij = r_i W_ij c_j, or s W_ij for an r of one element; shapes as in multiplier_gradients. Written to `out`."""
+    out = torch.mul(W, 1.0 if r is None else r[..., None], out=out)
+    return out if c is None else out.mul_(c[..., None, :])
 
 
 class Multipliers:
@@ -371,28 +371,39 @@ class Multipliers:
     that the model computes is not changed by giving it multipliers, nor by leaving them off again."""
 
     def __init__(self, model, kind="vector", placement="all", modules=("embedding", "attention", "mlp", "ssm")):
-        c = model.config
-        params = dict(model.named_parameters())
-        self.p, self.W, self.pieces = {}, {}, {}  # by the parameter's name: W~, W, [(piece, rows, r, c)]
+        config, params = model.config, dict(model.named_parameters())
+        # By the parameter's name: W~, W, [(piece, rows, r, c)], and of stretches of pieces alike [(pieces, rows, r, c)], of
+        # which the r and c of a piece are rows; so q, k and v of one size are worked on as one stack.
+        self.p, self.W, self.pieces, self.stacks = {}, {}, {}, {}
         for name, pieces in logical_pieces(model).items():
             if name not in params or module_of(pieces[0][0]) not in modules:
                 continue
-            made = []
+            alike = []
             for piece, rows in pieces:
-                row, column = place_multipliers(piece, placement, c.tie_embeddings, c.mlp, c.ssm_norm)
-                if kind == "scalar":
-                    sizes = (1 if row or column else 0, 0)
+                row, column = place_multipliers(piece, placement, config.tie_embeddings, config.mlp, config.ssm_norm)
+                n_r, n_c = (int(row or column), 0) if kind == "scalar" else (row * rows, column * params[name].shape[-1])
+                if alike and alike[-1][1:] == (rows, n_r, n_c):
+                    alike[-1][0].append(piece)
                 else:
-                    sizes = (rows if row else 0, params[name].shape[-1] if column else 0)
-                made.append((piece, rows, *(nn.Parameter(params[name].new_ones(n)) if n else None
-                                            for n in sizes)))
-            if any(r is not None or c is not None for _, _, r, c in made):
-                self.p[name], self.pieces[name] = params[name], made
-                self.W[name] = nn.Parameter(params[name].detach().clone())
+                    alike.append(([piece], rows, n_r, n_c))
+            if not any(n_r or n_c for _, _, n_r, n_c in alike):
+                continue
+            self.p[name], self.W[name] = params[name], nn.Parameter(params[name].detach().clone())
+            self.stacks[name] = [(len(found), rows, *(nn.Parameter(params[name].new_ones(len(found), size)) if size else None
+                                                      for size in (n_r, n_c))) for found, rows, n_r, n_c in alike]
+            self.pieces[name] = [(piece, rows, *(None if v is None else v.detach()[k] for v in stack[2:]))
+                                 for (found, rows, _, _), stack in zip(alike, self.stacks[name])
+                                 for k, piece in enumerate(found)]
 
     def parameters(self) -> list[nn.Parameter]:
         """All r and c (s is an r of one element)."""
-        return [v for made in self.pieces.values() for _, _, r, c in made for v in (r, c) if v is not None]
+        return [v for made in self.stacks.values() for _, _, *rc in made for v in rc if v is not None]
+
+    def matrices(self, name: str, *tensors):
+        """For each stack of alike pieces of a weight: its r, its c, and of each tensor its part, (pieces, rows, in)."""
+        sizes = [n * rows for n, rows, _, _ in self.stacks[name]]
+        for (n, rows, r, c), *parts in zip(self.stacks[name], *(flat(t).split(sizes) for t in tensors)):
+            yield r, c, *(part.view(n, rows, -1) for part in parts)
 
     @torch.no_grad()
     def split_gradients(self):
@@ -400,8 +411,7 @@ class Multipliers:
         for name, p in self.p.items():
             if p.grad is None:
                 continue
-            rows = [n for _, n, _, _ in self.pieces[name]]
-            for (_, _, r, c), G, W in zip(self.pieces[name], flat(p.grad).split(rows), flat(self.W[name]).split(rows)):
+            for r, c, G, W in self.matrices(name, p.grad, self.W[name]):
                 _, dr, dc = multiplier_gradients(G, W, r, c)
                 if r is not None:
                     r.grad = dr
@@ -413,8 +423,7 @@ class Multipliers:
     def fold(self):
         """W~ = diag(r) W diag(c), into the model."""
         for name, p in self.p.items():
-            rows = [n for _, n, _, _ in self.pieces[name]]
-            for (_, _, r, c), out, W in zip(self.pieces[name], flat(p.detach()).split(rows), flat(self.W[name]).split(rows)):
+            for r, c, out, W in self.matrices(name, p.detach(), self.W[name]):
                 effective_weight(W, r, c, out)
 
     def named(self) -> dict[str, torch.Tensor]:
