@@ -229,9 +229,9 @@ def ssd(x, dt, A, B, C, chunk: int, state=None):
     added = added.view(b, K, G, H // G, P, N).to(a.dtype)
     h = a.new_zeros(b, G, H // G, P, N) if state is None else state.view(b, G, H // G, P, N)
     decay, before = a[..., -1].exp()[..., None, None], []
-    for k in range(K):
+    for one_decay, one_added in zip(decay.unbind(1), added.unbind(1)):  # unbind: its gradient is formed once, not K times
         before.append(h)
-        h = decay[:, k] * h + added[:, k]
+        h = one_decay * h + one_added
 
     # Between chunks: what the state before the chunk gives to each of its tokens
     carried = torch.stack(before, 1).to(x.dtype).flatten(3, 4)  # (b, K, G, H/G P, N)

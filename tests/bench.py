@@ -193,9 +193,9 @@ def ssd_by_einsum(x, dt, A, B, C, chunk):
     y = torch.einsum("bclhn,bcshn,bhcls,bcshp->bclhp", C, B, L, x)
     states = torch.einsum("bclhn,bhcl,bclhp->bchpn", B, (a[..., -1:] - a).exp(), x)
     h, before = torch.zeros_like(states[:, 0]), []
-    for k in range(K):
+    for decay, added in zip(a[..., -1].exp()[..., None, None].unbind(2), states.unbind(1)):
         before.append(h)
-        h = a[:, :, k, -1].exp()[..., None, None] * h + states[:, k]
+        h = decay * h + added
     return (y + torch.einsum("bclhn,bchpn,bhcl->bclhp", C, torch.stack(before, 1), a.exp())).reshape(b, T, H, P)
 
 
