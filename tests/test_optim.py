@@ -386,12 +386,12 @@ def plain_multipliers(model, kind, placement, optimizer, modules, **kw):
     places = place_parameters(model)
     decay = {"matrix": 0.1, "embedding": 0.0, "head": 0.1, "vector": 0.0}
     groups = [{"params": [other[n] for n in names], "weight_decay": decay[kind_],
-               "lr": 0.03 * (2.0 if kind_ == "embedding" and places["head"] else 1.0)} for kind_, names in places.items() if names]
+               "lr": 0.003 * (2.0 if kind_ == "embedding" and places["head"] else 1.0)} for kind_, names in places.items() if names]
     made = []
     if optimizer == "muon":
         group = groups.pop(0)
         rows = [tuple(rows for _, rows in logical_pieces(model)[n]) for n in places["matrix"]]
-        made.append(Muon(group["params"], rows, lr=0.03, weight_decay=0.1, dtype=torch.float64))
+        made.append(Muon(group["params"], rows, lr=0.003, weight_decay=0.1, dtype=torch.float64))
     made.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-10))
     made.append(torch.optim.AdamW(list(mult.values()), lr=0.01, betas=(0.9, 0.95), eps=1e-10, weight_decay=2e-3))
     return loss, {**W, **mult}, other, made
@@ -404,14 +404,18 @@ def plain_multipliers(model, kind, placement, optimizer, modules, **kw):
     ("vector", "symmetry_free", dict(mlp="gelu"), ("embedding", "attention", "mlp")),
     ("vector", "all", dict(tie_embeddings=True, mlp="relu2"), ("embedding", "mlp")),
     ("scalar", "symmetry_free", {}, ("attention",)),
-    ("scalar", "all", {}, ("head", "mlp"))], ids=str)
+    ("scalar", "all", {}, ("head", "mlp")),
+    ("vector", "all", dict(mixer="hybrid", d_state=8, ssm_head_dim=16, chunk_size=8), ("attention", "mlp", "ssm")),
+    ("vector", "symmetry_free", dict(mixer="mamba2", d_state=8, ssm_head_dim=16), ("embedding", "ssm")),
+    ("scalar", "all", dict(mixer="mamba2", d_state=8, ssm_head_dim=16), ("embedding", "ssm"))], ids=str)
 def test_multipliers_go_where_the_plain_form_goes(kind, placement, model_kw, modules, optimizer):
-    """50 steps with clipping in fp64: r * W * c in the forward and autograd, against the optimizer-side form."""
+    """50 steps with clipping in fp64: r * W * c in the forward and autograd, against the optimizer-side form. (At ten times
+    the rate the two still agree at first, but Mamba-2's path is chaotic and rounding grows past 1e-9 in 50 steps.)"""
     model = tiny_model(n_layer=2, **model_kw).double()
     twin = copy.deepcopy(model)
     loss_of, leaves, others, made = plain_multipliers(twin, kind, placement, optimizer, modules)
     multipliers = Multipliers(model, kind, placement, modules)
-    optimizers = make_optimizers(model, multipliers, optimizer, lr=0.03, embedding_lr=2.0, multiplier_lr=0.01,
+    optimizers = make_optimizers(model, multipliers, optimizer, lr=0.003, embedding_lr=2.0, multiplier_lr=0.01,
                                  **(dict(dtype=torch.float64) if optimizer == "muon" else {}))
     trained = clipped_parameters(model, multipliers)
     start = {name: t.detach().clone() for name, t in multipliers.named().items()}
