@@ -35,7 +35,7 @@ import torch
 import train
 from model import GPT, BadInput, command
 from probes import plotting
-from train import LAW_VERSION, load_law
+from train import LAW_VERSION, law_rate, load_law
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Plan and sweep
@@ -165,8 +165,9 @@ def sweep(runs: list[dict], path, folder, method: str, share: float, jobs: int =
     """Every run of this shard that the CSV does not hold yet; jobs of them at a time, each with its part of the cores."""
     try:
         i, n = map(int, shard.split("/"))
-        assert 1 <= i <= n
-    except (ValueError, AssertionError):
+        if not 1 <= i <= n:
+            raise ValueError
+    except ValueError:
         raise BadInput(f"--shard={shard}: I/N with 1 <= I <= N is needed") from None
     rows_done(path)  # says early what is wrong with it
     mine = runs[i - 1::n]
@@ -304,10 +305,9 @@ def predict_law(law: dict, N, D, level: float = 0.9) -> dict:
     """lr* at one (N, D), its interval from the bootstrap, and how many decades (N, D) lies outside the data, at
     most."""
     x = np.array([1.0, math.log(N), math.log(D)])
-    point = np.array([law["a"], law["b"] or 0.0, law["c"] or 0.0])
     draws = np.exp(np.nan_to_num(np.asarray(law["draws"], float)) @ x)
     beyond = [max(math.log10(v / high), math.log10(low / v), 0.0) for v, (low, high) in ((N, law["N"]), (D, law["D"]))]
-    return {"lr": float(np.exp(point @ x)), "interval": interval(draws, level), "decades": max(beyond),
+    return {"lr": law_rate(law, N, D), "interval": interval(draws, level), "decades": max(beyond),
             "unknown": [name for name, k, v in (("N", "b", N), ("D", "c", D)) if law[k] is None
                         and not 0.99 < v / law[name][0] < 1.01]}
 

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 
 END_OF_TEXT = "<|endoftext|>"
 IGNORE = -100  # a target with this value is not counted in the loss
+MIXERS = {"attention": "A", "mamba2": "M", "hybrid": "H"}  # kinds of block, by their letter in layer_pattern
 
 
 class BadInput(ValueError):
@@ -86,7 +87,7 @@ class ModelConfig:
 
     def kinds(self) -> str:
         """A letter a block: A attention and MLP, M Mamba-2 alone, H attention beside Mamba-2, and MLP."""
-        return self.layer_pattern or {"attention": "A", "mamba2": "M", "hybrid": "H"}[self.mixer] * self.n_layer
+        return self.layer_pattern or MIXERS[self.mixer] * self.n_layer
 
 
 class RMSNormOnCPU(torch.autograd.Function):
@@ -331,6 +332,7 @@ def expert_products(x, weight, counts, grouped: bool):
 
 @torch.compiler.disable  # its shapes are the data's, so that it would be compiled anew again and again
 def expert_loop(x, weight, counts):
+    """expert_products, one expert after the other; on the meta device as if all got equally many rows."""
     parts = x.tensor_split(len(weight)) if x.is_meta else x.split(counts.tolist())
     # Filled up to a multiple of 128 rows: a CPU's library makes a kernel for every new shape, at a cost that shows.
     padded = [F.pad(part, (0, 0, 0, -len(part) % 128)) for part in parts]

@@ -360,11 +360,9 @@ def effective_weight(W, r=None, c=None, out=None):
 
 
 class Multipliers:
-    """W, r and c of every matrix that has multipliers, in its dtype (train.py: float32). The model's own parameter is
-    W~.
+    """W, r and c of every matrix that has multipliers, in its dtype (train.py: float32); the model itself holds W~.
 
-    Around the optimizers' step: split_gradients() turns the gradients of W~ into those of W, r and c; fold() writes W~
-    back.
+    Around the optimizers' step: split_gradients() makes of the gradients of W~ those of W, r, c; fold() writes W~ back.
 
     kind: `scalar` or `vector`; placement: see place_multipliers; modules: names out of MODULES. Each logical piece of a
     fused tensor has its own (the paper is silent on columns there). At the start W = W~ and r = c = 1, so the function
@@ -441,8 +439,7 @@ class Multipliers:
 
     @torch.no_grad()
     def load_state_dict(self, state) -> bool:
-        """Take over W, r and c where they are of the same kind and placement, and say so; else leave W = W~, r = c =
-        1."""
+        """Take over W, r and c of the same kind and placement, and return True; of others nothing, and return False."""
         named = self.named()
         if {n: t.shape for n, t in named.items()} != {n: t.shape for n, t in (state or {}).items()}:
             return False

@@ -49,9 +49,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import (END_OF_TEXT, GPT, IGNORE, BadInput, Failed, ModelConfig, command, device_exists, generate,
+from model import (END_OF_TEXT, GPT, IGNORE, MIXERS, BadInput, Failed, ModelConfig, command, device_exists, generate,
                    load_checkpoint, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
-from optim import (NS_COEFFICIENTS, DECAY_SHAPES, MODULES, SCHEDULES, Multipliers, clip_gradients,
+from optim import (DECAY_SHAPES, MODULES, NS_COEFFICIENTS, SCHEDULES, Multipliers, clip_gradients,
                    clipped_parameters, make_optimizers, momentum_at, set_lr, set_momentum, weight_scales)
 from probes import linearity_penalty, stream_scales
 from teacher import LET, LET_LOSSES, let_weight, load_teacher
@@ -80,7 +80,7 @@ class Config:
     eval_tokens: int = flag(32_768, "held-out tokens that an evaluation reads, the same ones every time")
     # model
     mixer: str = flag("attention", "what moves information between tokens: attention, mamba2 (alone, without MLPs), or both "
-                      "side by side", ("attention", "mamba2", "hybrid"))
+                      "side by side", tuple(MIXERS))
     layer_pattern: str = flag("", "a letter a block in place of --mixer: A attention, M mamba2, H hybrid, such as MMAMM")
     n_layer: int = flag(4, "blocks")
     n_embd: int = flag(192, "width of the residual stream")
@@ -126,7 +126,7 @@ class Config:
     module_lr: str = flag("", "factors on the learning rate by module, such as head=0.5,mlp=2; of embedding, attention, mlp, "
                           "ssm, router, head")
     module_decay: str = flag("", "factors on the weight decay by module, likewise")
-    frozen_gains: str = flag("none", "gains of RMSNorm that stay 1: none, blocks (all but the last), final (the last), all",
+    frozen_gains: str = flag("none", "gains of RMSNorm that are not trained: none, blocks (all but the last), final, all",
                              ("none", "blocks", "final", "all"))
     # learnable multipliers
     multipliers: str = flag("none", "learnable multipliers: scalar is s W, vector is diag(r) W diag(c)",
@@ -305,8 +305,8 @@ def check(c: Config, world: int = 1):
         need(c.n_embd % (2 * c.n_head) == 0, "n_embd", "n_head", why="each head needs the same even number of channels")
         need(c.n_head % (c.n_kv_head or c.n_head) == 0, "n_head", "n_kv_head", why="the first must be a multiple of "
              "the second")
-    kinds = c.layer_pattern or {"mamba2": "M", "hybrid": "H"}.get(c.mixer, "A") * c.n_layer
-    need({*kinds} <= {*"AMH"}, "layer_pattern", why="letters A (attention), M (mamba2) and H (hybrid) are needed")
+    kinds = c.layer_pattern or MIXERS.get(c.mixer, "A") * c.n_layer
+    need({*kinds} <= {*MIXERS.values()}, "layer_pattern", why="letters A (attention), M (mamba2) and H (hybrid) are needed")
     need(len(kinds) == c.n_layer, "layer_pattern", "n_layer", why=f"{len(kinds)} letters for {c.n_layer} blocks")
     need(not c.layer_pattern or c.mixer == "attention", "layer_pattern", "mixer", why="each says what the blocks are; give one")
     if {*kinds} & {*"MH"}:
@@ -1124,7 +1124,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
     model = GPT(model_config(c, enc.n_vocab)).to(devices.device)
     if c.lr == 0:
         N, D = model.num_params() - model.embed.weight.numel(), c.steps * c.batch_tokens
-        c = replace(c, lr=law_rate(c.lr_law, N, D))
+        c = replace(c, lr=law_rate(load_law(c.lr_law, "--lr_law"), N, D))
         say(f"--lr={c.lr:.4g}, by {c.lr_law} at N = {N:,} and D = {D:,}")
     if c.dry_run:
         print_plan(c, model, devices, data, let, let_stop)
@@ -1261,10 +1261,12 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             norm = clip_gradients(clipped, c.clip)
             nll, align, cosine, penalty, balance, router_z, norm, asked = all_mean(torch.cat((sums, norm.view(1), torch.tensor(
                 [float(bool(stop_signals.seen))], device=devices.device))))
-            if not (math.isfinite(nll + weight * align + penalty + balance + router_z) and math.isfinite(norm)):
-                raise NonFinite(f"step {step}: loss {nll + weight * align}, gradient norm {norm}; stopped before the weights "
-                                "were touched. " + (f"{checkpoint} holds step {saved}" if saved > 0 else "No checkpoint "
-                                                    "has been written") + ". A lower --lr may help")
+            total = (nll + weight * align + c.linearity_weight * penalty + c.balance_weight * balance
+                     + c.router_z_weight * router_z)
+            if not (math.isfinite(total) and math.isfinite(norm)):
+                kept = f"{checkpoint} holds step {saved}" if saved > 0 else "No checkpoint has been written"
+                raise NonFinite(f"step {step}: loss {total}, gradient norm {norm}; stopped before the weights were touched. "
+                                f"{kept}. A lower --lr may help")
             for optimizer in optimizers:
                 optimizer.step()
             if c.optimizer == "muon":  # the ranks' shares travelled while AdamW stepped
@@ -1357,9 +1359,8 @@ def load_law(path, flag: str) -> dict:
     return law
 
 
-def law_rate(path, N: float, D: float) -> float:
-    """lr* = exp(a) N^b D^c of a law file, for N parameters (without the embedding) and D tokens."""
-    law = load_law(path, "--lr_law")
+def law_rate(law: dict, N: float, D: float) -> float:
+    """lr* = exp(a) N^b D^c of a law, for N parameters (without the embedding, as `sweep` counts them) and D tokens."""
     return math.exp(law["a"]) * N ** (law["b"] or 0.0) * D ** (law["c"] or 0.0)
 
 
