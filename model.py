@@ -211,34 +211,36 @@ def ssd(x, dt, A, B, C, chunk: int, state=None):
     Q P H + 4 P N H) FLOPs."""
     b, T, H, P = x.shape
     G, N = B.shape[2:]
-    Q = min(chunk, T)
+    Q, R = min(chunk, T), H // G
     K = -(-T // Q)  # chunks; the last is filled up with tokens of dt = 0, which leave the state alone
     if K * Q > T:
         x, dt, B, C = (F.pad(t, (0, 0) * (t.ndim - 2) + (0, K * Q - T)) for t in (x, dt, B, C))
-    x = (x * dt[..., None].to(x.dtype)).view(b, K, Q, G, H // G, P).permute(0, 1, 3, 4, 2, 5)  # (b, K, G, H/G, Q, P)
-    a = (dt * A).view(b, K, Q, G, H // G).permute(0, 1, 3, 4, 2).cumsum(-1)  # (b, K, G, H/G, Q): log of the decay so far
+    x, dt = x.view(b, K, Q, G, R, P), dt.view(b, K, Q, G, R)
     B, C = (t.view(b, K, Q, G, N).transpose(2, 3) for t in (B, C))  # (b, K, G, Q, N)
+    a = (dt * A.view(G, R)).cumsum(2)  # (b, K, Q, G, R): log of the decay from the chunk's beginning
+    w = dt.clamp_min(torch.finfo(dt.dtype).tiny).log() - a  # e^(a_t + w_s) is the decay from s to t, times dt_s
 
     # Within a chunk: scores C B^T once a group, times each head's mask of decays, times x
-    mask = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
-    L = (a[..., :, None] - a[..., None, :]).masked_fill(~mask, -math.inf).exp()  # (b, K, G, H/G, Q, Q)
-    y = ((C @ B.mT)[:, :, :, None] * L).to(x.dtype) @ x  # (b, K, G, H/G, Q, P)
+    future = torch.full((Q, Q), -math.inf, dtype=a.dtype, device=x.device).triu(1)
+    a_t, w_s = (v.permute(0, 1, 3, 4, 2) for v in (a, w))
+    L = (a_t[..., :, None] + w_s[..., None, :]).add_(future).exp_()  # (b, K, G, R, Q, Q)
+    y = ((C @ B.mT)[:, :, :, None] * L).to(x.dtype) @ x.permute(0, 1, 3, 4, 2, 5)  # (b, K, G, R, Q, P)
 
     # What each chunk adds to the state at its end, and the state carried from chunk to chunk
-    to_end = (a[..., -1:] - a).exp()[..., None].to(x.dtype)
-    added = (x * to_end).transpose(-1, -2).reshape(b, K, G, H // G * P, Q) @ B  # (b, K, G, H/G P, N)
-    added = added.view(b, K, G, H // G, P, N).to(a.dtype)
-    h = a.new_zeros(b, G, H // G, P, N) if state is None else state.view(b, G, H // G, P, N)
-    decay, before = a[..., -1].exp()[..., None, None], []
+    to_end = (a[:, :, -1:] + w).exp()[..., None].to(x.dtype)
+    added = (x * to_end).transpose(2, 3).flatten(4).mT @ B  # (b, K, G, R P, N)
+    added = added.view(b, K, G, R, P, N).to(a.dtype)
+    h = a.new_zeros(b, G, R, P, N) if state is None else state.view(b, G, R, P, N)
+    decay, before = a[:, :, -1].exp()[..., None, None], []
     for one_decay, one_added in zip(decay.unbind(1), added.unbind(1)):  # unbind: its gradient is formed once, not K times
         before.append(h)
         h = one_decay * h + one_added
 
     # Between chunks: what the state before the chunk gives to each of its tokens
-    carried = torch.stack(before, 1).to(x.dtype).flatten(3, 4)  # (b, K, G, H/G P, N)
-    off = (C @ carried.mT).view(b, K, G, Q, H // G, P).transpose(3, 4)  # (b, K, G, H/G, Q, P)
-    y = y + off * a.exp()[..., None].to(x.dtype)
-    return y.permute(0, 1, 4, 2, 3, 5).reshape(b, K * Q, H, P)[:, :T], h.view(b, H, P, N)
+    carried = torch.stack(before, 1).to(x.dtype).flatten(3, 4)  # (b, K, G, R P, N)
+    off = (C @ carried.mT).view(b, K, G, Q, R, P).transpose(2, 3)  # (b, K, Q, G, R, P)
+    y = y.permute(0, 1, 4, 2, 3, 5) + off * a.exp()[..., None].to(x.dtype)
+    return y.reshape(b, K * Q, H, P)[:, :T], h.view(b, H, P, N)
 
 
 def ssd_step(x, dt, A, B, C, state):
