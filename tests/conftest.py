@@ -15,6 +15,10 @@ import train as train_module  # noqa: E402
 from model import GPT, ModelConfig  # noqa: E402
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes that share the cores
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
