@@ -34,6 +34,7 @@ import torch
 
 import train
 from model import GPT, BadInput, command
+from optim import Multipliers, make_optimizers
 from probes import plotting
 from train import LAW_VERSION, law_rate, load_law
 
@@ -414,6 +415,120 @@ def published(name: str, N: float, D: float, anchor=None) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The rival: rates found at a small size and carried over by rules (model.PARAM_RULES)
+
+ACTIVATIONS = {"embed": "embedding", "mixer": "attention", "ssm": "ssm", "router": "router", "mlp": "mlp"}  # by module
+
+
+def activations(model: GPT, idx) -> dict[str, list[torch.Tensor]]:
+    """What the modules of each kind give for idx (B, T), one tensor a block; stream: x after the last block; logits."""
+    seen, hooks = {}, []
+    for name, module in model.named_modules():
+        if kind := ACTIVATIONS.get(name.rpartition(".")[2]):
+            hooks.append(module.register_forward_hook(lambda m, x, y, kind=kind: seen.setdefault(kind, []).append(y)))
+    with torch.no_grad():
+        logits, (stream,) = model(idx, hidden=(len(model.blocks),))
+    for hook in hooks:
+        hook.remove()
+    return seen | {"stream": [stream], "logits": [logits]}
+
+
+def coordinate_check(c: train.Config, steps: int = 5, seeds: int = 1) -> dict[str, float]:
+    """RMS over all elements of how far each kind of activation has moved after `steps` steps at the constant rate c.lr,
+    mean over seeds. Under a parametrisation that transfers it is the same at every size (Yang et al. 2022, appendix D.1).
+
+    The text is 4 sequences of 32 random tokens out of 256, the same ones at every step and size. Matrices that write into
+    the stream start at 0, so that at least 3 steps are needed before all of the model moves."""
+    moved = {}
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        idx = torch.randint(256, (4, 33))
+        model = GPT(train.model_config(replace(c, block_size=32), 256))
+        multipliers = Multipliers(model, c.multipliers, c.multiplier_placement, c.multiplier_modules.split(",")) \
+            if c.multipliers != "none" else None
+        muon = dict(momentum=c.momentum, coefficients=c.muon_coefficients, scale=c.muon_scale, normuon=c.normuon)
+        optimizers = make_optimizers(
+            model, multipliers, c.optimizer, c.lr, c.weight_decay, (c.beta1, c.beta2), c.embedding_lr,
+            train.module_factors(c.module_lr), train.module_factors(c.module_decay), c.multiplier_lr,
+            c.multiplier_weight_decay, c.adam_eps, **muon, dtype=torch.float32)
+        before = activations(model, idx[:, :-1])
+        for _ in range(steps):
+            model(idx[:, :-1], idx[:, 1:])[0].backward()
+            if multipliers:
+                multipliers.split_gradients()
+            for optimizer in optimizers:
+                optimizer.step()
+            if multipliers:
+                multipliers.fold()
+            model.zero_grad()
+        for kind, now in activations(model, idx[:, :-1]).items():
+            change = torch.stack([(a - b).square().mean() for a, b in zip(now, before[kind])]).mean().sqrt().item()
+            moved[kind] = moved.get(kind, 0.0) + change / seeds
+    return moved
+
+
+def slope(sizes, values) -> float:
+    """The exponent k of values ~ sizes^k, by least squares in the logs; nan where a value is 0 or not finite."""
+    x, y = np.log(np.asarray(sizes, float)), np.asarray(values, float)
+    y = np.log(y, where=y > 0, out=np.full_like(y, np.nan))
+    return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+
+
+def coordcheck_command(a, flags) -> str:
+    try:
+        widths, depths = ([int(v) for v in text.split(",") if v] for text in (a.widths, a.depths))
+        if min(widths + depths) < 1 or not widths or len(widths) < 2 and len(depths) < 2:
+            raise ValueError
+    except ValueError:
+        raise BadInput(f"--widths={a.widths} --depths={a.depths}: whole numbers separated by commas are needed, two of one "
+                       "at least") from None
+    if a.steps < 3 or a.seeds < 1:
+        raise BadInput(f"--steps={a.steps} --seeds={a.seeds}: at least 3 steps and 1 seed are needed")
+    c, params = train.parse_flags(flags), a.params.split(",")
+    depths = depths or [c.n_layer]
+    base = dict(base_n_embd=widths[0], base_n_layer=depths[0])
+    axes = {"width": [(depths[0], w) for w in widths], "depth": [(d, widths[0]) for d in depths]}
+    axes = {axis: sizes for axis, sizes in axes.items() if len(sizes) > 1}
+    settings = {(param, size): replace(c, param=param, n_layer=size[0], n_embd=size[1], **{
+        k: v for k, v in base.items() if param == "completep" or param == "mup" and k == "base_n_embd"})
+        for param in params for sizes in axes.values() for size in sizes}
+    for setting in settings.values():
+        train.check(setting)
+    plt = plotting(a.plot) if a.plot else None
+    moved, same = {}, {}  # at the base's width mup is the standard model, at its depth completep is mup: once will do
+    with train.bar(len(settings), "coordinate check", "size") as progress:
+        for key, setting in settings.items():
+            model = str(train.model_config(setting, 256))
+            moved[key] = same[model] = same.get(model) or coordinate_check(setting, a.steps, a.seeds)
+            progress.update()
+    lines = []
+    for axis, sizes in axes.items():
+        numbers = [size[axis == "width"] for size in sizes]
+        lines.append(f"RMS of the change after {a.steps} steps with {c.optimizer} at lr {c.lr:g}, over {axis} ("
+                     + (f"{depths[0]} blocks" if axis == "width" else f"width {widths[0]}") + ")")
+        lines.append(f"  {'':<10} {'':<10}" + "".join(f"{n:>10}" for n in numbers) + "     slope")
+        for param in params:
+            for kind in moved[param, sizes[0]]:
+                values = [moved[param, size][kind] for size in sizes]
+                lines.append(f"  {param:<10} {kind:<10}" + "".join(f"{v:>10.3g}" for v in values)
+                             + f"{slope(numbers, values):>+10.2f}")
+    if plt:
+        figure, panels = plt.subplots(len(axes), len(params), figsize=(3.6 * len(params), 3.2 * len(axes)), squeeze=False,
+                                      layout="constrained", sharey="row")
+        for row, (axis, sizes) in zip(panels, axes.items()):
+            numbers = [size[axis == "width"] for size in sizes]
+            for panel, param in zip(row, params):
+                for kind in moved[param, sizes[0]]:
+                    panel.plot(numbers, [moved[param, size][kind] for size in sizes], "o-", markersize=3, label=kind)
+                panel.set(xscale="log", yscale="log", xlabel=axis, title=param, xticks=numbers, xticklabels=numbers)
+                panel.minorticks_off()
+            row[0].set_ylabel(f"RMS of the change, {a.steps} steps")
+        panels[0, 0].legend(fontsize="x-small")
+        figure.savefig(a.plot, dpi=120)
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -551,6 +666,14 @@ def main(argv):
         s.add_argument("--decay_share", type=float, default=0.2, help="of decay: its share of the steps")
         if name == "plan":
             s.add_argument("--flops_per_second", type=float, default=1e11, help="of the machine, as train.py reaches it")
+    k = commands.add_parser("coordcheck", help="how far activations move, over width and depth, by parametrisation",
+                            epilog="flags of train.py follow after --")
+    k.add_argument("--widths", default="64,128,256,512,1024", help="the first is the base")
+    k.add_argument("--depths", default="2,4,8,16,32", help="the first is the base; empty: over width alone")
+    k.add_argument("--params", default="standard,mup,completep")
+    k.add_argument("--steps", type=int, default=5)
+    k.add_argument("--seeds", type=int, default=2)
+    k.add_argument("--plot", default="", help="write a picture to this file")
     at = argv.index("--") if "--" in argv else len(argv)
     a = parser.parse_args(argv[:at])
     if a.command in ("plan", "sweep"):
@@ -561,6 +684,9 @@ def main(argv):
             print(plan(runs, a.method, a.decay_share, a.flops_per_second))
         else:
             sweep(runs, a.csv, a.folder or str(Path(a.csv).with_suffix("")), a.method, a.decay_share, a.jobs, a.shard)
+        return
+    if a.command == "coordcheck":
+        print(coordcheck_command(a, argv[at + 1:]))
         return
     print(fit_command(a) if a.command == "fit" else predict_command(a))
 
