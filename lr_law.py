@@ -348,14 +348,18 @@ def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
     return runs, diverged
 
 
-def fit_slices(runs, tolerance: float = 0.05) -> list[dict]:
-    """A parabola for every (N, D, group) with at least 3 rates in its basin: {N, D, group, ...fit_parabola}."""
+def slices_of(runs) -> dict[tuple, tuple[np.ndarray, np.ndarray]]:
+    """(N, D, group) -> its (rates, losses), in the order of the rates."""
     slices = {}
     for run in runs:
         slices.setdefault((run["N"], run["D"], run["group"]), []).append((run["lr"], run["loss"]))
+    return {key: tuple(np.array(sorted(points)).T) for key, points in sorted(slices.items())}
+
+
+def fit_slices(runs, tolerance: float = 0.05) -> list[dict]:
+    """A parabola for every (N, D, group) with at least 3 rates in its basin: {N, D, group, ...fit_parabola}."""
     fitted = []
-    for (N, D, group), points in sorted(slices.items()):
-        lr, loss = np.array(sorted(points)).T
+    for (N, D, group), (lr, loss) in slices_of(runs).items():
         valley = basin(loss, tolerance)
         if len(np.unique(lr[valley])) >= 3:
             fitted.append({"N": N, "D": D, "group": group, **fit_parabola(lr[valley], loss[valley])})
@@ -374,6 +378,73 @@ def near_optima(runs, within: float = 0.0025) -> list[dict]:
         good = [math.log(r["lr"]) for r in found if r["loss"] <= (1 + within) * least]
         optima.append({"N": N, "D": D, "lr": math.exp(sum(good) / len(good)), "n": len(good)})
     return optima
+
+
+def shape_statistics(runs, tolerance: float = 0.05, slack: float = 0.002) -> dict:
+    """How well a parabola in ln lr describes slices of at least 5 rates. Counts: slices; unimodal (falling, then rising,
+    but for `slack` nats) over all rates, and in the basin; interior, least loss at neither end. Medians: r2 of a parabola
+    through the 7 rates around the least loss, and through all; the distance of its vertex from the rate of least loss, in
+    octaves; high and low, nats lost by a rate twice too high or low, of slices that have it."""
+    def unimodal(loss):
+        best = int(np.argmin(loss))
+        steps = np.diff(loss)
+        return bool((steps[:best] <= slack).all() and (steps[best:] >= -slack).all())
+
+    rows = []
+    for lr, loss in slices_of(runs).values():
+        if len(lr) < 5:
+            continue
+        best = int(np.argmin(loss))
+        around = slice(max(0, best - 3), best + 4)
+        near, ln = fit_parabola(lr[around], loss[around]), np.log(lr)
+        lost = [np.interp(ln[best] + d, ln, loss, left=np.nan, right=np.nan) - loss[best] for d in (math.log(2), -math.log(2))]
+        rows.append((unimodal(loss), unimodal(loss[basin(loss, tolerance)]), 0 < best < len(lr) - 1, near["r2"],
+                     near["r2"] >= 0.995, fit_parabola(lr, loss)["r2"], abs(math.log2(near["lr"] / lr[best])), *lost))
+    columns = np.array(rows, float).reshape(len(rows), 9).T
+    names = ("unimodal", "unimodal_basin", "interior", "r2", "r2_995", "r2_all", "octaves", "high", "low")
+    counts = ("unimodal", "unimodal_basin", "interior", "r2_995")
+    return {"slices": len(rows)} | {k: int(v.sum()) if k in counts else float(np.nanmedian(v)) if len(v) else math.nan
+                                    for k, v in zip(names, columns)}
+
+
+def hold_out(runs, tolerance: float = 0.05) -> dict:
+    """Fit without the largest N, and what following the fit there costs: {N, slices, costs}; costs has, by the name of what
+    gave the rate, nats above a slice's own best, one row (by its parabola, by its losses interpolated in ln lr, the swept
+    rates' ends beyond them) for each slice of that N with its optimum inside.
+
+    The rates: each group's own law (the law of all groups where one alone is too few); with several groups the joint law of
+    near_optima; the published Step Law, which knows the same N and D; the one rate best on average for what was fitted."""
+    largest = max(run["N"] for run in runs)
+    fitted = [f for f in fit_slices(runs, tolerance) if f["inside"]]
+    held, rest = ([f for f in fitted if (f["N"] == largest) == is_held] for is_held in (True, False))
+    if not held or not rest:
+        raise BadInput(f"--hold_out: the largest N, {largest:g}, has {len(held)} slices with their optimum inside, the others "
+                       f"{len(rest)}; some of both are needed")
+
+    def law_of(optima):
+        return fit_law(*([o[k] for o in optima] for k in ("N", "D", "lr")), draws=1)
+
+    laws, everywhere = {}, law_of(rest)
+    for group in {f["group"] for f in held}:
+        try:
+            laws[group] = law_of([f for f in rest if f["group"] == group])
+        except BadInput:
+            laws[group] = everywhere
+    rates = {"its group's law": lambda f: law_rate(laws[f["group"]], f["N"], f["D"])}
+    if len({f["group"] for f in fitted}) > 1:
+        joint = law_of(near_optima([r for r in runs if r["N"] != largest]))
+        rates["the joint law"] = lambda f: law_rate(joint, f["N"], f["D"])
+    weights = [f["C"] for f in rest]
+    constant = math.exp(np.average([math.log(f["lr"]) for f in rest], weights=weights))
+    rates |= {"Step Law, published": lambda f: published("step", f["N"], f["D"]), f"always {constant:.3g}": lambda f: constant}
+    points, costs = slices_of(runs), {}
+    for name, rate in rates.items():
+        costs[name] = []
+        for f in held:
+            lr, loss = points[f["N"], f["D"], f["group"]]
+            costs[name].append((f["C"] * math.log(rate(f) / f["lr"]) ** 2,
+                                float(np.interp(math.log(rate(f)), np.log(lr), loss) - loss.min())))
+    return {"N": largest, "slices": len(held), "costs": costs}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -598,6 +669,19 @@ def fit_command(a) -> str:
     law = fit_law(*([o[k] for o in optima] for k in ("N", "D", "lr")))
     law |= {"version": LAW_VERSION, "units": "parameters, tokens", "draws": law["draws"].round(12).tolist()}
     text = report(law, fitted, diverged)
+    if (s := shape_statistics(runs, a.basin))["slices"]:
+        n = s["slices"]
+        text += (f"\nof {n} slices with 5 rates or more: unimodal {s['unimodal']}, in the basin {s['unimodal_basin']}; least loss "
+                 f"not at an end {s['interior']}\n  parabola through the 7 rates around it: R^2 median {s['r2']:.3f}, at least 0.995 in "
+                 f"{s['r2_995']}; through all rates {s['r2_all']:.3f}\n  its vertex is {s['octaves']:.2f} octaves from the least loss; "
+                 f"a rate twice too high costs {s['high']:.4f} nats, twice too low {s['low']:.4f} (medians)")
+    if a.hold_out:
+        held = hold_out(runs, a.basin)
+        text += (f"\nheld out, N {held['N']:.3g}: nats above the own best of {held['slices']} slices, by their parabolas, and by "
+                 f"their losses interpolated\n  {'':<24}{'median':>9}{'max':>9}{'median':>11}{'max':>9}")
+        for name, costs in held["costs"].items():
+            (m, i), (M, I) = np.median(costs, axis=0), np.max(costs, axis=0)
+            text += f"\n  {name:<24}{m:>9.4f}{M:>9.4f}{i:>11.4f}{I:>9.4f}"
     if a.plot:
         plot_fit(runs, fitted, law, a.plot)
     if a.output:
@@ -643,6 +727,7 @@ def main(argv):
         f.add_argument(f"--{column}", default=column, help=f"name of the column (default: {column})")
     f.add_argument("--basin", type=float, default=0.05, help="points above (1 + this) times the least loss are left out")
     f.add_argument("--joint", action="store_true", help="take the best rate over all groups of an (N, D)")
+    f.add_argument("--hold_out", action="store_true", help="fit without the largest N too, and say what that costs there")
     f.add_argument("-o", "--output", default="", help="write the law to this file")
     f.add_argument("--plot", default="", help="write a picture to this file")
     p = commands.add_parser("predict", help="the rate at a size and a number of tokens")
