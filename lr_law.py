@@ -5,6 +5,8 @@
     python lr_law.py fit runs.csv -o law.json --plot law.png
     python lr_law.py predict --law law.json --n_params 4e9 --tokens 1.2e11
     python lr_law.py predict --law step --n_params 4e9 --tokens 1.2e11        # a published law
+    python lr_law.py transfer runs.csv --proxy=2x64 --target=8x256            # the rival: muTransfer from a small size
+    python lr_law.py coordcheck --plot=check.png                              # that its activations move alike at every size
 
 The procedure of Zhou et al. 2026 (arXiv 2601.05049): at each size N and number of tokens D the loss is a parabola in
 the log of the learning rate, whose lowest point is found from a few rates; at each size and rate the loss falls with D
@@ -34,7 +36,7 @@ import torch
 
 import train
 from model import GPT, BadInput, command
-from optim import Multipliers, make_optimizers
+from optim import Multipliers, Muon, make_optimizers, muon_scale, place_parameters, rule_of
 from probes import plotting
 from train import LAW_VERSION, law_rate, load_law
 
@@ -59,6 +61,15 @@ def numbers(flag: str, text: str) -> list[float]:
     return sorted(set(values))
 
 
+def parse_size(flag: str, text: str) -> tuple[int, int]:
+    """(blocks, width) of "4x128"."""
+    try:
+        n_layer, n_embd = map(int, text.split("x"))
+    except ValueError:
+        raise BadInput(f"{flag}={text}: LAYERSxWIDTH is needed, such as 4x128") from None
+    return n_layer, n_embd
+
+
 def planned_runs(sizes: str, lrs: str, tokens: str, seeds: str, flags: list[str]) -> list[dict]:
     """The runs of a sweep, cheapest first: {c: a Config without steps, N, steps: [at which it is read], seed, flops}.
 
@@ -66,10 +77,7 @@ def planned_runs(sizes: str, lrs: str, tokens: str, seeds: str, flags: list[str]
     and C_eta rates where the full grid has O(n^3), the paper's saving. N counts all parameters but the embedding's."""
     base, runs = train.parse_flags(flags), []
     for size in sizes.split(","):
-        try:
-            n_layer, n_embd = map(int, size.split("x"))
-        except ValueError:
-            raise BadInput(f"--sizes={sizes}: LAYERSxWIDTH, separated by commas, are needed, such as 2x64,4x128") from None
+        n_layer, n_embd = parse_size("--sizes", size)
         for lr, seed in itertools.product(numbers("--lrs", lrs), seeds.split(",")):
             if not seed.isdigit():
                 raise BadInput(f"--seeds={seeds}: whole numbers separated by commas are needed")
@@ -102,6 +110,14 @@ def plan(runs: list[dict], method: str, share: float, speed: float) -> str:
                       f"{sum(len(r['steps']) for r in runs)} runs, {grid:.3g} FLOPs, {grid / speed / 3600:.2f} hours"])
 
 
+def need_writable(path, flag: str = ""):
+    """Raises BadInput, early, where a file of this name could not be written."""
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "a folder" if path.is_dir() else "no permission" if path.parent.is_dir() else f"no folder {path.parent}"
+        raise BadInput(f"{flag}{path}: cannot be written to ({reason})")
+
+
 def append_row(path, row: dict):
     """One line at the end of the CSV, on disk before this returns; the header first in a new file."""
     try:
@@ -117,17 +133,27 @@ def append_row(path, row: dict):
 
 
 def rows_done(path) -> set:
-    """(N, D, lr, seed) of the rows that a CSV of ours holds already. A half row at its end, from a kill, is cut off."""
+    """(N, D, lr, seed, method) of the rows that a CSV of ours holds already. A half row at its end, from a kill, is cut
+    off."""
+    need_writable(path)
     if not Path(path).exists():
         return set()
-    text = Path(path).read_text()
-    if text and not text.endswith("\n"):
+    foreign = BadInput(f"{path}: not a table of `sweep`, whose columns are {', '.join(COLUMNS)}")
+    try:
+        text = Path(path).read_text()
+    except UnicodeDecodeError:
+        raise foreign from None
+    first, ended, _ = text.partition("\n")
+    if first != ",".join(COLUMNS) if ended else not ",".join(COLUMNS).startswith(first):
+        raise foreign
+    if not text.endswith("\n"):
         text = text[:text.rfind("\n") + 1]
         Path(path).write_text(text)
-    table = list(csv.DictReader(text.splitlines()))
-    if text and text.splitlines()[0].split(",") != list(COLUMNS):
-        raise BadInput(f"{path}: not a table of `sweep`, whose columns are {', '.join(COLUMNS)}")
-    return {(int(r["N"]), int(r["D"]), float(r["lr"]), int(r["seed"])) for r in table}
+    try:
+        return {(int(r["N"]), int(r["D"]), float(r["lr"]), int(r["seed"]), r["method"])
+                for r in csv.DictReader(text.splitlines())}
+    except (TypeError, ValueError):
+        raise foreign from None
 
 
 def run_one(run: dict, path, folder, method: str, share: float):
@@ -140,7 +166,7 @@ def run_one(run: dict, path, folder, method: str, share: float):
     diverged = False
     for steps in run["steps"]:
         D = steps * c.batch_tokens
-        if (run["N"], D, c.lr, c.seed) in done:
+        if (run["N"], D, c.lr, c.seed, method) in done:
             continue
         point = {"loss": math.inf, "flops": 0, "seconds": 0}
         until = steps if method == "stable" else max(c.warmup_steps, round((1 - share) * steps))
@@ -566,6 +592,8 @@ def coordcheck_command(a, flags) -> str:
     for setting in settings.values():
         train.check(setting)
     plt = plotting(a.plot) if a.plot else None
+    if a.plot:
+        need_writable(a.plot, "--plot=")
     moved, same = {}, {}  # at the base's width mup is the standard model, at its depth completep is mup: once will do
     with train.bar(len(settings), "coordinate check", "size") as progress:
         for key, setting in settings.items():
@@ -597,6 +625,91 @@ def coordcheck_command(a, flags) -> str:
         panels[0, 0].legend(fontsize="x-small")
         figure.savefig(a.plot, dpi=120)
     return "\n".join(lines)
+
+
+def horizon_factors(steps: float, tokens: float, rule: str) -> dict[str, float]:
+    """Factors on lr, decay, 1 - beta and eps from one run to another of `steps` times the optimizer steps and `tokens` times
+    the tokens (their quotient is the batch's growth).
+
+    sqrt   lr and decay steps^-1/2, 1 - beta steps^-1, eps steps^1/2 (Complete(d)P, arXiv 2512.22382, as digests give it): the
+           noise of Adam's walk is the same. A batch k times as large at the same tokens is steps = 1 / k, so sqrt(k).
+    bjorck lr tokens^-0.32 at one batch (arXiv 2409.19913), what was found rather than derived
+    none   1"""
+    lr = {"sqrt": steps**-0.5, "bjorck": tokens**-0.32, "none": 1.0}[rule]
+    same = rule != "sqrt"
+    return {"lr": lr, "decay": 1.0 if same else lr, "beta": 1.0 if same else 1 / steps, "eps": 1.0 if same else steps**0.5}
+
+
+def group_table(c: train.Config) -> list[str]:
+    """A line for each kind of parameter of c's model: its optimizer, peak rate, weight decay, and Adam's epsilon or what the
+    parametrisation makes of Muon's update."""
+    with torch.device("meta"):
+        model = GPT(train.model_config(c, c.vocab_size))
+    muon = dict(scale=c.muon_scale) if c.optimizer == "muon" else {}
+    optimizers = make_optimizers(model, None, c.optimizer, c.lr, c.weight_decay, (c.beta1, c.beta2), c.embedding_lr,
+                                 train.module_factors(c.module_lr), train.module_factors(c.module_decay), eps=c.adam_eps, **muon)
+    at = {id(p): (o, g, i) for o in optimizers for g in o.param_groups for i, p in enumerate(g["params"])}
+    params, found = dict(model.named_parameters()), {}
+    for kind, names in place_parameters(model).items():
+        for name in names:
+            optimizer, group, i = at[id(params[name])]
+            text = f"lr {group['lr']:<10.4g} weight decay {group['weight_decay']:<8.4g}"
+            if isinstance(optimizer, Muon):
+                times = {muon_scale(rows, params[name].shape[-1], c.muon_scale, growth)
+                         / muon_scale(rows, params[name].shape[-1], c.muon_scale)
+                         for rows, growth in zip(group["pieces"][i], group["growth"][i])}
+                text += f" Muon, its update times {', '.join(f'{t:.4g}' for t in sorted(times))}"
+            else:
+                text += f" AdamW, eps {group['eps']:.3g}"
+            found.setdefault((rule_of(name, kind, c.tie_embeddings), text), []).append(name)
+    return [f"  {rule:<10} {text}   ({len(names)} tensors)" for (rule, text), names in found.items()]
+
+
+def transfer_command(a, flags) -> str:
+    """muTransfer: the best rate of a proxy, out of a sweep of it, and what the rules make of it at the target. At the base
+    size, which is the proxy's, every parametrisation is the standard model: a standard sweep serves as it is."""
+    c, (layers, width), (to_layers, to_width) = train.parse_flags(flags), parse_size("--proxy", a.proxy), parse_size("--target", a.target)
+    if c.param != "standard":
+        raise BadInput(f"--param={c.param}: goes before the --, as the proxy is the standard model")
+    if bool(a.lrs) != bool(a.tokens):
+        raise BadInput(f"--lrs={a.lrs} --tokens={a.tokens}: a sweep of the proxy needs both; neither: take the table as it is")
+    if a.lrs:
+        runs = planned_runs(a.proxy, a.lrs, a.tokens, a.seeds, flags)
+        sweep(runs, a.csv, a.folder or str(Path(a.csv).with_suffix("")), a.method, a.decay_share, a.jobs)
+    runs, diverged = read_runs(a.csv, {"N": "N", "D": "D", "lr": "lr", "loss": "loss", "group": "n_layer,n_embd,method"})
+    runs = [r for r in runs if r["group"] == f"{layers},{width},{a.method}"]
+    if not runs:
+        raise BadInput(f"{a.csv}: no runs of --proxy={a.proxy} by --method={a.method} in it")
+    D = max(r["D"] for r in runs)
+    found = fit_slices([r for r in runs if r["D"] == D])
+    if not found or not found[0]["inside"]:
+        raise BadInput(f"{a.csv}: at {D:,.0f} tokens the best rate of --proxy={a.proxy} is not inside the swept ones; at least 3 "
+                       "around it are needed")
+    tokens, batch = a.target_tokens or D, a.target_batch_tokens or c.batch_tokens
+    if not (tokens >= batch > 0):
+        raise BadInput(f"--target_tokens={tokens:g} --target_batch_tokens={batch}: at least one step of at least one token is needed")
+    by_steps = horizon_factors(tokens / D * c.batch_tokens / batch, tokens / D, a.horizon)
+    base = {"base_n_embd": width, "base_n_head": c.n_head if a.target_n_head not in (0, c.n_head) else 0}
+    if a.param == "completep":
+        base["base_n_layer"] = layers
+
+    def rounded(value):
+        return float(f"{value:.4g}")
+
+    target = replace(
+        c, param=a.param, **base, n_layer=to_layers, n_embd=to_width, n_head=a.target_n_head or c.n_head, batch_tokens=batch,
+        n_kv_head=c.n_kv_head, steps=round(tokens / batch), lr=rounded(found[0]["lr"] * by_steps["lr"]),
+        weight_decay=rounded(c.weight_decay * by_steps["decay"]), adam_eps=rounded(c.adam_eps * by_steps["eps"]),
+        beta1=rounded(max(0.0, 1 - (1 - c.beta1) * by_steps["beta"])), beta2=rounded(max(0.0, 1 - (1 - c.beta2) * by_steps["beta"])))
+    train.check(target)
+    ratios = train.param_ratios(target)
+    line = " ".join(f"--{name}={value}" for name, value in vars(target).items() if value != train.FLAGS[name].default)
+    return "\n".join([
+        f"proxy {a.proxy}, {D:,.0f} tokens: lr* {found[0]['lr']:.4g}, loss {found[0]['L_min']:.4f}, R^2 {found[0]['r2']:.3f} of "
+        f"{found[0]['n']} points; {diverged} diverged runs in the table",
+        f"target {a.target}, {tokens:,.0f} tokens: {a.param} with m_N {ratios['width_ratio']:g}, m_L {ratios['depth_ratio']:g}, "
+        f"m_D {ratios['head_ratio']:g}; by horizon and batch ({a.horizon}) lr times {by_steps['lr']:.3g}",
+        *group_table(target), f"python train.py {line}"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -661,12 +774,22 @@ def plot_fit(runs, fitted, law, path):
 
 
 def fit_command(a) -> str:
+    if not 0 < a.basin < math.inf:
+        raise BadInput(f"--basin={a.basin}: must be positive")
+    for flag in ("output", "plot"):
+        if getattr(a, flag):
+            need_writable(getattr(a, flag), f"--{flag}=")
     runs, diverged = read_runs(a.runs, {k: getattr(a, k) for k in ("N", "D", "lr", "loss", "group")})
     fitted = fit_slices(runs, a.basin)
     optima = near_optima(runs) if a.joint else [f for f in fitted if f["inside"]]
     if not optima:
         raise BadInput(f"{a.runs}: no slice has its optimum inside the swept rates; at least 3 rates around it are needed")
     law = fit_law(*([o[k] for o in optima] for k in ("N", "D", "lr")))
+    for name, k in (("N", "b"), ("D", "c")):
+        if (law[k] is None) != (a.fixed == name):
+            raise BadInput(f"{a.runs}: --fixed={name}, but {name} is not the same in all optima" if a.fixed == name else
+                           f"{a.runs}: all optima have one {name}, {law[name][0]:g}: how lr* changes with it cannot be known; add "
+                           f"runs of another, or take a law without it by --fixed={name}")
     law |= {"version": LAW_VERSION, "units": "parameters, tokens", "draws": law["draws"].round(12).tolist()}
     text = report(law, fitted, diverged)
     if (s := shape_statistics(runs, a.basin))["slices"]:
@@ -718,6 +841,15 @@ def predict_command(a) -> str:
     return text
 
 
+def add_sweep_flags(parser):
+    parser.add_argument("--seeds", default="0", help="separated by commas")
+    parser.add_argument("--method", choices=("stable", "decay"), default="stable", help="read the loss at a constant rate, or "
+                        "after a decay that branches off")
+    parser.add_argument("--decay_share", type=float, default=0.2, help="of decay: its share of the steps")
+    parser.add_argument("--folder", default="", help="of the runs; default: the table's name without .csv")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+
+
 def main(argv):
     parser = argparse.ArgumentParser(prog="lr_law.py", description="Fit and predict the optimum learning rate.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -727,6 +859,7 @@ def main(argv):
         f.add_argument(f"--{column}", default=column, help=f"name of the column (default: {column})")
     f.add_argument("--basin", type=float, default=0.05, help="points above (1 + this) times the least loss are left out")
     f.add_argument("--joint", action="store_true", help="take the best rate over all groups of an (N, D)")
+    f.add_argument("--fixed", choices=("N", "D"), default="", help="what is the same in all runs, and left out of the law")
     f.add_argument("--hold_out", action="store_true", help="fit without the largest N too, and say what that costs there")
     f.add_argument("-o", "--output", default="", help="write the law to this file")
     f.add_argument("--plot", default="", help="write a picture to this file")
@@ -739,18 +872,26 @@ def main(argv):
         s = commands.add_parser(name, help=text, epilog="flags of train.py follow after --")
         if name == "sweep":
             s.add_argument("csv", help="the table of runs, made or gone on with")
-            s.add_argument("--folder", default="", help="of the runs; default: the table's name without .csv")
-            s.add_argument("--jobs", type=int, default=1, help="runs at a time")
             s.add_argument("--shard", default="1/1", help="I/N: every N-th run from the I-th, for job arrays")
         s.add_argument("--sizes", required=True, help="LAYERSxWIDTH, separated by commas")
         s.add_argument("--lrs", required=True, help="1e-3,3e-3 or LOW:HIGH:COUNT")
         s.add_argument("--tokens", required=True, help="at which each run is read: 1e6,2e6 or LOW:HIGH:COUNT")
-        s.add_argument("--seeds", default="0", help="separated by commas")
-        s.add_argument("--method", choices=("stable", "decay"), default="stable", help="read the loss at a constant rate, or "
-                       "after a decay that branches off")
-        s.add_argument("--decay_share", type=float, default=0.2, help="of decay: its share of the steps")
+        add_sweep_flags(s)
         if name == "plan":
             s.add_argument("--flops_per_second", type=float, default=1e11, help="of the machine, as train.py reaches it")
+    t = commands.add_parser("transfer", help="the rates of a target from a sweep of a small proxy (muTransfer)",
+                            epilog="flags of train.py for both follow after --")
+    t.add_argument("csv", help="the proxy's table of runs, made by `sweep` or here")
+    t.add_argument("--proxy", required=True, help="LAYERSxWIDTH, the base size")
+    t.add_argument("--target", required=True, help="LAYERSxWIDTH")
+    t.add_argument("--param", choices=("mup", "completep"), default="completep")
+    t.add_argument("--lrs", default="", help="tune the proxy first, at these rates, as `sweep` does")
+    t.add_argument("--tokens", default="", help="at which its runs are read; the most counts")
+    t.add_argument("--target_tokens", type=float, default=0, help="0: the proxy's")
+    t.add_argument("--target_batch_tokens", type=int, default=0, help="0: the proxy's")
+    t.add_argument("--target_n_head", type=int, default=0, help="0: the proxy's, wider ones")
+    t.add_argument("--horizon", choices=("sqrt", "bjorck", "none"), default="sqrt", help="rule for another number of steps")
+    add_sweep_flags(t)
     k = commands.add_parser("coordcheck", help="how far activations move, over width and depth, by parametrisation",
                             epilog="flags of train.py follow after --")
     k.add_argument("--widths", default="64,128,256,512,1024", help="the first is the base")
@@ -761,17 +902,20 @@ def main(argv):
     k.add_argument("--plot", default="", help="write a picture to this file")
     at = argv.index("--") if "--" in argv else len(argv)
     a = parser.parse_args(argv[:at])
+    if a.command in ("plan", "sweep", "transfer") and not 0 < a.decay_share < 1:
+        raise BadInput(f"--decay_share={a.decay_share}: above 0 and below 1 is needed")
+    for name in ("jobs", "flops_per_second"):
+        if not 0 < getattr(a, name, 1) < math.inf:
+            raise BadInput(f"--{name}={getattr(a, name):g}: must be positive")
     if a.command in ("plan", "sweep"):
-        if not 0 < a.decay_share < 1:
-            raise BadInput(f"--decay_share={a.decay_share}: above 0 and below 1 is needed")
         runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, argv[at + 1:])
         if a.command == "plan":
             print(plan(runs, a.method, a.decay_share, a.flops_per_second))
         else:
             sweep(runs, a.csv, a.folder or str(Path(a.csv).with_suffix("")), a.method, a.decay_share, a.jobs, a.shard)
         return
-    if a.command == "coordcheck":
-        print(coordcheck_command(a, argv[at + 1:]))
+    if a.command in ("coordcheck", "transfer"):
+        print((coordcheck_command if a.command == "coordcheck" else transfer_command)(a, argv[at + 1:]))
         return
     print(fit_command(a) if a.command == "fit" else predict_command(a))
 

@@ -1379,6 +1379,8 @@ def load_law(path, flag: str) -> dict:
         raise BadInput(f"{flag}={path}: of version {found}, {LAW_VERSION} is needed")
     if law.get("units") != "parameters, tokens":
         raise BadInput(f"{flag}={path}: in units of {law.get('units')}, parameters, tokens are needed")
+    if missing := {"a", "b", "c", "N", "D", "draws"} - {*law}:
+        raise BadInput(f"{flag}={path}: damaged, without {', '.join(sorted(missing))}")
     return law
 
 

@@ -228,7 +228,7 @@ def test_activations_move_alike_at_every_depth():
 
 def test_coordcheck_prints_a_table_and_draws_it(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    main(["coordcheck", "--widths=16,32", "--depths=1,2", "--seeds=1", "--steps=3", f"--plot={tmp_path}/check.png", "--", "--lr=0.01"])
+    main(["coordcheck", "--widths=16,32", "--depths=1,2", "--params=mup,completep", "--seeds=1", "--steps=3", f"--plot={tmp_path}/check.png", "--", "--lr=0.01"])
     out = capsys.readouterr().out
     assert "over width (1 blocks)" in out and "over depth (width 16)" in out
     assert sum(line.split()[:2] == ["completep", "logits"] for line in out.splitlines()) == 2
