@@ -5,6 +5,8 @@
     python lr_law.py fit runs.csv -o law.json --plot law.png
     python lr_law.py predict --law law.json --n_params 4e9 --tokens 1.2e11
     python lr_law.py predict --law step --n_params 4e9 --tokens 1.2e11        # a published law
+    python lr_law.py transfer runs.csv --proxy=2x64 --target=8x256            # the rival: muTransfer from a small size
+    python lr_law.py coordcheck --plot=check.png                              # that its activations move alike at every size
 
 The procedure of Zhou et al. 2026 (arXiv 2601.05049): at each size N and number of tokens D the loss is a parabola in
 the log of the learning rate, whose lowest point is found from a few rates; at each size and rate the loss falls with D
@@ -34,6 +36,7 @@ import torch
 
 import train
 from model import GPT, BadInput, command
+from optim import Multipliers, Muon, make_optimizers, muon_scale, place_parameters, rule_of
 from probes import plotting
 from train import LAW_VERSION, law_rate, load_law
 
@@ -58,6 +61,15 @@ def numbers(flag: str, text: str) -> list[float]:
     return sorted(set(values))
 
 
+def parse_size(flag: str, text: str) -> tuple[int, int]:
+    """(blocks, width) of "4x128"."""
+    try:
+        n_layer, n_embd = map(int, text.split("x"))
+    except ValueError:
+        raise BadInput(f"{flag}={text}: LAYERSxWIDTH is needed, such as 4x128") from None
+    return n_layer, n_embd
+
+
 def planned_runs(sizes: str, lrs: str, tokens: str, seeds: str, flags: list[str]) -> list[dict]:
     """The runs of a sweep, cheapest first: {c: a Config without steps, N, steps: [at which it is read], seed, flops}.
 
@@ -65,10 +77,7 @@ def planned_runs(sizes: str, lrs: str, tokens: str, seeds: str, flags: list[str]
     and C_eta rates where the full grid has O(n^3), the paper's saving. N counts all parameters but the embedding's."""
     base, runs = train.parse_flags(flags), []
     for size in sizes.split(","):
-        try:
-            n_layer, n_embd = map(int, size.split("x"))
-        except ValueError:
-            raise BadInput(f"--sizes={sizes}: LAYERSxWIDTH, separated by commas, are needed, such as 2x64,4x128") from None
+        n_layer, n_embd = parse_size("--sizes", size)
         for lr, seed in itertools.product(numbers("--lrs", lrs), seeds.split(",")):
             if not seed.isdigit():
                 raise BadInput(f"--seeds={seeds}: whole numbers separated by commas are needed")
@@ -101,6 +110,14 @@ def plan(runs: list[dict], method: str, share: float, speed: float) -> str:
                       f"{sum(len(r['steps']) for r in runs)} runs, {grid:.3g} FLOPs, {grid / speed / 3600:.2f} hours"])
 
 
+def need_writable(path, flag: str = ""):
+    """Raises BadInput, early, where a file of this name could not be written."""
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "a folder" if path.is_dir() else "no permission" if path.parent.is_dir() else f"no folder {path.parent}"
+        raise BadInput(f"{flag}{path}: cannot be written to ({reason})")
+
+
 def append_row(path, row: dict):
     """One line at the end of the CSV, on disk before this returns; the header first in a new file."""
     try:
@@ -116,17 +133,27 @@ def append_row(path, row: dict):
 
 
 def rows_done(path) -> set:
-    """(N, D, lr, seed) of the rows that a CSV of ours holds already. A half row at its end, from a kill, is cut off."""
+    """(N, D, lr, seed, method) of the rows that a CSV of ours holds already. A half row at its end, from a kill, is cut
+    off."""
+    need_writable(path)
     if not Path(path).exists():
         return set()
-    text = Path(path).read_text()
-    if text and not text.endswith("\n"):
+    foreign = BadInput(f"{path}: not a table of `sweep`, whose columns are {', '.join(COLUMNS)}")
+    try:
+        text = Path(path).read_text()
+    except UnicodeDecodeError:
+        raise foreign from None
+    first, ended, _ = text.partition("\n")
+    if first != ",".join(COLUMNS) if ended else not ",".join(COLUMNS).startswith(first):
+        raise foreign
+    if not text.endswith("\n"):
         text = text[:text.rfind("\n") + 1]
         Path(path).write_text(text)
-    table = list(csv.DictReader(text.splitlines()))
-    if text and text.splitlines()[0].split(",") != list(COLUMNS):
-        raise BadInput(f"{path}: not a table of `sweep`, whose columns are {', '.join(COLUMNS)}")
-    return {(int(r["N"]), int(r["D"]), float(r["lr"]), int(r["seed"])) for r in table}
+    try:
+        return {(int(r["N"]), int(r["D"]), float(r["lr"]), int(r["seed"]), r["method"])
+                for r in csv.DictReader(text.splitlines())}
+    except (TypeError, ValueError):
+        raise foreign from None
 
 
 def run_one(run: dict, path, folder, method: str, share: float):
@@ -139,7 +166,7 @@ def run_one(run: dict, path, folder, method: str, share: float):
     diverged = False
     for steps in run["steps"]:
         D = steps * c.batch_tokens
-        if (run["N"], D, c.lr, c.seed) in done:
+        if (run["N"], D, c.lr, c.seed, method) in done:
             continue
         point = {"loss": math.inf, "flops": 0, "seconds": 0}
         until = steps if method == "stable" else max(c.warmup_steps, round((1 - share) * steps))
@@ -347,14 +374,18 @@ def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
     return runs, diverged
 
 
-def fit_slices(runs, tolerance: float = 0.05) -> list[dict]:
-    """A parabola for every (N, D, group) with at least 3 rates in its basin: {N, D, group, ...fit_parabola}."""
+def slices_of(runs) -> dict[tuple, tuple[np.ndarray, np.ndarray]]:
+    """(N, D, group) -> its (rates, losses), in the order of the rates."""
     slices = {}
     for run in runs:
         slices.setdefault((run["N"], run["D"], run["group"]), []).append((run["lr"], run["loss"]))
+    return {key: tuple(np.array(sorted(points)).T) for key, points in sorted(slices.items())}
+
+
+def fit_slices(runs, tolerance: float = 0.05) -> list[dict]:
+    """A parabola for every (N, D, group) with at least 3 rates in its basin: {N, D, group, ...fit_parabola}."""
     fitted = []
-    for (N, D, group), points in sorted(slices.items()):
-        lr, loss = np.array(sorted(points)).T
+    for (N, D, group), (lr, loss) in slices_of(runs).items():
         valley = basin(loss, tolerance)
         if len(np.unique(lr[valley])) >= 3:
             fitted.append({"N": N, "D": D, "group": group, **fit_parabola(lr[valley], loss[valley])})
@@ -373,6 +404,73 @@ def near_optima(runs, within: float = 0.0025) -> list[dict]:
         good = [math.log(r["lr"]) for r in found if r["loss"] <= (1 + within) * least]
         optima.append({"N": N, "D": D, "lr": math.exp(sum(good) / len(good)), "n": len(good)})
     return optima
+
+
+def shape_statistics(runs, tolerance: float = 0.05, slack: float = 0.002) -> dict:
+    """How well a parabola in ln lr describes slices of at least 5 rates. Counts: slices; unimodal (falling, then rising,
+    but for `slack` nats) over all rates, and in the basin; interior, least loss at neither end. Medians: r2 of a parabola
+    through the 7 rates around the least loss, and through all; the distance of its vertex from the rate of least loss, in
+    octaves; high and low, nats lost by a rate twice too high or low, of slices that have it."""
+    def unimodal(loss):
+        best = int(np.argmin(loss))
+        steps = np.diff(loss)
+        return bool((steps[:best] <= slack).all() and (steps[best:] >= -slack).all())
+
+    rows = []
+    for lr, loss in slices_of(runs).values():
+        if len(lr) < 5:
+            continue
+        best = int(np.argmin(loss))
+        around = slice(max(0, best - 3), best + 4)
+        near, ln = fit_parabola(lr[around], loss[around]), np.log(lr)
+        lost = [np.interp(ln[best] + d, ln, loss, left=np.nan, right=np.nan) - loss[best] for d in (math.log(2), -math.log(2))]
+        rows.append((unimodal(loss), unimodal(loss[basin(loss, tolerance)]), 0 < best < len(lr) - 1, near["r2"],
+                     near["r2"] >= 0.995, fit_parabola(lr, loss)["r2"], abs(math.log2(near["lr"] / lr[best])), *lost))
+    columns = np.array(rows, float).reshape(len(rows), 9).T
+    names = ("unimodal", "unimodal_basin", "interior", "r2", "r2_995", "r2_all", "octaves", "high", "low")
+    counts = ("unimodal", "unimodal_basin", "interior", "r2_995")
+    return {"slices": len(rows)} | {k: int(v.sum()) if k in counts else float(np.nanmedian(v)) if len(v) else math.nan
+                                    for k, v in zip(names, columns)}
+
+
+def hold_out(runs, tolerance: float = 0.05) -> dict:
+    """Fit without the largest N, and what following the fit there costs: {N, slices, costs}; costs has, by the name of what
+    gave the rate, nats above a slice's own best, one row (by its parabola, by its losses interpolated in ln lr, the swept
+    rates' ends beyond them) for each slice of that N with its optimum inside.
+
+    The rates: each group's own law (the law of all groups where one alone is too few); with several groups the joint law of
+    near_optima; the published Step Law, which knows the same N and D; the one rate best on average for what was fitted."""
+    largest = max(run["N"] for run in runs)
+    fitted = [f for f in fit_slices(runs, tolerance) if f["inside"]]
+    held, rest = ([f for f in fitted if (f["N"] == largest) == is_held] for is_held in (True, False))
+    if not held or not rest:
+        raise BadInput(f"--hold_out: the largest N, {largest:g}, has {len(held)} slices with their optimum inside, the others "
+                       f"{len(rest)}; some of both are needed")
+
+    def law_of(optima):
+        return fit_law(*([o[k] for o in optima] for k in ("N", "D", "lr")), draws=1)
+
+    laws, everywhere = {}, law_of(rest)
+    for group in {f["group"] for f in held}:
+        try:
+            laws[group] = law_of([f for f in rest if f["group"] == group])
+        except BadInput:
+            laws[group] = everywhere
+    rates = {"its group's law": lambda f: law_rate(laws[f["group"]], f["N"], f["D"])}
+    if len({f["group"] for f in fitted}) > 1:
+        joint = law_of(near_optima([r for r in runs if r["N"] != largest]))
+        rates["the joint law"] = lambda f: law_rate(joint, f["N"], f["D"])
+    weights = [f["C"] for f in rest]
+    constant = math.exp(np.average([math.log(f["lr"]) for f in rest], weights=weights))
+    rates |= {"Step Law, published": lambda f: published("step", f["N"], f["D"]), f"always {constant:.3g}": lambda f: constant}
+    points, costs = slices_of(runs), {}
+    for name, rate in rates.items():
+        costs[name] = []
+        for f in held:
+            lr, loss = points[f["N"], f["D"], f["group"]]
+            costs[name].append((f["C"] * math.log(rate(f) / f["lr"]) ** 2,
+                                float(np.interp(math.log(rate(f)), np.log(lr), loss) - loss.min())))
+    return {"N": largest, "slices": len(held), "costs": costs}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -411,6 +509,207 @@ def published(name: str, N: float, D: float, anchor=None) -> float:
     if rate(N, D) <= 0:
         raise BadInput(f"--law={name}: gives {rate(N, D):.3g} at --n_params={N:g}, far beyond where it was made")
     return rate(N, D)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The rival: rates found at a small size and carried over by rules (model.PARAM_RULES)
+
+ACTIVATIONS = {"embed": "embedding", "mixer": "attention", "ssm": "ssm", "router": "router", "mlp": "mlp"}  # by module
+
+
+def activations(model: GPT, idx) -> dict[str, list[torch.Tensor]]:
+    """What the modules of each kind give for idx (B, T), one tensor a block; stream: x after the last block; logits."""
+    seen, hooks = {}, []
+    for name, module in model.named_modules():
+        if kind := ACTIVATIONS.get(name.rpartition(".")[2]):
+            hooks.append(module.register_forward_hook(lambda m, x, y, kind=kind: seen.setdefault(kind, []).append(y)))
+    with torch.no_grad():
+        logits, (stream,) = model(idx, hidden=(len(model.blocks),))
+    for hook in hooks:
+        hook.remove()
+    return seen | {"stream": [stream], "logits": [logits]}
+
+
+def coordinate_check(c: train.Config, steps: int = 5, seeds: int = 1) -> dict[str, float]:
+    """RMS over all elements of how far each kind of activation has moved after `steps` steps at the constant rate c.lr,
+    mean over seeds. Under a parametrisation that transfers it is the same at every size (Yang et al. 2022, appendix D.1).
+
+    The text is 4 sequences of 32 random tokens out of 256, the same ones at every step and size. Matrices that write into
+    the stream start at 0, so that at least 3 steps are needed before all of the model moves."""
+    moved = {}
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        idx = torch.randint(256, (4, 33))
+        model = GPT(train.model_config(replace(c, block_size=32), 256))
+        multipliers = Multipliers(model, c.multipliers, c.multiplier_placement, c.multiplier_modules.split(",")) \
+            if c.multipliers != "none" else None
+        muon = dict(momentum=c.momentum, coefficients=c.muon_coefficients, scale=c.muon_scale, normuon=c.normuon)
+        optimizers = make_optimizers(
+            model, multipliers, c.optimizer, c.lr, c.weight_decay, (c.beta1, c.beta2), c.embedding_lr,
+            train.module_factors(c.module_lr), train.module_factors(c.module_decay), c.multiplier_lr,
+            c.multiplier_weight_decay, c.adam_eps, **muon, dtype=torch.float32)
+        before = activations(model, idx[:, :-1])
+        for _ in range(steps):
+            model(idx[:, :-1], idx[:, 1:])[0].backward()
+            if multipliers:
+                multipliers.split_gradients()
+            for optimizer in optimizers:
+                optimizer.step()
+            if multipliers:
+                multipliers.fold()
+            model.zero_grad()
+        for kind, now in activations(model, idx[:, :-1]).items():
+            change = torch.stack([(a - b).square().mean() for a, b in zip(now, before[kind])]).mean().sqrt().item()
+            moved[kind] = moved.get(kind, 0.0) + change / seeds
+    return moved
+
+
+def slope(sizes, values) -> float:
+    """The exponent k of values ~ sizes^k, by least squares in the logs; nan where a value is 0 or not finite."""
+    x, y = np.log(np.asarray(sizes, float)), np.asarray(values, float)
+    y = np.log(y, where=y > 0, out=np.full_like(y, np.nan))
+    return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+
+
+def coordcheck_command(a, flags) -> str:
+    try:
+        widths, depths = ([int(v) for v in text.split(",") if v] for text in (a.widths, a.depths))
+        if min(widths + depths) < 1 or not widths or len(widths) < 2 and len(depths) < 2:
+            raise ValueError
+    except ValueError:
+        raise BadInput(f"--widths={a.widths} --depths={a.depths}: whole numbers separated by commas are needed, two of one "
+                       "at least") from None
+    if a.steps < 3 or a.seeds < 1:
+        raise BadInput(f"--steps={a.steps} --seeds={a.seeds}: at least 3 steps and 1 seed are needed")
+    c, params = train.parse_flags(flags), a.params.split(",")
+    depths = depths or [c.n_layer]
+    base = dict(base_n_embd=widths[0], base_n_layer=depths[0])
+    axes = {"width": [(depths[0], w) for w in widths], "depth": [(d, widths[0]) for d in depths]}
+    axes = {axis: sizes for axis, sizes in axes.items() if len(sizes) > 1}
+    settings = {(param, size): replace(c, param=param, n_layer=size[0], n_embd=size[1], **{
+        k: v for k, v in base.items() if param == "completep" or param == "mup" and k == "base_n_embd"})
+        for param in params for sizes in axes.values() for size in sizes}
+    for setting in settings.values():
+        train.check(setting)
+    plt = plotting(a.plot) if a.plot else None
+    if a.plot:
+        need_writable(a.plot, "--plot=")
+    moved, same = {}, {}  # at the base's width mup is the standard model, at its depth completep is mup: once will do
+    with train.bar(len(settings), "coordinate check", "size") as progress:
+        for key, setting in settings.items():
+            model = str(train.model_config(setting, 256))
+            moved[key] = same[model] = same.get(model) or coordinate_check(setting, a.steps, a.seeds)
+            progress.update()
+    lines = []
+    for axis, sizes in axes.items():
+        numbers = [size[axis == "width"] for size in sizes]
+        lines.append(f"RMS of the change after {a.steps} steps with {c.optimizer} at lr {c.lr:g}, over {axis} ("
+                     + (f"{depths[0]} blocks" if axis == "width" else f"width {widths[0]}") + ")")
+        lines.append(f"  {'':<10} {'':<10}" + "".join(f"{n:>10}" for n in numbers) + "     slope")
+        for param in params:
+            for kind in moved[param, sizes[0]]:
+                values = [moved[param, size][kind] for size in sizes]
+                lines.append(f"  {param:<10} {kind:<10}" + "".join(f"{v:>10.3g}" for v in values)
+                             + f"{slope(numbers, values):>+10.2f}")
+    if plt:
+        figure, panels = plt.subplots(len(axes), len(params), figsize=(3.6 * len(params), 3.2 * len(axes)), squeeze=False,
+                                      layout="constrained", sharey="row")
+        for row, (axis, sizes) in zip(panels, axes.items()):
+            numbers = [size[axis == "width"] for size in sizes]
+            for panel, param in zip(row, params):
+                for kind in moved[param, sizes[0]]:
+                    panel.plot(numbers, [moved[param, size][kind] for size in sizes], "o-", markersize=3, label=kind)
+                panel.set(xscale="log", yscale="log", xlabel=axis, title=param, xticks=numbers, xticklabels=numbers)
+                panel.minorticks_off()
+            row[0].set_ylabel(f"RMS of the change, {a.steps} steps")
+        panels[0, 0].legend(fontsize="x-small")
+        figure.savefig(a.plot, dpi=120)
+    return "\n".join(lines)
+
+
+def horizon_factors(steps: float, tokens: float, rule: str) -> dict[str, float]:
+    """Factors on lr, decay, 1 - beta and eps from one run to another of `steps` times the optimizer steps and `tokens` times
+    the tokens (their quotient is the batch's growth).
+
+    sqrt   lr and decay steps^-1/2, 1 - beta steps^-1, eps steps^1/2 (Complete(d)P, arXiv 2512.22382, as digests give it): the
+           noise of Adam's walk is the same. A batch k times as large at the same tokens is steps = 1 / k, so sqrt(k).
+    bjorck lr tokens^-0.32 at one batch (arXiv 2409.19913), what was found rather than derived
+    none   1"""
+    lr = {"sqrt": steps**-0.5, "bjorck": tokens**-0.32, "none": 1.0}[rule]
+    same = rule != "sqrt"
+    return {"lr": lr, "decay": 1.0 if same else lr, "beta": 1.0 if same else 1 / steps, "eps": 1.0 if same else steps**0.5}
+
+
+def group_table(c: train.Config) -> list[str]:
+    """A line for each kind of parameter of c's model: its optimizer, peak rate, weight decay, and Adam's epsilon or what the
+    parametrisation makes of Muon's update."""
+    with torch.device("meta"):
+        model = GPT(train.model_config(c, c.vocab_size))
+    muon = dict(scale=c.muon_scale) if c.optimizer == "muon" else {}
+    optimizers = make_optimizers(model, None, c.optimizer, c.lr, c.weight_decay, (c.beta1, c.beta2), c.embedding_lr,
+                                 train.module_factors(c.module_lr), train.module_factors(c.module_decay), eps=c.adam_eps, **muon)
+    at = {id(p): (o, g, i) for o in optimizers for g in o.param_groups for i, p in enumerate(g["params"])}
+    params, found = dict(model.named_parameters()), {}
+    for kind, names in place_parameters(model).items():
+        for name in names:
+            optimizer, group, i = at[id(params[name])]
+            text = f"lr {group['lr']:<10.4g} weight decay {group['weight_decay']:<8.4g}"
+            if isinstance(optimizer, Muon):
+                times = {muon_scale(rows, params[name].shape[-1], c.muon_scale, growth)
+                         / muon_scale(rows, params[name].shape[-1], c.muon_scale)
+                         for rows, growth in zip(group["pieces"][i], group["growth"][i])}
+                text += f" Muon, its update times {', '.join(f'{t:.4g}' for t in sorted(times))}"
+            else:
+                text += f" AdamW, eps {group['eps']:.3g}"
+            found.setdefault((rule_of(name, kind, c.tie_embeddings), text), []).append(name)
+    return [f"  {rule:<10} {text}   ({len(names)} tensors)" for (rule, text), names in found.items()]
+
+
+def transfer_command(a, flags) -> str:
+    """muTransfer: the best rate of a proxy, out of a sweep of it, and what the rules make of it at the target. At the base
+    size, which is the proxy's, every parametrisation is the standard model: a standard sweep serves as it is."""
+    c, (layers, width), (to_layers, to_width) = train.parse_flags(flags), parse_size("--proxy", a.proxy), parse_size("--target", a.target)
+    if c.param != "standard":
+        raise BadInput(f"--param={c.param}: goes before the --, as the proxy is the standard model")
+    if bool(a.lrs) != bool(a.tokens):
+        raise BadInput(f"--lrs={a.lrs} --tokens={a.tokens}: a sweep of the proxy needs both; neither: take the table as it is")
+    if a.lrs:
+        runs = planned_runs(a.proxy, a.lrs, a.tokens, a.seeds, flags)
+        sweep(runs, a.csv, a.folder or str(Path(a.csv).with_suffix("")), a.method, a.decay_share, a.jobs)
+    runs, diverged = read_runs(a.csv, {"N": "N", "D": "D", "lr": "lr", "loss": "loss", "group": "n_layer,n_embd,method"})
+    runs = [r for r in runs if r["group"] == f"{layers},{width},{a.method}"]
+    if not runs:
+        raise BadInput(f"{a.csv}: no runs of --proxy={a.proxy} by --method={a.method} in it")
+    D = max(r["D"] for r in runs)
+    found = fit_slices([r for r in runs if r["D"] == D])
+    if not found or not found[0]["inside"]:
+        raise BadInput(f"{a.csv}: at {D:,.0f} tokens the best rate of --proxy={a.proxy} is not inside the swept ones; at least 3 "
+                       "around it are needed")
+    tokens, batch = a.target_tokens or D, a.target_batch_tokens or c.batch_tokens
+    if not (tokens >= batch > 0):
+        raise BadInput(f"--target_tokens={tokens:g} --target_batch_tokens={batch}: at least one step of at least one token is needed")
+    by_steps = horizon_factors(tokens / D * c.batch_tokens / batch, tokens / D, a.horizon)
+    base = {"base_n_embd": width, "base_n_head": c.n_head if a.target_n_head not in (0, c.n_head) else 0}
+    if a.param == "completep":
+        base["base_n_layer"] = layers
+
+    def rounded(value):
+        return float(f"{value:.4g}")
+
+    target = replace(
+        c, param=a.param, **base, n_layer=to_layers, n_embd=to_width, n_head=a.target_n_head or c.n_head, batch_tokens=batch,
+        n_kv_head=c.n_kv_head, steps=round(tokens / batch), lr=rounded(found[0]["lr"] * by_steps["lr"]),
+        weight_decay=rounded(c.weight_decay * by_steps["decay"]), adam_eps=rounded(c.adam_eps * by_steps["eps"]),
+        beta1=rounded(max(0.0, 1 - (1 - c.beta1) * by_steps["beta"])), beta2=rounded(max(0.0, 1 - (1 - c.beta2) * by_steps["beta"])))
+    train.check(target)
+    ratios = train.param_ratios(target)
+    line = " ".join(f"--{name}={value}" for name, value in vars(target).items() if value != train.FLAGS[name].default)
+    return "\n".join([
+        f"proxy {a.proxy}, {D:,.0f} tokens: lr* {found[0]['lr']:.4g}, loss {found[0]['L_min']:.4f}, R^2 {found[0]['r2']:.3f} of "
+        f"{found[0]['n']} points; {diverged} diverged runs in the table",
+        f"target {a.target}, {tokens:,.0f} tokens: {a.param} with m_N {ratios['width_ratio']:g}, m_L {ratios['depth_ratio']:g}, "
+        f"m_D {ratios['head_ratio']:g}; by horizon and batch ({a.horizon}) lr times {by_steps['lr']:.3g}",
+        *group_table(target), f"python train.py {line}"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -475,14 +774,37 @@ def plot_fit(runs, fitted, law, path):
 
 
 def fit_command(a) -> str:
+    if not 0 < a.basin < math.inf:
+        raise BadInput(f"--basin={a.basin}: must be positive")
+    for flag in ("output", "plot"):
+        if getattr(a, flag):
+            need_writable(getattr(a, flag), f"--{flag}=")
     runs, diverged = read_runs(a.runs, {k: getattr(a, k) for k in ("N", "D", "lr", "loss", "group")})
     fitted = fit_slices(runs, a.basin)
     optima = near_optima(runs) if a.joint else [f for f in fitted if f["inside"]]
     if not optima:
         raise BadInput(f"{a.runs}: no slice has its optimum inside the swept rates; at least 3 rates around it are needed")
     law = fit_law(*([o[k] for o in optima] for k in ("N", "D", "lr")))
+    for name, k in (("N", "b"), ("D", "c")):
+        if (law[k] is None) != (a.fixed == name):
+            raise BadInput(f"{a.runs}: --fixed={name}, but {name} is not the same in all optima" if a.fixed == name else
+                           f"{a.runs}: all optima have one {name}, {law[name][0]:g}: how lr* changes with it cannot be known; add "
+                           f"runs of another, or take a law without it by --fixed={name}")
     law |= {"version": LAW_VERSION, "units": "parameters, tokens", "draws": law["draws"].round(12).tolist()}
     text = report(law, fitted, diverged)
+    if (s := shape_statistics(runs, a.basin))["slices"]:
+        n = s["slices"]
+        text += (f"\nof {n} slices with 5 rates or more: unimodal {s['unimodal']}, in the basin {s['unimodal_basin']}; least loss "
+                 f"not at an end {s['interior']}\n  parabola through the 7 rates around it: R^2 median {s['r2']:.3f}, at least 0.995 in "
+                 f"{s['r2_995']}; through all rates {s['r2_all']:.3f}\n  its vertex is {s['octaves']:.2f} octaves from the least loss; "
+                 f"a rate twice too high costs {s['high']:.4f} nats, twice too low {s['low']:.4f} (medians)")
+    if a.hold_out:
+        held = hold_out(runs, a.basin)
+        text += (f"\nheld out, N {held['N']:.3g}: nats above the own best of {held['slices']} slices, by their parabolas, and by "
+                 f"their losses interpolated\n  {'':<24}{'median':>9}{'max':>9}{'median':>11}{'max':>9}")
+        for name, costs in held["costs"].items():
+            (m, i), (M, I) = np.median(costs, axis=0), np.max(costs, axis=0)
+            text += f"\n  {name:<24}{m:>9.4f}{M:>9.4f}{i:>11.4f}{I:>9.4f}"
     if a.plot:
         plot_fit(runs, fitted, law, a.plot)
     if a.output:
@@ -519,6 +841,15 @@ def predict_command(a) -> str:
     return text
 
 
+def add_sweep_flags(parser):
+    parser.add_argument("--seeds", default="0", help="separated by commas")
+    parser.add_argument("--method", choices=("stable", "decay"), default="stable", help="read the loss at a constant rate, or "
+                        "after a decay that branches off")
+    parser.add_argument("--decay_share", type=float, default=0.2, help="of decay: its share of the steps")
+    parser.add_argument("--folder", default="", help="of the runs; default: the table's name without .csv")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+
+
 def main(argv):
     parser = argparse.ArgumentParser(prog="lr_law.py", description="Fit and predict the optimum learning rate.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -528,6 +859,8 @@ def main(argv):
         f.add_argument(f"--{column}", default=column, help=f"name of the column (default: {column})")
     f.add_argument("--basin", type=float, default=0.05, help="points above (1 + this) times the least loss are left out")
     f.add_argument("--joint", action="store_true", help="take the best rate over all groups of an (N, D)")
+    f.add_argument("--fixed", choices=("N", "D"), default="", help="what is the same in all runs, and left out of the law")
+    f.add_argument("--hold_out", action="store_true", help="fit without the largest N too, and say what that costs there")
     f.add_argument("-o", "--output", default="", help="write the law to this file")
     f.add_argument("--plot", default="", help="write a picture to this file")
     p = commands.add_parser("predict", help="the rate at a size and a number of tokens")
@@ -539,28 +872,50 @@ def main(argv):
         s = commands.add_parser(name, help=text, epilog="flags of train.py follow after --")
         if name == "sweep":
             s.add_argument("csv", help="the table of runs, made or gone on with")
-            s.add_argument("--folder", default="", help="of the runs; default: the table's name without .csv")
-            s.add_argument("--jobs", type=int, default=1, help="runs at a time")
             s.add_argument("--shard", default="1/1", help="I/N: every N-th run from the I-th, for job arrays")
         s.add_argument("--sizes", required=True, help="LAYERSxWIDTH, separated by commas")
         s.add_argument("--lrs", required=True, help="1e-3,3e-3 or LOW:HIGH:COUNT")
         s.add_argument("--tokens", required=True, help="at which each run is read: 1e6,2e6 or LOW:HIGH:COUNT")
-        s.add_argument("--seeds", default="0", help="separated by commas")
-        s.add_argument("--method", choices=("stable", "decay"), default="stable", help="read the loss at a constant rate, or "
-                       "after a decay that branches off")
-        s.add_argument("--decay_share", type=float, default=0.2, help="of decay: its share of the steps")
+        add_sweep_flags(s)
         if name == "plan":
             s.add_argument("--flops_per_second", type=float, default=1e11, help="of the machine, as train.py reaches it")
+    t = commands.add_parser("transfer", help="the rates of a target from a sweep of a small proxy (muTransfer)",
+                            epilog="flags of train.py for both follow after --")
+    t.add_argument("csv", help="the proxy's table of runs, made by `sweep` or here")
+    t.add_argument("--proxy", required=True, help="LAYERSxWIDTH, the base size")
+    t.add_argument("--target", required=True, help="LAYERSxWIDTH")
+    t.add_argument("--param", choices=("mup", "completep"), default="completep")
+    t.add_argument("--lrs", default="", help="tune the proxy first, at these rates, as `sweep` does")
+    t.add_argument("--tokens", default="", help="at which its runs are read; the most counts")
+    t.add_argument("--target_tokens", type=float, default=0, help="0: the proxy's")
+    t.add_argument("--target_batch_tokens", type=int, default=0, help="0: the proxy's")
+    t.add_argument("--target_n_head", type=int, default=0, help="0: the proxy's, wider ones")
+    t.add_argument("--horizon", choices=("sqrt", "bjorck", "none"), default="sqrt", help="rule for another number of steps")
+    add_sweep_flags(t)
+    k = commands.add_parser("coordcheck", help="how far activations move, over width and depth, by parametrisation",
+                            epilog="flags of train.py follow after --")
+    k.add_argument("--widths", default="64,128,256,512,1024", help="the first is the base")
+    k.add_argument("--depths", default="2,4,8,16,32", help="the first is the base; empty: over width alone")
+    k.add_argument("--params", default="standard,mup,completep")
+    k.add_argument("--steps", type=int, default=5)
+    k.add_argument("--seeds", type=int, default=2)
+    k.add_argument("--plot", default="", help="write a picture to this file")
     at = argv.index("--") if "--" in argv else len(argv)
     a = parser.parse_args(argv[:at])
+    if a.command in ("plan", "sweep", "transfer") and not 0 < a.decay_share < 1:
+        raise BadInput(f"--decay_share={a.decay_share}: above 0 and below 1 is needed")
+    for name in ("jobs", "flops_per_second"):
+        if not 0 < getattr(a, name, 1) < math.inf:
+            raise BadInput(f"--{name}={getattr(a, name):g}: must be positive")
     if a.command in ("plan", "sweep"):
-        if not 0 < a.decay_share < 1:
-            raise BadInput(f"--decay_share={a.decay_share}: above 0 and below 1 is needed")
         runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, argv[at + 1:])
         if a.command == "plan":
             print(plan(runs, a.method, a.decay_share, a.flops_per_second))
         else:
             sweep(runs, a.csv, a.folder or str(Path(a.csv).with_suffix("")), a.method, a.decay_share, a.jobs, a.shard)
+        return
+    if a.command in ("coordcheck", "transfer"):
+        print((coordcheck_command if a.command == "coordcheck" else transfer_command)(a, argv[at + 1:]))
         return
     print(fit_command(a) if a.command == "fit" else predict_command(a))
 

@@ -77,6 +77,9 @@ class ModelConfig:
     n_experts: int = 0  # 0: a dense MLP
     experts_per_token: int = 2
     expert_hidden: int = 0  # width inside an expert; 0 means mlp_hidden / k: as many active weights as the dense MLP
+    width_ratio: float = 1.0  # m_N: width over the base's, see PARAM_RULES; the standard model has 1, 1 and 1
+    depth_ratio: float = 1.0  # m_L: blocks over the base's
+    head_ratio: float = 1.0  # m_D: channels of a head over the base's
 
     def __post_init__(self):
         if self.mlp_hidden == 0:
@@ -88,6 +91,33 @@ class ModelConfig:
     def kinds(self) -> str:
         """A letter a block: A attention and MLP, M Mamba-2 alone, H attention beside Mamba-2, and MLP."""
         return self.layer_pattern or MIXERS[self.mixer] * self.n_layer
+
+
+# What --param=mup and completep change when a model is m_N times as wide and m_L times as deep as its base, where it is the
+# standard model: factors on the standard initialisation (its standard deviation; for hidden matrices it is fan_in^-1/2
+# already), on Adam's rate, its decoupled weight decay and its epsilon, as (power of m_N, power of m_L). And in the forward pass:
+# logits times 1 / m_N, every residual branch times 1 / m_L, q k^T over D in place of sqrt(D), times the base's sqrt(D).
+# standard is m_N = m_L = 1; mup has m_N alone (Yang et al. 2022, arXiv 2203.03466, table 8); completep both (Dey et al.
+# 2025, arXiv 2505.01618, with alpha = 1, so that no rate depends on depth). The output matrix is muP's with a multiplier,
+# not the equivalent one with a smaller matrix, since a tied one can be no other. A router is an output matrix in the second
+# form, after muP for mixtures of experts (arXiv 2508.09752), an expert a hidden matrix. Ours, where we know of no source:
+# Mamba's B and C, whose rows do not grow in number, are initialised like a router (they share the rate of in_proj).
+# Matrices that write into the stream start at 0 at every size. MLPs and experts are taken to be as wide, over n_embd, as
+# the base's. For Muon see `muon_scale` in optim.py: it needs no rates by width, only an update of the right norm.
+PARAM_RULES = {
+    "embedding": {"init": (0, 0), "lr": (0, 0), "decay": (0, 0), "eps": (-1, 0)},
+    "head": {"init": (0.5, 0), "lr": (0, 0), "decay": (0, 0), "eps": (-1, 0)},  # and an embedding that is tied to it
+    "hidden": {"init": (0, 0), "lr": (-1, 0), "decay": (1, 0), "eps": (-1, -1)},  # lr times decay is the same at any width
+    "router": {"init": (-0.5, 0), "lr": (-1, 0), "decay": (1, 0), "eps": (0, -1)},
+    "vector": {"init": (0, 0), "lr": (0, 0), "decay": (0, 0), "eps": (-1, -1)},  # in the blocks, multipliers too
+    "final": {"init": (0, 0), "lr": (0, 0), "decay": (0, 0), "eps": (-1, 0)},  # the last norm's gain
+}
+
+
+def param_factor(c: ModelConfig, kind: str, what: str) -> float:
+    """The factor of PARAM_RULES on `what` (init, lr, decay, eps) of a kind of tensor, for a model of this size."""
+    n, l = PARAM_RULES[kind][what]
+    return c.width_ratio ** n * c.depth_ratio ** l
 
 
 class RMSNormOnCPU(torch.autograd.Function):
@@ -117,16 +147,17 @@ class RMSNormOnCPU(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * gain over the last axis, in the dtype of x (Zhang & Sennrich 2019)."""
+    """x / rms(x) * gain over the last axis, in the dtype of x (Zhang & Sennrich 2019). scale: a constant on the gain."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float, scale: float = 1.0):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+        self.weight, self.eps, self.scale = nn.Parameter(torch.ones(dim)), eps, scale
 
     def forward(self, x):
-        if x.device.type in ("cpu", "meta") and x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
-            return RMSNormOnCPU.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        gain = self.weight if self.scale == 1 else self.weight * self.scale
+        if x.device.type in ("cpu", "meta") and x.dtype == gain.dtype and not torch.compiler.is_compiling():
+            return RMSNormOnCPU.apply(x, gain, self.eps)
+        return F.rms_norm(x, x.shape[-1:], gain.to(x.dtype), self.eps)
 
 
 class Fused(nn.Linear):
@@ -163,11 +194,13 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention. softmax(q k^T / sqrt(D)) v, each query head with its group's k and v."""
+    """Causal grouped-query attention. softmax(q k^T / sqrt(D)) v, each query head with its group's k and v; the scores
+    over sqrt(m_D) besides, see PARAM_RULES."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.n_embd // c.n_head
+        self.scale = None if c.head_ratio == 1 else (self.head_dim * c.head_ratio) ** -0.5  # None: 1 / sqrt(D)
         kv = c.n_kv_head * self.head_dim
         self.qkv = Fused(c.n_embd, q=c.n_embd, k=kv, v=kv)
         self.o = nn.Linear(c.n_embd, c.n_embd, bias=False)
@@ -189,7 +222,8 @@ class Attention(nn.Module):
         if T not in (1, T_all):
             mask = torch.ones(T, T_all, dtype=torch.bool, device=x.device).tril(T_all - T)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=T == T_all and T > 1, enable_gqa=self.n_kv_head != self.n_head)
+            q, k, v, attn_mask=mask, is_causal=T == T_all and T > 1, scale=self.scale,
+            enable_gqa=self.n_kv_head != self.n_head)
         return self.o(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -396,10 +430,12 @@ def load_balancing_loss(p, load):
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)): the mixer moves information between tokens, the MLP within one.
-    kind: A, attention; M, Mamba-2, which brings its own gate and has no MLP after it; H, the sum of both mixers."""
+    kind: A, attention; M, Mamba-2, which brings its own gate and has no MLP after it; H, the sum of both mixers. Each
+    branch is added 1 / m_L times, see PARAM_RULES."""
 
     def __init__(self, c: ModelConfig, kind: str):
         super().__init__()
+        self.scale = 1 / c.depth_ratio
         self.mixer_norm = RMSNorm(c.n_embd, c.norm_eps)
         self.mixer = Attention(c) if kind in "AH" else None
         self.ssm = Mamba2(c) if kind in "MH" else None
@@ -409,12 +445,12 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, cache=None):
         u = self.mixer_norm(x)
         if self.mixer is not None:
-            x = x + self.mixer(u, cos, sin, cache)
+            x = torch.add(x, self.mixer(u, cos, sin, cache), alpha=self.scale)
         if self.ssm is not None:
-            x = x + self.ssm(u, cache)
+            x = torch.add(x, self.ssm(u, cache), alpha=self.scale)
         if cache is not None:
             cache.length += u.shape[1]
-        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))
+        return x if self.mlp is None else torch.add(x, self.mlp(self.mlp_norm(x)), alpha=self.scale)
 
 
 class GPT(nn.Module):
@@ -428,7 +464,7 @@ class GPT(nn.Module):
         V_pad = -(-c.vocab_size // 64) * 64
         self.embed = nn.Embedding(V_pad, c.n_embd)
         self.blocks = nn.ModuleList(Block(c, kind) for kind in c.kinds())
-        self.norm = RMSNorm(c.n_embd, c.norm_eps)
+        self.norm = RMSNorm(c.n_embd, c.norm_eps, 1 / c.width_ratio)  # the factor on the logits
         self.head = nn.Linear(c.n_embd, V_pad, bias=False)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
@@ -443,7 +479,10 @@ class GPT(nn.Module):
         read it N(0, 1/fan_in); the embedding N(0, 1), near the scale the norms give anyway; the head small, so that the
         first loss is ln V: logits of standard deviation s add s^2 / 2 to it, and s is 0.1 here; the router small too,
         so that all experts begin alike. Mamba-2 as its authors' code: D 1, A from -16 to -1, and dt log-uniform in
-        [1e-3, 1e-1], as which softplus(dt_bias) comes out; the convolution as torch's Conv1d, uniform."""
+        [1e-3, 1e-1], as which softplus(dt_bias) comes out; the convolution as torch's Conv1d, uniform. Times the factors of
+        PARAM_RULES."""
+        c = self.config
+        head, router = (param_factor(c, kind, "init") for kind in ("head", "router"))
         for name, p in self.named_parameters():
             if name.endswith(("norm.weight", ".D")):
                 p.fill_(1.0)
@@ -451,8 +490,12 @@ class GPT(nn.Module):
                 p.zero_()
             elif name.endswith((".qkv.weight", ".up.weight", ".in_proj.weight", ".mlp.up")):
                 p.normal_(std=p.shape[-1] ** -0.5)
+                if name.endswith(".in_proj.weight"):
+                    _, _, B, C, _ = p.split(tuple(self.get_submodule(name.removesuffix(".weight")).pieces.values()))
+                    B.mul_(router)
+                    C.mul_(router)
             elif name.endswith(".router.weight"):
-                p.normal_(std=0.1 * p.shape[1] ** -0.5)
+                p.normal_(std=0.1 * p.shape[1] ** -0.5 * router)
             elif name.endswith((".conv.weight", ".conv.bias")):
                 p.uniform_(-(self.config.d_conv ** -0.5), self.config.d_conv ** -0.5)
             elif name.endswith(".A_log"):
@@ -461,9 +504,9 @@ class GPT(nn.Module):
                 dt = p.uniform_(math.log(1e-3), math.log(1e-1)).exp()
                 p.copy_(dt + (-(-dt).expm1()).log())  # the inverse of softplus: log(e^dt - 1)
             elif name == "embed.weight":
-                p.normal_(std=0.1 * p.shape[1] ** -0.5 if self.config.tie_embeddings else 1.0)
+                p.normal_(std=0.1 * p.shape[1] ** -0.5 * head if self.config.tie_embeddings else 1.0)
             elif name == "head.weight":
-                p.normal_(std=0.1 * p.shape[1] ** -0.5)
+                p.normal_(std=0.1 * p.shape[1] ** -0.5 * head)
             else:
                 raise ValueError(f"no initialisation rule for the parameter {name}")
 

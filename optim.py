@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from model import param_factor
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Where each parameter goes
 
@@ -78,43 +80,63 @@ MODULES = {"embedding": ("embed",), "attention": ("q", "k", "v", "o"), "mlp": ("
            "ssm": ("z", "x", "B", "C", "dt", "out"), "router": ("router",), "head": ("head",)}
 
 
+FIXED_ROWS = ("router", "B", "C")  # as many at any width: experts, numbers of state
+
+
 def module_of(piece: str) -> str:
     """Which of MODULES a logical matrix belongs to."""
     return next(module for module, pieces in MODULES.items() if piece in pieces)
 
 
+def rule_of(name: str, kind: str, tied: bool) -> str:
+    """The line of model.PARAM_RULES that holds for a parameter that place_parameters calls a `kind`."""
+    if kind == "matrix":
+        return "router" if name.endswith(".router.weight") else "hidden"
+    if kind == "vector":
+        return "final" if name == "norm.weight" else "vector"
+    return "head" if tied else kind
+
+
 def make_optimizers(model: nn.Module, multipliers=None, optimizer="muon", lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95),
                     embedding_lr=30.0, module_lr=None, module_decay=None, multiplier_lr=1e-2, multiplier_decay=2e-3,
-                    **muon) -> list[torch.optim.Optimizer]:
+                    eps=1e-10, **muon) -> list[torch.optim.Optimizer]:
     """The optimizers of a run: [AdamW] or [Muon, AdamW], and with multipliers one more AdamW for them.
 
     Every group remembers its peak rate, as a factor on lr, in `lr_factor`: embedding_lr for an embedding of its own,
     whose rows start at RMS 1 and see a gradient only when their token comes up (nanochat and modded-nanogpt likewise),
-    1 for all else; times module_lr[module], as weight decay is times module_decay[module]. muon: settings of Muon."""
+    1 for all else; times module_lr[module], as weight decay is times module_decay[module]; and times the factors of
+    model.PARAM_RULES, which Muon has in its muon_scale instead. muon: settings of Muon."""
     module_lr, module_decay = module_lr or {}, module_decay or {}
     places, pieces = place_parameters(model), logical_pieces(model)
     params = {n: multipliers.W.get(n, p) if multipliers else p for n, p in model.named_parameters()}
     decay = {"matrix": weight_decay, "embedding": 0.0, "head": weight_decay, "vector": 0.0}
-    groups = {}
+    groups, c = {}, model.config
     for kind, names in places.items():
         for n in names:
             module = module_of(pieces[n][0][0]) if n in pieces else ""
             own_group = module in module_lr or module in module_decay
             factor = embedding_lr if kind == "embedding" and places["head"] else 1.0  # a tied matrix is the head too
-            group = groups.setdefault((kind, module if own_group else ""), {
-                "params": [], "pieces": [], "weight_decay": decay[kind] * module_decay.get(module, 1.0),
-                "lr_factor": factor * module_lr.get(module, 1.0)})
+            by_size = (1.0, 1.0, 1.0) if kind == "matrix" and optimizer == "muon" else tuple(
+                param_factor(c, rule_of(n, kind, not places["head"]), what) for what in ("lr", "decay", "eps"))
+            group = groups.setdefault((kind, module if own_group else "", by_size), {
+                "params": [], "pieces": [], "growth": [],
+                "weight_decay": decay[kind] * module_decay.get(module, 1.0) * by_size[1],
+                "lr_factor": factor * module_lr.get(module, 1.0) * by_size[0], "eps": eps * by_size[2]})
             group["params"].append(params[n])
             group["pieces"].append(tuple(rows for _, rows in pieces.get(n, ())))
-    made, adamw = [], dict(lr=lr, betas=betas, eps=1e-10)
+            group["growth"].append(tuple((1.0 if piece in FIXED_ROWS else c.width_ratio, c.width_ratio)
+                                         for piece, _ in pieces.get(n, ())))
+    made, adamw = [], dict(lr=lr, betas=betas, eps=eps)
     adamw["fused"] = all(p.device.type in ("cuda", "cpu") for p in params.values())
     if optimizer == "muon":
-        made.append(Muon([g for (kind, _), g in groups.items() if kind == "matrix"], lr=lr, **muon))
+        made.append(Muon([g for (kind, *_), g in groups.items() if kind == "matrix"], lr=lr, **muon))
         groups = {key: g for key, g in groups.items() if key[0] != "matrix"}
-    made.append(torch.optim.AdamW([{k: v for k, v in g.items() if k != "pieces"} for g in groups.values()], **adamw))
+    made.append(torch.optim.AdamW([{k: v for k, v in g.items() if k not in ("pieces", "growth")} for g in groups.values()],
+                                  **adamw))
     if multipliers:
         made.append(torch.optim.AdamW([{"params": multipliers.parameters(), "weight_decay": multiplier_decay,
-                                        "lr_factor": multiplier_lr / lr}], **adamw))
+                                        "lr_factor": multiplier_lr / lr, "eps": eps * param_factor(c, "vector", "eps")}],
+                                      **adamw))
     set_lr(made, lr)
     return made
 
@@ -156,13 +178,22 @@ def newton_schulz(G, coefficients="quintic", steps: int = 5, dtype=torch.bfloat1
     return (X.mT if tall else X).view(G.shape)
 
 
-def muon_scale(rows: int, cols: int, kind: str) -> float:
+def muon_scale(rows: int, cols: int, kind: str, growth=(1.0, 1.0)) -> float:
     """kappa, the factor on the orthogonalised update of a (rows = out, cols = in) matrix.
+
+    growth: rows and cols over those of the base model, under --param=mup and completep. Features that move as much at any
+    width need an update whose spectral norm goes as sqrt(out / in) (Yang, Simon & Bernstein 2023, arXiv 2310.17813). So
+    kappa is the base matrix', by the convention below, times the growth of that root. Of a matrix that grows on both sides
+    it is the base's: `original` and `spectral` have that by themselves, and match_rms_adamw, which grows with the root of
+    the width, is held back by m_N^-1/2. A router, of fixed rows, has m_N^-1/2 by `spectral` itself, and gets it in the
+    others. As this is no factor on the rate, weight decay stays as it is, times the rate the same at any width.
 
     match_rms_adamw  0.2 sqrt(max(out, in)): update RMS 0.2, about AdamW's, so its learning rate and decay carry over
                      (Liu et al. 2025, arXiv 2502.16982)
     original         sqrt(max(1, out / in)) (Jordan et al. 2024; torch.optim.Muon's default)
     spectral         sqrt(out / in): RMS-to-RMS operator norm 1 (Bernstein & Newhouse 2024; the dion repository)"""
+    if growth != (1.0, 1.0):
+        return muon_scale(rows / growth[0], cols / growth[1], kind) * math.sqrt(growth[0] / growth[1])
     if kind == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, cols))
     if kind == "original":
@@ -203,8 +234,8 @@ class Muon(torch.optim.Optimizer):
         W <- (1 - eta lambda) W - eta kappa O
 
     params: matrices and stacks of them (E, out, in), or groups of such with, under "pieces", the rows of each one's
-    logical matrices (default: one, or E, each). All logical matrices of a group that have one shape go through
-    Newton-Schulz as one stack, in dtype.
+    logical matrices (default: one, or E, each) and, under "growth", theirs (see muon_scale; default: 1, 1). All logical
+    matrices of a group that have one shape go through Newton-Schulz as one stack, in dtype.
 
     With several ranks each owns a share of the logical matrices, of about equal FLOPs: it alone keeps their momentum,
     moves them and sends them to all others. The sending goes on until finish(), so that other optimizers can step
@@ -220,6 +251,7 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError("Muon takes matrices and stacks of them; give vectors and others to AdamW")
             group["pieces"] = group.get("pieces") or [(p.shape[-2],) * (p.numel() // p.shape[-2] // p.shape[-1])
                                                       for p in group["params"]]
+            group["growth"] = group.get("growth") or [((1.0, 1.0),) * len(rows) for rows in group["pieces"]]
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
                                       coefficients=coefficients, ns_steps=ns_steps, scale=scale, normuon=normuon))
         self.dtype, self.sending = dtype, []
@@ -234,15 +266,15 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         self.finish()
         for group in self.param_groups:
-            moved, stacks = [], {}  # (matrix, its owner); shape -> [(w, g, its state)] of what this rank owns
-            for p, pieces in zip(group["params"], group["pieces"]):
+            moved, stacks = [], {}  # (matrix, its owner); (shape, growth) -> [(w, g, its state)] of what this rank owns
+            for p, pieces, growths in zip(group["params"], group["pieces"], group["growth"]):
                 if p.grad is None:
                     continue
-                for k, (w, g) in enumerate(zip(flat(p).split(pieces), flat(p.grad).split(pieces))):
+                for k, (w, g, growth) in enumerate(zip(flat(p).split(pieces), flat(p.grad).split(pieces), growths)):
                     moved.append((w, self.owners[p][k]))
                     if self.owners[p][k] == self.rank:
-                        stacks.setdefault(w.shape, []).append((w, g, self.piece_state(p, k, w, group["normuon"])))
-            for shape, stack in stacks.items():
+                        stacks.setdefault((w.shape, growth), []).append((w, g, self.piece_state(p, k, w, group["normuon"])))
+            for (shape, growth), stack in stacks.items():
                 W, G, state = zip(*stack)
                 m = [s["momentum_buffer"] for s in state]
                 torch._foreach_lerp_(m, G, 1 - group["momentum"])
@@ -253,7 +285,7 @@ class Muon(torch.optim.Optimizer):
                     O = normalize_rows(O, stacked := torch.stack(v))
                     torch._foreach_copy_(v, list(stacked))
                 torch._foreach_mul_(W, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(W, list(O), alpha=-group["lr"] * muon_scale(*shape, group["scale"]))
+                torch._foreach_add_(W, list(O), alpha=-group["lr"] * muon_scale(*shape, group["scale"], growth))
             if self.world > 1:
                 self.sending += [dist.broadcast(w, owner, async_op=True) for w, owner in moved]
 

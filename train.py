@@ -100,6 +100,11 @@ class Config:
     expert_hidden: int = flag(0, "width inside an expert; 0: as many active weights as the dense MLP")
     balance_weight: float = flag(0.01, "experts: weight of the load-balancing loss")
     router_z_weight: float = flag(1e-3, "experts: weight of the router z-loss")
+    param: str = flag("standard", "how initialisation, rates, weight decay and multipliers follow the size: as they stand, "
+                      "by width (muP), or by width and depth (CompleteP)", ("standard", "mup", "completep"))
+    base_n_embd: int = flag(192, "mup, completep: width at which they are the standard model")
+    base_n_layer: int = flag(4, "completep: blocks at which it is the standard model")
+    base_n_head: int = flag(0, "mup, completep: query heads at the base width; 0: n_head, so that heads grow with the width")
     # optimizer
     optimizer: str = flag("muon", "for the matrices; the rest always gets AdamW", ("muon", "adamw"))
     lr: float = flag(6e-3, "peak learning rate; law: what the file of --lr_law predicts for this size and number of tokens")
@@ -116,6 +121,7 @@ class Config:
     clip: float = flag(1.0, "largest L2 norm of the gradient; 0: no clipping")
     beta1: float = flag(0.9, "AdamW: decay of the mean of the gradient")
     beta2: float = flag(0.95, "AdamW: decay of the mean of its square")
+    adam_eps: float = flag(1e-10, "AdamW: added to the root of the latter")
     momentum: float = flag(0.95, "Muon: decay of the mean of the gradient")
     muon_scale: str = flag("match_rms_adamw", "Muon: factor on the update of an (out, in) matrix: match_rms_adamw is "
                            "0.2 sqrt(max(out, in)), original sqrt(max(1, out/in)), spectral sqrt(out/in)",
@@ -287,6 +293,12 @@ def check(c: Config, world: int = 1):
     need(c.lr > 0 or c.lr == 0 and c.lr_law, "lr", why="must be positive, or `law` with a file in --lr_law")
     need(c.lr == 0 or not c.lr_law or c.resume, "lr_law", "lr", why="has no effect without --lr=law")
     need(c.embedding_lr > 0, "embedding_lr", why="must be positive")
+    need(c.adam_eps > 0, "adam_eps", why="must be positive")
+    need(c.base_n_embd >= 1 and c.base_n_layer >= 1 and c.base_n_head >= 0, "base_n_embd", "base_n_layer", "base_n_head",
+         why="the size of a model is needed")
+    for name in ("base_n_embd", "base_n_layer", "base_n_head"):
+        need(c.param == "completep" or c.param == "mup" and name != "base_n_layer" or getattr(c, name) == FLAGS[name].default,
+             name, "param", why="has no effect with it")
     need(c.multiplier_lr > 0, "multiplier_lr", why="must be positive")
     for name in ("module_lr", "module_decay"):
         try:
@@ -927,7 +939,16 @@ def model_config(c: Config, vocab_size: int) -> ModelConfig:
                        tie_embeddings=c.tie_embeddings, mixer=c.mixer, layer_pattern=c.layer_pattern, d_state=c.d_state,
                        ssm_head_dim=c.ssm_head_dim, expand=c.expand, n_groups=c.n_groups, chunk_size=c.chunk_size,
                        ssm_norm=c.ssm_norm, n_experts=c.n_experts, experts_per_token=c.experts_per_token,
-                       expert_hidden=c.expert_hidden)
+                       expert_hidden=c.expert_hidden, **param_ratios(c))
+
+
+def param_ratios(c: Config) -> dict[str, float]:
+    """m_N, m_L and m_D of ModelConfig: the size of this model over the base's, as far as --param looks at it."""
+    if c.param == "standard":
+        return {}
+    width = c.n_embd / c.base_n_embd
+    return {"width_ratio": width, "depth_ratio": c.n_layer / c.base_n_layer if c.param == "completep" else 1.0,
+            "head_ratio": width * (c.base_n_head or c.n_head) / c.n_head}
 
 
 @torch.no_grad()
@@ -1139,7 +1160,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
         multipliers = Multipliers(model, c.multipliers, c.multiplier_placement, c.multiplier_modules.split(","))
     optimizers = make_optimizers(
         model, multipliers, c.optimizer, c.lr, c.weight_decay, (c.beta1, c.beta2), c.embedding_lr,
-        module_factors(c.module_lr), module_factors(c.module_decay), c.multiplier_lr, c.multiplier_weight_decay,
+        module_factors(c.module_lr), module_factors(c.module_decay), c.multiplier_lr, c.multiplier_weight_decay, c.adam_eps,
         momentum=c.momentum, coefficients=c.muon_coefficients, scale=c.muon_scale, normuon=c.normuon,
         dtype=torch.bfloat16 if devices.bf16 else torch.float32)
     clipped = clipped_parameters(model, multipliers, c.clip_multipliers)
@@ -1334,6 +1355,8 @@ def refuse_changes(c: Config, resumed: dict, tokenizer: dict):
         changed.append("another tokenizer")
     if c.optimizer != resumed["config"]["optimizer"]:
         changed.append(f"optimizer: {resumed['config']['optimizer']} there, {c.optimizer} here")
+    changed += [f"--{k}={resumed['config'].get(k, FLAGS[k].default)} there, {getattr(c, k)} here" for k in (
+        "param", "base_n_embd", "base_n_layer", "base_n_head") if resumed["config"].get(k, FLAGS[k].default) != getattr(c, k)]
     then, now = ({*module_factors(lr), *module_factors(decay)} for lr, decay in (
         (resumed["config"].get("module_lr", ""), resumed["config"].get("module_decay", "")), (c.module_lr, c.module_decay)))
     if then != now:  # the optimizer's groups would not fit
@@ -1356,6 +1379,8 @@ def load_law(path, flag: str) -> dict:
         raise BadInput(f"{flag}={path}: of version {found}, {LAW_VERSION} is needed")
     if law.get("units") != "parameters, tokens":
         raise BadInput(f"{flag}={path}: in units of {law.get('units')}, parameters, tokens are needed")
+    if missing := {"a", "b", "c", "N", "D", "draws"} - {*law}:
+        raise BadInput(f"{flag}={path}: damaged, without {', '.join(sorted(missing))}")
     return law
 
 

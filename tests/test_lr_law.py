@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 from conftest import ROOT, run_python
 
 import train
-from lr_law import (LAWS, RATIOS, basin, fit_horizon, fit_law, fit_parabola, fit_slices, interval, main, near_optima,
-                    predict_law, published, read_runs)
+from lr_law import (COLUMNS, LAWS, RATIOS, basin, fit_horizon, fit_law, fit_parabola, fit_slices, hold_out, horizon_factors,
+                    interval, main, near_optima, predict_law, published, read_runs, shape_statistics)
 from model import BadInput
 from train import load_law
 
@@ -168,23 +169,97 @@ def test_near_optima_take_the_best_group():
     assert near_optima(rows) == [{"N": 1.0, "D": 1.0, "lr": pytest.approx(2.0), "n": 2}]
 
 
+def runs_of(rows):
+    return [dict(zip(("N", "D", "lr", "loss", "group"), row)) for row in rows]
+
+
+def test_holding_out_the_largest_size_costs_what_it_should():
+    """Two batches, each with a law of its own: its law, fitted on the smaller sizes, costs nothing at the largest; what Step
+    Law and a constant cost is known by hand, and so is the interpolated loss."""
+    def best(N, D, group):
+        return {"a": 0.02, "b": 0.05}[group] * (N / 1e6) ** -0.2 * (D / 1e8) ** {"a": -0.3, "b": 0.2}[group]
+
+    rows = [(N, D, f * best(N, D, g), 2 + 0.05 * math.log(f) ** 2, g) for g in "ab" for N in (1e6, 2e6, 4e6)
+            for D in (1e8, 2e8, 4e8) for f in (0.25, 0.5, 1, 2, 4)]
+    rows += [(4e6, 8e8, f * 0.01, 2 - 0.1 * math.log(f), "a") for f in (1, 2, 4)]  # no optimum inside: not counted
+    held = hold_out(runs_of(rows))
+    costs = {name: np.array(c) for name, c in held["costs"].items()}
+    slices = [(D, g) for D in (1e8, 2e8, 4e8) for g in "ab"]
+    assert held["N"] == 4e6 and held["slices"] == 6 and [*costs][:3] == ["its group's law", "the joint law", "Step Law, published"]
+    assert np.abs(costs["its group's law"]).max() < 1e-12 and costs["the joint law"][:, 0].min() > 1e-3
+    off = [math.log(published("step", 4e6, D) / best(4e6, D, g)) for D, g in slices]
+    assert costs["Step Law, published"][:, 0] == pytest.approx([0.05 * o**2 for o in off], rel=1e-6)
+    ends = [0.05 * np.interp(o, np.log([0.25, 0.5, 1, 2, 4]), np.log([0.25, 0.5, 1, 2, 4]) ** 2) for o in off]
+    assert costs["Step Law, published"][:, 1] == pytest.approx(ends, rel=1e-6)
+    middle = math.exp(np.mean([math.log(best(N, D, g)) for N in (1e6, 2e6) for D, g in slices]))  # all C are equal
+    assert costs[f"always {middle:.3g}"][:, 0] == pytest.approx([0.05 * math.log(middle / best(4e6, D, g)) ** 2 for D, g in slices])
+    with pytest.raises(BadInput, match="--hold_out: the largest N, 1e.06, has 18"):
+        hold_out(runs_of([(1e6, D * (1 + i), lr, loss, g) for i in range(3) for _, D, lr, loss, g in rows[:15] + rows[45:60]]))
+
+
+def test_shape_statistics_against_values_by_hand():
+    lr = np.geomspace(0.001, 0.064, 7)  # an octave apart
+    curve = 2 + 0.02 * np.log2(lr / 0.008) ** 2
+    bumpy, late, steep = curve.copy(), curve.copy(), 2 + 0.02 * np.log2(lr / 0.064) ** 2
+    bumpy[1] -= 0.15  # rises after it has fallen, in the basin too
+    late[-1] = 9.0  # diverging, and then better again: outside the basin
+    late = np.append(late, 3.0)
+    rows = [(1.0, D, r, loss, "") for D, losses in enumerate((curve, bumpy, late, steep), start=1)
+            for r, loss in zip(np.append(lr, 0.128), losses)]
+    s = shape_statistics(runs_of(rows + [(2.0, 1.0, r, 2.0, "") for r in lr[:4]]))  # four rates are too few
+    assert (s["slices"], s["unimodal"], s["unimodal_basin"], s["interior"]) == (4, 2, 3, 3)
+    assert s["r2_995"] == 2 and s["high"] == pytest.approx(0.02) and s["low"] == pytest.approx(0.02)
+    only = shape_statistics(runs_of(rows[:7]))
+    assert only["r2"] == only["r2_all"] == pytest.approx(1.0) and only["octaves"] == pytest.approx(0.0, abs=1e-9)
+    assert shape_statistics([])["slices"] == 0
+
+
+def test_one_size_or_one_horizon_needs_saying(tmp_path, capsys):
+    one_N = write_table(tmp_path / "N.csv", [r for r in sweep_rows() if r[0] == 1e6])
+    one_D = write_table(tmp_path / "D.csv", [r for r in sweep_rows() if r[1] == 1e8])
+    for table, name in ((one_N, "N"), (one_D, "D")):
+        with pytest.raises(BadInput, match=f"all optima have one {name}"):
+            main(["fit", table, "-o", str(tmp_path / "law.json")])
+        assert not (tmp_path / "law.json").exists()
+    main(["fit", one_N, "--fixed=N"])
+    assert "D^-0.351" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="--fixed=D, but D is not the same"):
+        main(["fit", one_N, "--fixed=D"])
+
+
 @pytest.mark.parametrize("rows, words, message", [
     ([], [], "no runs in it"), (sweep_rows(), ["--loss=smooth"], "no such column: --loss=smooth; there are N, D, lr, loss, bs"),
     ([(1e6, 1e8, 0.1, "much", 1)], [], "line 2: N, D, lr and loss must be numbers"),
     ([(1e6, -1e8, 0.1, 2.0, 1)], [], "line 2: N, D and lr must be positive"),
+    (sweep_rows(), ["--basin=0"], "--basin=0.0: must be positive"),
     (sweep_rows()[:2], [], "no slice has its optimum inside the swept rates"),
     (sweep_rows()[:5], [], "too few, or all on one line"),
     ([(1e6, 1e8, lr, 3 - lr, 1) for lr in (0.1, 0.2, 0.3, 0.4)], [], "no slice has its optimum inside")])
 def test_tables_that_make_no_law_are_refused(tmp_path, rows, words, message):
     table = write_table(tmp_path / "runs.csv", rows)
-    done = run_python(ROOT / "lr_law.py", "fit", table, *words, "-o", tmp_path / "law.json")
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(BadInput) as error:
+        main(["fit", table, *words, "-o", str(tmp_path / "law.json")])
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "law.json").exists()
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    done = run_python(ROOT / "lr_law.py", "fit", write_table(tmp_path / "runs.csv", sweep_rows()[:2]))
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["-o", "none/law.json"], ["-o", "."], ["--plot=none/law.png"]])
+def test_results_that_could_not_be_written_are_refused_first(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=r"--(output|plot)=.*: cannot be written to"):
+        main(["fit", write_table(tmp_path / "runs.csv", sweep_rows()), *words])
 
 
 @pytest.mark.parametrize("text, message", [("{", "not a law file"), ("[]", "of version None"),
                                            (json.dumps({"version": "other"}), "of version other"),
-                                           (json.dumps({"version": "nanolet-law-1", "units": "billions"}), "in units of billions")])
+                                           (json.dumps({"version": "nanolet-law-1", "units": "billions"}), "in units of billions"),
+                                           (json.dumps({"version": "nanolet-law-1", "units": "parameters, tokens", "a": 1}),
+                                            "damaged, without D, N, b, c, draws")])
 def test_foreign_law_files_are_refused(tmp_path, text, message):
     (tmp_path / "law.json").write_text(text)
     with pytest.raises(BadInput, match=message):
@@ -301,11 +376,80 @@ def test_sweeps_that_cannot_be_are_refused(tmp_path, words, message):
     assert message in str(error.value) and not (tmp_path / "runs.csv").exists()
 
 
-def test_a_foreign_or_unwritable_table_is_refused_and_kept(tmp_path, tiny_sweep):
+def test_a_foreign_or_unwritable_table_is_refused_and_kept(tmp_path, tiny_sweep, monkeypatch):
     words = ["--sizes=1x16", "--lrs=0.01", "--tokens=1280", *tiny_sweep]
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(BadInput, match="not a table of `sweep`"):
         main(["sweep", str(tmp_path / "other.csv"), *words])
     assert (tmp_path / "other.csv").read_text() == "a,b\n1,2\n"
-    with pytest.raises(BadInput, match="cannot be written to"):
-        main(["sweep", str(tmp_path / "none" / "runs.csv"), f"--folder={tmp_path}/f", *words])
+    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe")
+    (tmp_path / "unended.csv").write_text("a,b\n1,2")
+    (tmp_path / "odd.csv").write_text(",".join(COLUMNS) + "\n1,2\n")
+    for name in ("bytes", "unended", "odd"):
+        before = (tmp_path / f"{name}.csv").read_bytes()
+        with pytest.raises(BadInput, match="not a table of `sweep`"):
+            main(["sweep", str(tmp_path / f"{name}.csv"), *words])
+        assert (tmp_path / f"{name}.csv").read_bytes() == before
+    monkeypatch.setattr(train, "train", lambda c: pytest.fail("a run began whose row could not be kept"))
+    for path in (tmp_path / "none" / "runs.csv", tmp_path):
+        with pytest.raises(BadInput, match="cannot be written to"):
+            main(["sweep", str(path), f"--folder={tmp_path}/f", *words])
+
+
+# Transfer
+
+
+@pytest.mark.parametrize("rule, steps, tokens, lr, decay, beta, eps", [
+    ("sqrt", 4, 4, 0.5, 0.5, 0.25, 2.0), ("sqrt", 0.25, 1, 2.0, 2.0, 4.0, 0.5),  # longer; a batch 4 times as large: sqrt(4)
+    ("bjorck", 10, 10, 10**-0.32, 1, 1, 1), ("none", 4, 4, 1, 1, 1, 1)])
+def test_rules_of_horizon_and_batch(rule, steps, tokens, lr, decay, beta, eps):
+    assert horizon_factors(steps, tokens, rule) == pytest.approx(dict(lr=lr, decay=decay, beta=beta, eps=eps))
+
+
+def proxy_table(path, best=0.02, method="stable"):
+    rows = [(1000, D, f * best, 3 - D / 1e5 + 0.05 * math.log(f) ** 2, seed, 2, 32, 0, 0, method)
+            for D in (2560, 5120) for f in (0.25, 0.5, 1, 2, 4) for seed in (0, 1)]
+    return write_table(path, rows, ",".join(COLUMNS))
+
+
+def test_transfer_gives_the_flags_of_the_target(tmp_path, tiny_sweep, capsys):
+    words = ["transfer", proxy_table(tmp_path / "proxy.csv"), "--proxy=2x32", "--target=4x128"]
+    main([*words, *tiny_sweep, "--optimizer=adamw"])
+    out = capsys.readouterr().out
+    assert "lr* 0.02" in out and "m_N 4, m_L 2, m_D 4" in out
+    assert re.search(r"hidden +lr 0.005 +weight decay 0.4 +AdamW, eps 1.25e-11", out), out
+    assert re.search(r"head +lr 0.02 +weight decay 0.1 +AdamW, eps 2.5e-11", out)
+    c = train.parse_flags(out.splitlines()[-1].removeprefix("python train.py ").split())
+    assert (c.param, c.base_n_embd, c.base_n_layer, c.n_layer, c.n_embd, c.lr, c.steps) == ("completep", 32, 2, 4, 128, 0.02, 20)
+    main([*words, "--param=mup", "--target_n_head=8", "--target_tokens=40960", "--target_batch_tokens=512", *tiny_sweep])
+    out = capsys.readouterr().out
+    c = train.parse_flags(out.splitlines()[-1].removeprefix("python train.py ").split())
+    assert (c.param, c.base_n_head, c.n_head, c.steps, c.batch_tokens) == ("mup", 2, 8, 80, 512)  # 4 times the steps
+    assert (c.lr, c.weight_decay, c.beta1, c.beta2, c.adam_eps) == pytest.approx((0.01, 0.05, 0.975, 0.9875, 2e-10))
+    assert "m_D 1" in out and re.search(r"hidden +lr 0.01 .*Muon, its update times 0.5 ", out)
+
+
+def test_transfer_sweeps_its_proxy_and_goes_on(tmp_path, tiny_sweep, capsys, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda c: {"val_loss": 2 + math.log(c.lr / 0.01) ** 2, "interrupted": False, "flops": 1,
+                                                   "seconds": 1.0})
+    words = ["transfer", str(tmp_path / "proxy.csv"), "--proxy=2x32", "--target=2x64", "--lrs=0.005:0.02:3", "--tokens=1280"]
+    main([*words, *tiny_sweep])
+    assert "lr* 0.01," in capsys.readouterr().out and len(table(tmp_path / "proxy.csv")) == 3
+    monkeypatch.setattr(train, "train", lambda c: pytest.fail("all rows are there"))
+    main([*words, *tiny_sweep])
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--proxy=3x32"], "no runs of --proxy=3x32 by --method=stable"), (["--method=decay"], "by --method=decay"),
+    (["--target=128"], "--target=128: LAYERSxWIDTH"), (["--lrs=1"], "--lrs=1 --tokens="), (["--target_tokens=-1"], "--target_tokens=-1"),
+    (["--target_tokens=nan"], "--target_tokens=nan"), (["--jobs=0"], "--jobs=0"), (["--", "--param=mup"], "--param=mup: goes before")])
+def test_transfers_that_cannot_be_are_refused(tmp_path, words, message):
+    with pytest.raises(BadInput) as error:
+        main(["transfer", proxy_table(tmp_path / "proxy.csv"), "--proxy=2x32", "--target=4x128", *words])
+    assert message in str(error.value)
+
+
+def test_a_proxy_whose_optimum_is_not_inside_is_refused(tmp_path):
+    rows = [(1000, 2560, lr, 3 - lr, 0, 2, 32, 0, 0, "stable") for lr in (0.1, 0.2, 0.3, 0.4)]
+    with pytest.raises(BadInput, match="is not inside the swept ones"):
+        main(["transfer", write_table(tmp_path / "proxy.csv", rows, ",".join(COLUMNS)), "--proxy=2x32", "--target=4x128"])
