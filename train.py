@@ -54,7 +54,7 @@ from model import (END_OF_TEXT, GPT, IGNORE, MIXERS, BadInput, Failed, ModelConf
 from optim import (DECAY_SHAPES, MODULES, NS_COEFFICIENTS, SCHEDULES, Multipliers, clip_gradients,
                    clipped_parameters, make_optimizers, momentum_at, set_lr, set_momentum, weight_scales)
 from probes import linearity_penalty, stream_scales
-from teacher import LET, LET_LOSSES, let_weight, load_teacher
+from teacher import LET, LET_LOSSES, RECIPES, Recipe, Rival, init_from_teacher, let_weight, load_teacher, make_recipe
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -140,6 +140,9 @@ class Config:
                                   "gain, the paper says")
     # teacher
     teacher: str = flag("none", "none, auto (train a small one first, once), or a checkpoint of ours")
+    distill: str = flag("let", "what is learned from it: LET, or one of its rivals, at --distill_weight and so on",
+                        ("let", *RECIPES))
+    init_from_teacher: bool = flag(False, "begin as evenly spaced blocks of a deeper teacher of ours, first and last among them")
     let_weight: float = flag(0.1, "LET: lambda_0, weight of the alignment at step 0; 0.1 is the paper's")
     let_stop: float = flag(0.3, "LET: S_stop, where the weight reaches 0: steps, or a fraction of the run if below 1")
     let_student_layer: int = flag(3, "LET: block of the student whose state is guided, from 1; 0 is the embedding")
@@ -148,6 +151,19 @@ class Config:
     let_loss: str = flag("cosine", "LET: the alignment loss", tuple(LET_LOSSES))
     let_resize: str = flag("interpolate", "LET: how unequal widths meet", ("interpolate", "project"))
     let_resize_side: str = flag("teacher", "LET: whose state is resized", ("teacher", "student"))
+    distill_weight: float = flag(-1.0, "rivals: weight of the teacher's probabilities; 0: plain training. Here and below -1 "
+                                 "is the method's own, see RECIPES in teacher.py")
+    distill_hard_weight: float = flag(-1.0, "rivals: weight of the next-token loss; -1: mostly 1 - distill_weight")
+    distill_cosine_weight: float = flag(-1.0, "rivals: weight of 1 - cosine of the last states; distilbert's own is 1")
+    distill_temperature: float = flag(-1.0, "rivals: of both softmaxes")
+    distill_beta: float = flag(-1.0, "rivals: direction: 0 is KL(teacher || student), 1 KL(student || teacher), between them "
+                               "the generalised Jensen-Shannon divergence")
+    distill_top_k: int = flag(0, "rivals: keep the teacher's k likeliest tokens, all others in one bucket; 0: every token")
+    distill_on_policy: float = flag(-1.0, "rivals: share of the steps that train on the student's own continuations; gkd's "
+                                    "own is 0.5")
+    distill_new_tokens: int = flag(128, "rivals: tokens of such a continuation, at the end of each sequence")
+    distill_stop: float = flag(-1.0, "rivals: where plain training takes over: steps, or a fraction of the run if below 1; 0: "
+                               "never; salt's own is 0.17")
     # linearity
     linearity: str = flag("none", "regulariser that pulls neighbouring states together: none, cosine or mse",
                           ("none", "cosine", "mse"))
@@ -261,6 +277,16 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+def recipe_of(c: Config) -> Recipe:
+    return make_recipe(c.distill, {f.name: getattr(c, f"distill_{f.name}") for f in fields(Recipe)})
+
+
+def stop_of(c: Config, steps: int) -> int:
+    """The step from which the teacher is not called, for shares of a run of `steps`. LET and its rivals have one each."""
+    stop = c.let_stop if c.distill == "let" else recipe_of(c).stop
+    return (round(stop * steps) if stop < 1 else int(stop)) if stop or c.distill == "let" else sys.maxsize
+
+
 def check(c: Config, world: int = 1):
     """Refuse values that are out of range or contradict each other, all in one BadInput."""
     bad = []
@@ -337,9 +363,27 @@ def check(c: Config, world: int = 1):
         need(False, "vocab_size", "tokenizer", why="vocab_size is a setting of the bpe tokenizer alone")
     if c.schedule == "wsd":
         need(c.warmup_steps <= c.steps, "warmup_steps", "steps", why="the warm-up does not fit into the run")
-    if c.teacher == "none":
+    rivals = [n for n in FLAGS if n.startswith("distill_")]
+    for name in rivals:
+        value = getattr(c, name)
+        need(value >= 0 or value == FLAGS[name].default, name, why="must not be negative (-1: the method's own)")
+        need(value == FLAGS[name].default or c.distill != "let", name, "distill", why="is a setting of LET's rivals")
+    need(c.distill_temperature == -1 or c.distill_temperature >= 0.01, "distill_temperature", why="at least 0.01 is needed")
+    for name in ("distill_beta", "distill_on_policy"):
+        need(getattr(c, name) <= 1, name, why="must be in [0, 1]")
+    need(c.distill_stop < 1 or c.distill_stop == int(c.distill_stop), "distill_stop", why="a whole number of steps, or a "
+         "fraction below 1")
+    need(c.distill_new_tokens >= 1, "distill_new_tokens", why="at least 1 is needed")
+    if c.distill in RECIPES:
+        r = recipe_of(c)
+        need(r.hard_weight >= 0, "distill_weight", why="above 1 it needs --distill_hard_weight beside it")
+        need(r.hard_weight + r.weight + r.cosine_weight != 0, "distill_hard_weight", why="no term of the loss is left")
+    if c.teacher == "none" or c.distill != "let":
+        why = "has no effect without --teacher" if c.teacher == "none" else f"is a setting of LET, not of {c.distill}"
         for name in (n for n in FLAGS if n.startswith("let_")):
-            need(getattr(c, name) == FLAGS[name].default, name, why="has no effect without --teacher")
+            need(getattr(c, name) == FLAGS[name].default, name, why=why)
+        need(c.teacher != "none" or c.distill == "let", "distill", "teacher", why="there is nobody to learn from")
+        need(c.teacher != "none" or not c.init_from_teacher, "init_from_teacher", "teacher", why="there is nobody to copy")
     else:
         need(0 <= c.let_student_layer <= c.n_layer, "let_student_layer", "n_layer", why="the student has no such block")
         need(c.let_stop > 0, "let_stop", why="must be positive")
@@ -1091,14 +1135,15 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             step += 1
 
     # The teacher, until its weight has fallen to 0
-    step, let, let_stop = 0, None, round(c.let_stop * c.steps) if c.let_stop < 1 else int(c.let_stop)
+    step, let, rival, let_stop = 0, None, None, stop_of(c, c.steps)
     resumed = load_checkpoint(c.resume, flag="--resume=") if c.resume else None
     if resumed:
         refuse_changes(c, resumed, data.tokenizer)
         step = resumed["step"]
     if c.decay_now:
         c, let_stop = branch_decay(c, resumed)
-    if c.teacher != "none" and c.let_weight > 0 and step < let_stop:
+    taught = (c.let_weight if c.distill == "let" else recipe_of(c).teaches()) and step < let_stop
+    if c.teacher != "none" and (taught or c.init_from_teacher and not resumed):
         path = c.teacher
         if path == "auto":
             t = auto_teacher(c, data.tokenizer)
@@ -1111,10 +1156,14 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                 if run(replace(t, resume=str(path) if done else ""), stop_signals)["interrupted"]:
                     return {"interrupted": True, "checkpoint": None}
                 say("student:")
-        torch.manual_seed(c.seed + 1)  # of the projection
-        let = LET(load_teacher(path, data.tokenizer, c.block_size, devices.device) if path else
-                  GPT(model_config(t, enc.n_vocab)), c.n_embd, c.let_teacher_layer, c.let_teacher_norm, c.let_loss,
-                  c.let_resize, c.let_resize_side).to(devices.device)
+        teacher = (load_teacher(path, data.tokenizer, c.block_size, devices.device) if path else
+                   GPT(model_config(t, enc.n_vocab)))
+        if taught and c.distill == "let":
+            torch.manual_seed(c.seed + 1)  # of the projection
+            let = LET(teacher, c.n_embd, c.let_teacher_layer, c.let_teacher_norm, c.let_loss, c.let_resize,
+                      c.let_resize_side).to(devices.device)
+        elif taught:
+            rival = Rival(teacher, c.distill, recipe_of(c), c.distill_top_k, c.distill_new_tokens, c.seed)
     let_optimizer = None
     if let and let.projection:
         let_optimizer = torch.optim.AdamW(let.parameters(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=0.0)
@@ -1127,10 +1176,12 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
         c = replace(c, lr=law_rate(load_law(c.lr_law, "--lr_law"), N, D))
         say(f"--lr={c.lr:.4g}, by {c.lr_law} at N = {N:,} and D = {D:,}")
     if c.dry_run:
-        print_plan(c, model, devices, data, let, let_stop)
+        print_plan(c, model, devices, data, let or rival, let_stop)
         return {"interrupted": False, "checkpoint": None}
     if resumed:
         model.load_state_dict(resumed["model"])
+    elif c.init_from_teacher:
+        init_from_teacher(model, teacher)
     for name, p in model.named_parameters():
         if name.endswith("norm.weight") and c.frozen_gains in ("all", "final" if name == "norm.weight" else "blocks"):
             p.requires_grad_(False)
@@ -1162,8 +1213,8 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
     net = model
     if c.compile == "true" or c.compile == "auto" and devices.device.type == "cuda":
         model.compile(dynamic=False)
-        if let:
-            let.compile_teacher()
+        if let or rival:
+            (let or rival).compile_teacher()
     if dist.is_initialized():
         net = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
@@ -1224,6 +1275,9 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             weight = let_weight(step, c.let_weight, let_stop) if let else 0.0
             if let and weight == 0:  # from here on the teacher is neither called nor kept
                 let = let_optimizer = None
+            if rival and step >= let_stop:  # SALT's second part: plain training
+                rival = None
+            on_policy = bool(rival) and rival.on_policy(step)
             hidden = (c.let_student_layer,) if let else ()
             if linear:
                 hidden += tuple(range(c.linearity_from, c.n_layer + 1))
@@ -1231,16 +1285,25 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             set_lr(optimizers, lr)
             if c.optimizer == "muon":
                 set_momentum(optimizers[0], momentum_at(step, c.momentum, c.momentum_warmup))
-            sums = torch.zeros(6, device=devices.device)  # of nll, let, cosine, penalty, balance, router_z
+            sums = torch.zeros(8, device=devices.device)  # of nll, let, cosine, penalty, balance, router_z, soft, agree
             routed = 0  # tokens that each expert of each block got
             for micro in range(accumulation):
                 idx, targets = batch
                 if dist.is_initialized():  # gradients travel between the ranks once a step
                     net.require_backward_grad_sync = micro == accumulation - 1
+                if on_policy:
+                    with devices.autocast():
+                        idx, targets = rival.continued(model, idx, targets, step * sequences + devices.rank * mine + micro * rows)
                 with devices.autocast():
-                    nll, states = net(idx, targets, hidden=hidden)
-                    loss = nll
-                    align = cosine = penalty = balance = router_z = torch.zeros_like(nll)
+                    if rival:  # loss = hard_weight * nll + distill_weight * soft (+ cosine_weight * (1 - cosine))
+                        x, states = net(idx, hidden=hidden, head=False)
+                        loss, nll, soft, cosine, agree = rival.loss(x, model.head.weight, targets, rival.teach(idx),
+                                                                    enc.n_vocab, hard=not on_policy)
+                        align = penalty = balance = router_z = torch.zeros_like(nll)
+                    else:
+                        nll, states = net(idx, targets, hidden=hidden)
+                        loss = nll
+                        align = cosine = penalty = balance = router_z = soft = agree = torch.zeros_like(nll)
                     if let:
                         align, cosine = let(states[0], let.teach(idx))
                         loss = loss + weight * align
@@ -1255,14 +1318,15 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                         routed = routed + torch.stack([m.counts for m in moes])
                 (loss / accumulation).backward()
                 batch = next(stream)
-                sums += torch.stack([v.detach() for v in (nll, align, cosine, penalty, balance, router_z)]) / accumulation
+                sums += torch.stack([v.detach() for v in (nll, align, cosine, penalty, balance, router_z, soft,
+                                                          agree)]) / accumulation
             if multipliers:  # the gradient of each effective matrix becomes those of W, r and c
                 multipliers.split_gradients()
             norm = clip_gradients(clipped, c.clip)
-            nll, align, cosine, penalty, balance, router_z, norm, asked = all_mean(torch.cat((sums, norm.view(1), torch.tensor(
-                [float(bool(stop_signals.seen))], device=devices.device))))
+            nll, align, cosine, penalty, balance, router_z, soft, agree, norm, asked = all_mean(torch.cat((
+                sums, norm.view(1), torch.tensor([float(bool(stop_signals.seen))], device=devices.device))))
             total = (nll + weight * align + c.linearity_weight * penalty + c.balance_weight * balance
-                     + c.router_z_weight * router_z)
+                     + c.router_z_weight * router_z + (rival.recipe.weight * soft if rival else 0.0))
             if not (math.isfinite(total) and math.isfinite(norm)):
                 kept = f"{checkpoint} holds step {saved}" if saved > 0 else "No checkpoint has been written"
                 raise NonFinite(f"step {step}: loss {total}, gradient norm {norm}; stopped before the weights were touched. "
@@ -1287,7 +1351,9 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             stopping = asked > 0
             step += 1
             tokens += c.batch_tokens
-            flops += c.batch_tokens * (model.flops_per_token() + (let.flops_per_token(c.block_size) if let else 0))
+            flops += c.batch_tokens * (model.flops_per_token() + (let.flops_per_token(c.block_size) if let else 0)
+                                       + (rival.flops_per_token(c.block_size) if rival else 0)
+                                       + (model.flops_per_token(backward=False) if on_policy else 0))
 
             # Say so
             now = time.perf_counter()
@@ -1300,6 +1366,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                 log(train_loss=nll, grad_norm=norm, lr=lr, tokens_per_second=round(speed),
                     mfu=speed * model.flops_per_token() / peak if peak else None,
                     **({"let_weight": weight, "let_loss": align, "let_cosine": cosine} if let else {}),
+                    **(rival.logged(soft, cosine, agree, on_policy) if rival else {}),
                     **({"linearity_loss": penalty, "stream": stream_scales(stream_states)} if linear else {}),
                     **({"balance_loss": balance, "router_z": router_z, "experts_unused": int((routed == 0).sum()),
                         "expert_load": [m.load.tolist() for m in moes]} if moes else {}))
@@ -1365,7 +1432,7 @@ def law_rate(law: dict, N: float, D: float) -> float:
 
 
 def branch_decay(c: Config, resumed: dict) -> tuple[Config, int]:
-    """--decay_now: (c with a decay from the checkpoint's step to --steps, LET's stop in steps as the trunk had it)."""
+    """--decay_now: (c with a decay from the checkpoint's step to --steps, the teacher's stop in steps as the trunk had it)."""
     then, step = Config(**{k: v for k, v in resumed["config"].items() if k in FLAGS}), resumed["step"]
     stable = then.steps if then.schedule == "constant" else (1 - then.decay_fraction) * then.steps
     if then.schedule == "cosine" or not then.warmup_steps <= step <= stable:
@@ -1373,9 +1440,11 @@ def branch_decay(c: Config, resumed: dict) -> tuple[Config, int]:
                        f"phase, steps {then.warmup_steps} to {stable:.0f}")
     if c.steps <= step:
         raise BadInput(f"--decay_now --steps={c.steps}: the decay would begin at step {step}")
-    let_stop = max(1, round(c.let_stop * then.steps)) if c.let_stop < 1 else int(c.let_stop)
-    return replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps,
-                   let_stop=c.let_stop if c.teacher == "none" else let_stop), let_stop
+    stop = max(1, stop_of(c, then.steps))
+    c = replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps)
+    if c.teacher != "none" and stop < sys.maxsize:
+        c = replace(c, **{"let_stop" if c.distill == "let" else "distill_stop": stop})
+    return c, stop
 
 
 def auto_teacher(c: Config, tokenizer: dict) -> Config:
