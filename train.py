@@ -377,7 +377,8 @@ def check(c: Config, world: int = 1):
     if c.distill in RECIPES:
         r = recipe_of(c)
         need(r.hard_weight >= 0, "distill_weight", why="above 1 it needs --distill_hard_weight beside it")
-        need(r.hard_weight + r.weight + r.cosine_weight != 0, "distill_hard_weight", why="no term of the loss is left")
+        need(r.teaches() or c.distill_hard_weight == -1, "distill_weight", "distill_hard_weight", why="training is plain "
+             "without the first, and the second has no effect")
     if c.teacher == "none" or c.distill != "let":
         why = "has no effect without --teacher" if c.teacher == "none" else f"is a setting of LET, not of {c.distill}"
         for name in (n for n in FLAGS if n.startswith("let_")):
@@ -1182,6 +1183,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
         model.load_state_dict(resumed["model"])
     elif c.init_from_teacher:
         init_from_teacher(model, teacher)
+    teacher = None  # LET or its rival keeps it, as long as it is asked
     for name, p in model.named_parameters():
         if name.endswith("norm.weight") and c.frozen_gains in ("all", "final" if name == "norm.weight" else "blocks"):
             p.requires_grad_(False)
