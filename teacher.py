@@ -171,6 +171,7 @@ RECIPES = {
     "reverse_kl": Recipe(0.5, beta=1.0),  # the exact, single-step term of MiniLLM (Gu et al. 2023, arXiv 2306.08543),
     # beside the paper's language-modelling loss; its policy gradient over whole answers is not here
     "gkd": Recipe(1.0, temperature=0.9, beta=0.5, on_policy=0.5),  # Agarwal et al. 2024, arXiv 2306.13649; TRL's values
+    "step_by_step": Recipe(0.5),  # Hsieh et al. 2023, arXiv 2305.02301: no teacher but its text; weight is the rationale's
 }
 
 
@@ -314,8 +315,9 @@ class Rival:
         (V_pad, C); targets: (B, T); x_T from teach(). hard: with the next-token loss."""
         r = self.recipe if hard else replace(self.recipe, hard_weight=0.0)
         loss, nll, soft, agreement = linear_distillation(
-            x.flatten(0, 1), head, targets.flatten(), x_T.flatten(0, 1), self.teacher.head.weight, vocab_size, r,
-            self.tau_squared, self.top_k, getattr(self.teacher.head, "bias", None))
+            x.flatten(0, 1), head, targets.flatten(), x_T.flatten(0, 1),
+            self.teacher.head.weight[:self.teacher.config.vocab_size], vocab_size, r, self.tau_squared, self.top_k,
+            self.teacher.head.bias)
         cosine = torch.zeros_like(nll)
         if r.cosine_weight:
             counted = targets != IGNORE

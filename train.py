@@ -50,7 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import (END_OF_TEXT, GPT, IGNORE, MIXERS, BadInput, Failed, ModelConfig, command, device_exists, generate,
-                   load_checkpoint, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
+                   linear_cross_entropy, load_checkpoint, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
 from optim import (DECAY_SHAPES, MODULES, NS_COEFFICIENTS, SCHEDULES, Multipliers, clip_gradients,
                    clipped_parameters, make_optimizers, momentum_at, set_lr, set_momentum, weight_scales)
 from probes import linearity_penalty, stream_scales
@@ -142,6 +142,8 @@ class Config:
     teacher: str = flag("none", "none, auto (train a small one first, once), or a checkpoint of ours")
     distill: str = flag("let", "what is learned from it: LET, or one of its rivals, at --distill_weight and so on",
                         ("let", *RECIPES))
+    label_prefix: str = flag("[label] ", "step_by_step: what stands before an input whose label is asked for")
+    rationale_prefix: str = flag("[rationale] ", "step_by_step: what stands before an input whose rationale is asked for")
     init_from_teacher: bool = flag(False, "begin as evenly spaced blocks of a deeper teacher of ours, first and last among them")
     let_weight: float = flag(0.1, "LET: lambda_0, weight of the alignment at step 0; 0.1 is the paper's")
     let_stop: float = flag(0.3, "LET: S_stop, where the weight reaches 0: steps, or a fraction of the run if below 1")
@@ -379,11 +381,24 @@ def check(c: Config, world: int = 1):
         need(r.hard_weight >= 0, "distill_weight", why="above 1 it needs --distill_hard_weight beside it")
         need(r.teaches() or c.distill_hard_weight == -1, "distill_weight", "distill_hard_weight", why="training is plain "
              "without the first, and the second has no effect")
+    if c.distill == "step_by_step":
+        for name in rivals:
+            need(name == "distill_weight" or getattr(c, name) == FLAGS[name].default, name, "distill", why="has no effect there")
+        need(c.teacher == "none" or c.init_from_teacher and c.teacher != "auto", "teacher", "distill", why="its text is the "
+             "--data; as a model it serves --init_from_teacher alone")
+        need(c.distill_weight <= 1, "distill_weight", "distill", why="must be in [0, 1]")
+        if recipe_of(c).weight and min(c.block_size, c.batch_tokens) >= 1:
+            need(c.micro_batch % 2 == 0, "micro_batch", "distill", why="a record is a pair of sequences")
+            need(c.batch_tokens // c.block_size % (2 * world) == 0, "batch_tokens", "distill", why="a record is a pair of "
+                 "sequences")
+    else:
+        for name in ("label_prefix", "rationale_prefix"):
+            need(getattr(c, name) == FLAGS[name].default, name, why="has no effect without --distill=step_by_step")
     if c.teacher == "none" or c.distill != "let":
         why = "has no effect without --teacher" if c.teacher == "none" else f"is a setting of LET, not of {c.distill}"
         for name in (n for n in FLAGS if n.startswith("let_")):
             need(getattr(c, name) == FLAGS[name].default, name, why=why)
-        need(c.teacher != "none" or c.distill == "let", "distill", "teacher", why="there is nobody to learn from")
+        need(c.teacher != "none" or c.distill in ("let", "step_by_step"), "distill", "teacher", why="there is nobody to learn from")
         need(c.teacher != "none" or not c.init_from_teacher, "init_from_teacher", "teacher", why="there is nobody to copy")
     else:
         need(0 <= c.let_student_layer <= c.n_layer, "let_student_layer", "n_layer", why="the student has no such block")
@@ -764,6 +779,8 @@ def open_shard(shard) -> np.ndarray:
 class Blocks:
     """The blocks of one part of the data: every block_size tokens of each shard one begins, with one token more."""
 
+    rows = 1  # sequences that one number stands for
+
     def __init__(self, arrays, block_size: int):
         self.arrays, self.block_size = arrays, block_size
         self.ends = np.cumsum([max(0, (len(a) - 1) // block_size) for a in arrays])
@@ -782,11 +799,74 @@ class Blocks:
         return rows[:, :-1], rows[:, 1:]
 
 
+class Records:
+    """What Blocks is, of records of a question and its answers: for each record one sequence an answer, `prompt, answer,
+    end of text`, filled up, of which only the answer and its end are counted.
+
+    records: a list of lists of (prompt ids, answer ids)."""
+
+    def __init__(self, records, block_size: int, end: int):
+        self.records, self.block_size, self.end, self.rows = records, block_size, end, len(records[0])
+
+    def __len__(self):
+        return len(self.records)
+
+    def batch(self, numbers):
+        """(inputs, targets), int64 tensors (rows * len(numbers), block_size): the rows of a record stand together."""
+        inputs = torch.full((self.rows * len(numbers), self.block_size), self.end)
+        targets = torch.full_like(inputs, IGNORE)
+        for row, (prompt, answer) in enumerate(sequence for i in numbers for sequence in self.records[i]):
+            ids = torch.tensor([*prompt, *answer])
+            inputs[row, :len(ids)] = ids
+            targets[row, len(prompt) - 1:len(ids)] = torch.tensor([*answer, self.end])
+        return inputs, targets
+
+
 @dataclass
 class Data:
-    train: Blocks
-    val: Blocks
+    train: Blocks | Records
+    val: Blocks | Records
     tokenizer: dict
+
+
+def load_records(c: Config) -> Data:
+    """The records {"input", "rationale", "label"} of --data, JSON lines, for --distill=step_by_step: each gives the
+    sequence `label_prefix input, newline, label`, and where rationales weigh anything one with the rationale. Held out are
+    labels alone: no rationale is needed once the student has learned. The tokenizer is the teacher's where there is one."""
+    path, records = Path(c.data), []
+    if not path.is_file():
+        raise BadInput(f"--data={c.data}: a file of JSON lines is needed, records of input, rationale and label")
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            record = json.loads(line) if line.strip() else None
+            records += [] if record is None else [(number, *(record[k] for k in ("input", "label", "rationale")))]
+            if record is not None and not all(isinstance(text, str) and text.strip() for text in records[-1][1:]):
+                raise ValueError("an empty text, or no text")
+        except (ValueError, KeyError, TypeError) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+            raise BadInput(f"--data={c.data}: line {number} is no record of input, rationale and label ({e})") from None
+    if len(records) < 2:
+        raise BadInput(f"--data={c.data}: {len(records)} records; some to train on and some to hold out are needed")
+    if c.teacher != "none":
+        tokenizer = load_checkpoint(c.teacher, flag="--teacher=")["tokenizer"]
+    elif c.tokenizer == "bpe":
+        ranks = train_bpe((text for record in records for text in record[1:]), c.vocab_size - 1)
+        if len(ranks) < c.vocab_size - 1:
+            raise BadInput(f"--vocab_size={c.vocab_size}: the text of --data={c.data} has pairs for {len(ranks) + 1} tokens only")
+        tokenizer = make_tokenizer("bpe", ranks, PATTERN)
+    else:
+        tokenizer = named_tokenizer(c.tokenizer)
+    enc, sequences = tokenizer_from_dict(tokenizer), []
+    tasks = ((c.label_prefix, 2), (c.rationale_prefix, 3))[:2 if recipe_of(c).weight else 1]
+    for record in records:
+        sequences.append([([enc.eot_token] + enc.encode_ordinary(f"{prefix}{record[1]}\n"), enc.encode_ordinary(record[task]))
+                          for prefix, task in tasks])
+        longest = max(len(prompt) + len(answer) for prompt, answer in sequences[-1])
+        if longest > c.block_size:
+            raise BadInput(f"--data={c.data} --block_size={c.block_size}: line {record[0]} needs {longest} tokens")
+    order = sorted(range(len(records)), key=lambda i: hashlib.sha256("".join(records[i][1:]).encode()).digest())
+    cut = math.ceil(HELD_OUT * len(order))
+    return Data(Records([sequences[i] for i in sorted(order[cut:])], c.block_size, enc.eot_token),
+                Records([sequences[i][:1] for i in sorted(order[:cut])], c.block_size, enc.eot_token), tokenizer)
 
 
 def load_data(c: Config) -> Data:
@@ -798,6 +878,8 @@ def load_data(c: Config) -> Data:
                 return find_shards(c)
         return tokenize_text(c)
 
+    if c.distill == "step_by_step":
+        return on_rank_0(lambda: load_records(c))
     train, val, tokenizer = on_rank_0(prepare)
     train, val = [open_shard(s) for s in train], [open_shard(s) for s in val]
     if not val:  # one shard: its end is held out
@@ -1118,9 +1200,9 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
     # Tokens
     data = load_data(c)
     enc = tokenizer_from_dict(data.tokenizer)
-    sequences = c.batch_tokens // c.block_size  # of a step, over all ranks
+    sequences = c.batch_tokens // c.block_size // data.train.rows  # of a step, over all ranks; of records, pairs of them
     mine = sequences // devices.world
-    rows = min(c.micro_batch, mine)  # of one forward pass
+    rows = min(c.micro_batch // data.train.rows, mine)  # of one forward pass
     accumulation = mine // rows
 
     def micro_batches(step):
@@ -1143,7 +1225,8 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
         step = resumed["step"]
     if c.decay_now:
         c, let_stop = branch_decay(c, resumed)
-    taught = (c.let_weight if c.distill == "let" else recipe_of(c).teaches()) and step < let_stop
+    recipe = recipe_of(c) if c.distill != "let" else None
+    taught = (c.let_weight if c.distill == "let" else recipe.teaches()) and c.distill != "step_by_step" and step < let_stop
     if c.teacher != "none" and (taught or c.init_from_teacher and not resumed):
         path = c.teacher
         if path == "auto":
@@ -1164,7 +1247,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             let = LET(teacher, c.n_embd, c.let_teacher_layer, c.let_teacher_norm, c.let_loss, c.let_resize,
                       c.let_resize_side).to(devices.device)
         elif taught:
-            rival = Rival(teacher, c.distill, recipe_of(c), c.distill_top_k, c.distill_new_tokens, c.seed)
+            rival = Rival(teacher, c.distill, recipe, c.distill_top_k, c.distill_new_tokens, c.seed)
     let_optimizer = None
     if let and let.projection:
         let_optimizer = torch.optim.AdamW(let.parameters(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=0.0)
@@ -1302,6 +1385,12 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                         loss, nll, soft, cosine, agree = rival.loss(x, model.head.weight, targets, rival.teach(idx),
                                                                     enc.n_vocab, hard=not on_policy)
                         align = penalty = balance = router_z = torch.zeros_like(nll)
+                    elif data.train.rows == 2:  # step_by_step: loss = (1 - w) * label + w * rationale, each over its own tokens
+                        x, states = net(idx, hidden=hidden, head=False)
+                        nll, soft = (linear_cross_entropy(x[task::2].flatten(0, 1), model.head.weight, targets[task::2].
+                                                          flatten(), enc.n_vocab) for task in (0, 1))
+                        loss = recipe.hard_weight * nll + recipe.weight * soft
+                        align = cosine = penalty = balance = router_z = agree = torch.zeros_like(nll)
                     else:
                         nll, states = net(idx, targets, hidden=hidden)
                         loss = nll
@@ -1328,7 +1417,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             nll, align, cosine, penalty, balance, router_z, soft, agree, norm, asked = all_mean(torch.cat((
                 sums, norm.view(1), torch.tensor([float(bool(stop_signals.seen))], device=devices.device))))
             total = (nll + weight * align + c.linearity_weight * penalty + c.balance_weight * balance
-                     + c.router_z_weight * router_z + (rival.recipe.weight * soft if rival else 0.0))
+                     + c.router_z_weight * router_z + soft)
             if not (math.isfinite(total) and math.isfinite(norm)):
                 kept = f"{checkpoint} holds step {saved}" if saved > 0 else "No checkpoint has been written"
                 raise NonFinite(f"step {step}: loss {total}, gradient norm {norm}; stopped before the weights were touched. "
@@ -1369,6 +1458,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                     mfu=speed * model.flops_per_token() / peak if peak else None,
                     **({"let_weight": weight, "let_loss": align, "let_cosine": cosine} if let else {}),
                     **(rival.logged(soft, cosine, agree, on_policy) if rival else {}),
+                    **({"distill_weight": recipe.weight, "rationale_loss": soft} if data.train.rows == 2 else {}),
                     **({"linearity_loss": penalty, "stream": stream_scales(stream_states)} if linear else {}),
                     **({"balance_loss": balance, "router_z": router_z, "experts_unused": int((routed == 0).sum()),
                         "expert_load": [m.load.tolist() for m in moes]} if moes else {}))
