@@ -275,7 +275,7 @@ class LinearDistillation(torch.autograd.Function):
 
 
 def linear_distillation(x, weight, targets, x_T, head_T, vocab_size: int, recipe: Recipe, tau_squared=True, top_k=0,
-                        bias_T=None, chunk: int = 256):
+                        bias_T=None, chunk: int = 0):
     """(loss, nll, soft, agreement), 0-d, each a mean over the tokens whose target is not -100; only the first has a
     gradient: loss = hard_weight * nll + weight * soft, soft = tau^2 D_beta(P || Q), in nats.
 
@@ -283,9 +283,11 @@ def linear_distillation(x, weight, targets, x_T, head_T, vocab_size: int, recipe
     None the teacher's. Rows past vocab_size are no tokens. Where the teacher has another number of tokens the soft term
     is over those that both have, each side renormalised. agreement: how often both like the same token best.
 
-    Neither's logits ever exist whole: a chunk's are turned into its share of the gradients and forgotten. FLOPs per token:
-    6 C V, which the plain loss takes too, and 2 C_T V for the teacher's. Memory: up to eight arrays of (chunk, V) float32
-    at a time, for V = 49,152 and 256 rows 400 MB; the plain formula keeps as many of (N, V), 13 GB for 8,192 tokens."""
+    Neither's logits ever exist whole: a chunk's are turned into its share of the gradients and forgotten. chunk: rows at a
+    time; 0: as many as a CPU's cache holds (256 K logits) or keep a GPU busy (8 M), but 64. FLOPs per token: 6 C V, which the
+    plain loss takes too, and 2 C_T V for the teacher's. Memory: up to ten arrays of (chunk, V) float32, 330 MB for 8 M
+    logits; a single one of 8,192 tokens and V = 49,152 would be 1.6 GB."""
+    chunk = chunk or max(64, (2**18 if x.device.type == "cpu" else 2**23) // vocab_size)
     device = "cpu" if x.is_meta else x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     need_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
