@@ -145,9 +145,9 @@ class Recipe:
 
         hard_weight * nll  +  weight * tau^2 D_beta(P || Q)  +  cosine_weight * (1 - cos(h_M, h_T))
 
-    D_beta: see `divergence`; the cosine is of the last states, after the final norms. tau^2 keeps the soft term's gradient
-    level with the hard one's, whatever tau (Hinton et al. 2015, section 2); GKD goes without it. Each field is a flag
-    of train.py, `--distill_` and its name, where -1 stands for the method's own value."""
+    D_beta: see `divergence`; the cosine is of the last states, after the final norms. tau^2 keeps the soft term's
+    gradient level with the hard one's, whatever tau (Hinton et al. 2015, section 2); GKD goes without it. Each field is
+    a flag of train.py, `--distill_` and its name, where -1 stands for the method's own value."""
 
     weight: float  # of the soft term
     hard_weight: float = -1.0  # of the next-token loss; -1: 1 - weight
@@ -171,7 +171,7 @@ RECIPES = {
     "reverse_kl": Recipe(0.5, beta=1.0),  # the exact, single-step term of MiniLLM (Gu et al. 2023, arXiv 2306.08543),
     # beside the paper's language-modelling loss; its policy gradient over whole answers is not here
     "gkd": Recipe(1.0, temperature=0.9, beta=0.5, on_policy=0.5),  # Agarwal et al. 2024, arXiv 2306.13649; TRL's values
-    "step_by_step": Recipe(0.5),  # Hsieh et al. 2023, arXiv 2305.02301: no teacher but its text; weight is the rationale's
+    "step_by_step": Recipe(0.5),  # Hsieh et al. 2023, arXiv 2305.02301: the teacher's text; weight is the rationale's
 }
 
 
@@ -188,7 +188,8 @@ def divergence(log_p, log_q, beta: float):
     """(D, dD/dz) row by row: the generalised Jensen-Shannon divergence of P from Q and its gradient at the logits z of
     Q = softmax(z), which log_p does not depend on. log_p, log_q: (n, V), finite, float32. Returns (n,) and (n, V).
 
-        D = beta KL(P || M) + (1 - beta) KL(Q || M),  M = beta P + (1 - beta) Q;  dD/dz = (1 - beta) Q (log Q/M - KL(Q || M))
+        D = beta KL(P || M) + (1 - beta) KL(Q || M),  M = beta P + (1 - beta) Q
+        dD/dz = (1 - beta) Q (log Q/M - KL(Q || M))
 
     (GKD, eq. 1). It tends to 0 at both ends of beta, so there it stands for the exact KL, as in TRL: KL(P || Q) at 0,
     gradient Q - P; KL(Q || P) at 1, gradient Q (log Q/P - KL(Q || P)). Between them it is smaller by some four times:
@@ -211,8 +212,8 @@ def divergence(log_p, log_q, beta: float):
 def with_rest_bucket(log_p, log_q, k: int):
     """log_p, but outside its k likeliest tokens it takes the proportions of Q, with the same mass in all.
 
-    So a divergence from Q becomes that of k + 1 outcomes, the k tokens and `any other`, as the outcomes of one bucket all
-    have the ratio of the bucket; its gradient too. Dropping the rest instead would bias it. log_p, log_q: (n, V)."""
+    So a divergence from Q becomes that of k + 1 outcomes, the k tokens and `any other`, as the outcomes of one bucket
+    all have the ratio of the bucket; its gradient too. Dropping the rest would bias it. log_p, log_q: (n, V)."""
     top = log_p.topk(k).indices
     outside = torch.ones_like(log_p, dtype=torch.bool).scatter_(-1, top, False)
     rest = [h.masked_fill(~outside, -math.inf).logsumexp(-1, keepdim=True) for h in (log_p, log_q)]
@@ -224,7 +225,8 @@ class LinearDistillation(torch.autograd.Function):
     `linear_distillation`, and model.LinearCrossEntropy, whose plan this is."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, x_T, head_T, bias_T, vocab_size, r, tau_squared, top_k, chunk, dtype, need_grad):
+    def forward(ctx, x, weight, targets, x_T, head_T, bias_T, vocab_size, r, tau_squared, top_k, chunk, dtype,
+                need_grad):
         x_low, w_low, x_T, head_T = x.to(dtype), weight.to(dtype), x_T.to(dtype), head_T.to(dtype)
         V = min(vocab_size, len(head_T))  # tokens that both know
         counted = targets != IGNORE
@@ -233,7 +235,7 @@ class LinearDistillation(torch.autograd.Function):
         nll, soft, agree = x.new_zeros(3, dtype=full)
         dx = torch.empty_like(x_low) if need_grad else None
         dw = torch.zeros_like(weight) if need_grad else None
-        soft_scale = r.weight * (r.temperature if tau_squared else 1 / r.temperature)  # tau^2, and 1 / tau of d(z / tau)
+        soft_scale = r.weight * (r.temperature if tau_squared else 1 / r.temperature)  # tau^2, and 1 / tau of z / tau
         for i in range(0, len(x), chunk):
             rows, keep = slice(i, i + chunk), counted[i:i + chunk, None]
             target = targets[rows, None].clamp(min=0)
@@ -283,10 +285,10 @@ def linear_distillation(x, weight, targets, x_T, head_T, vocab_size: int, recipe
     None the teacher's. Rows past vocab_size are no tokens. Where the teacher has another number of tokens the soft term
     is over those that both have, each side renormalised. agreement: how often both like the same token best.
 
-    Neither's logits ever exist whole: a chunk's are turned into its share of the gradients and forgotten. chunk: rows at a
-    time; 0: as many as a CPU's cache holds (256 K logits) or keep a GPU busy (8 M), but 64. FLOPs per token: 6 C V, which the
-    plain loss takes too, and 2 C_T V for the teacher's. Memory: up to ten arrays of (chunk, V) float32, 330 MB for 8 M
-    logits; a single one of 8,192 tokens and V = 49,152 would be 1.6 GB."""
+    Neither's logits ever exist whole: a chunk's are turned into its share of the gradients and forgotten. chunk: rows
+    at a time; 0: as many as a CPU's cache holds (256 K logits) or keep a GPU busy (8 M), at least 64. FLOPs per token:
+    6 C V, which the plain loss takes too, and 2 C_T V for the teacher's. Memory: up to ten arrays of (chunk, V)
+    float32, 330 MB for 8 M logits; a single one of 8,192 tokens and V = 49,152 would be 1.6 GB."""
     chunk = chunk or max(64, (2**18 if x.device.type == "cpu" else 2**23) // vocab_size)
     device = "cpu" if x.is_meta else x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

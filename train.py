@@ -143,8 +143,9 @@ class Config:
     distill: str = flag("let", "what is learned from it: LET, or one of its rivals, at --distill_weight and so on",
                         ("let", *RECIPES))
     label_prefix: str = flag("[label] ", "step_by_step: what stands before an input whose label is asked for")
-    rationale_prefix: str = flag("[rationale] ", "step_by_step: what stands before an input whose rationale is asked for")
-    init_from_teacher: bool = flag(False, "begin as evenly spaced blocks of a deeper teacher of ours, first and last among them")
+    rationale_prefix: str = flag("[rationale] ", "step_by_step: what stands before one whose rationale is asked for")
+    init_from_teacher: bool = flag(False, "begin as evenly spaced blocks of a deeper teacher of ours, the first and "
+                                   "the last among them")
     let_weight: float = flag(0.1, "LET: lambda_0, weight of the alignment at step 0; 0.1 is the paper's")
     let_stop: float = flag(0.3, "LET: S_stop, where the weight reaches 0: steps, or a fraction of the run if below 1")
     let_student_layer: int = flag(3, "LET: block of the student whose state is guided, from 1; 0 is the embedding")
@@ -153,19 +154,19 @@ class Config:
     let_loss: str = flag("cosine", "LET: the alignment loss", tuple(LET_LOSSES))
     let_resize: str = flag("interpolate", "LET: how unequal widths meet", ("interpolate", "project"))
     let_resize_side: str = flag("teacher", "LET: whose state is resized", ("teacher", "student"))
-    distill_weight: float = flag(-1.0, "rivals: weight of the teacher's probabilities; 0: plain training. Here and below -1 "
-                                 "is the method's own, see RECIPES in teacher.py")
+    distill_weight: float = flag(-1.0, "rivals: weight of the teacher's probabilities; 0: plain training. Here and "
+                                 "below -1 is the method's own, see RECIPES in teacher.py")
     distill_hard_weight: float = flag(-1.0, "rivals: weight of the next-token loss; -1: mostly 1 - distill_weight")
     distill_cosine_weight: float = flag(-1.0, "rivals: weight of 1 - cosine of the last states; distilbert's own is 1")
     distill_temperature: float = flag(-1.0, "rivals: of both softmaxes")
-    distill_beta: float = flag(-1.0, "rivals: direction: 0 is KL(teacher || student), 1 KL(student || teacher), between them "
-                               "the generalised Jensen-Shannon divergence")
-    distill_top_k: int = flag(0, "rivals: keep the teacher's k likeliest tokens, all others in one bucket; 0: every token")
-    distill_on_policy: float = flag(-1.0, "rivals: share of the steps that train on the student's own continuations; gkd's "
-                                    "own is 0.5")
+    distill_beta: float = flag(-1.0, "rivals: direction: 0 is KL(teacher || student), 1 KL(student || teacher), "
+                               "between them the generalised Jensen-Shannon divergence")
+    distill_top_k: int = flag(0, "rivals: keep the teacher's k likeliest tokens, the others in one bucket; 0: all")
+    distill_on_policy: float = flag(-1.0, "rivals: share of the steps that train on the student's own continuations; "
+                                    "gkd's own is 0.5")
     distill_new_tokens: int = flag(128, "rivals: tokens of such a continuation, at the end of each sequence")
-    distill_stop: float = flag(-1.0, "rivals: where plain training takes over: steps, or a fraction of the run if below 1; 0: "
-                               "never; salt's own is 0.17")
+    distill_stop: float = flag(-1.0, "rivals: where plain training takes over: steps, or a fraction of the run if "
+                               "below 1; 0: never; salt's own is 0.17")
     # linearity
     linearity: str = flag("none", "regulariser that pulls neighbouring states together: none, cosine or mse",
                           ("none", "cosine", "mse"))
@@ -284,7 +285,7 @@ def recipe_of(c: Config) -> Recipe:
 
 
 def stop_of(c: Config, steps: int) -> int:
-    """The step from which the teacher is not called, for shares of a run of `steps`. LET and its rivals have one each."""
+    """The step from which the teacher is not called, for shares of a run of `steps`."""
     stop = c.let_stop if c.distill == "let" else recipe_of(c).stop
     return (round(stop * steps) if stop < 1 else int(stop)) if stop or c.distill == "let" else sys.maxsize
 
@@ -370,27 +371,27 @@ def check(c: Config, world: int = 1):
         value = getattr(c, name)
         need(value >= 0 or value == FLAGS[name].default, name, why="must not be negative (-1: the method's own)")
         need(value == FLAGS[name].default or c.distill != "let", name, "distill", why="is a setting of LET's rivals")
-    need(c.distill_temperature == -1 or c.distill_temperature >= 0.01, "distill_temperature", why="at least 0.01 is needed")
+    need(c.distill_temperature == -1 or c.distill_temperature >= 0.01, "distill_temperature", why="0.01 is the least")
     for name in ("distill_beta", "distill_on_policy"):
         need(getattr(c, name) <= 1, name, why="must be in [0, 1]")
-    need(c.distill_stop < 1 or c.distill_stop == int(c.distill_stop), "distill_stop", why="a whole number of steps, or a "
-         "fraction below 1")
+    need(c.distill_stop < 1 or c.distill_stop == int(c.distill_stop), "distill_stop", why="a whole number of steps, or "
+         "a fraction below 1")
     need(c.distill_new_tokens >= 1, "distill_new_tokens", why="at least 1 is needed")
     if c.distill in RECIPES:
         r = recipe_of(c)
         need(r.hard_weight >= 0, "distill_weight", why="above 1 it needs --distill_hard_weight beside it")
-        need(r.teaches() or c.distill_hard_weight == -1, "distill_weight", "distill_hard_weight", why="training is plain "
-             "without the first, and the second has no effect")
+        need(r.teaches() or c.distill_hard_weight == -1, "distill_weight", "distill_hard_weight", why="training is "
+             "plain without the first, and the second has no effect")
     if c.distill == "step_by_step":
-        for name in rivals:
-            need(name == "distill_weight" or getattr(c, name) == FLAGS[name].default, name, "distill", why="has no effect there")
-        need(c.teacher == "none" or c.init_from_teacher and c.teacher != "auto", "teacher", "distill", why="its text is the "
-             "--data; as a model it serves --init_from_teacher alone")
+        for name in (n for n in rivals if n != "distill_weight"):
+            need(getattr(c, name) == FLAGS[name].default, name, "distill", why="has no effect there")
+        need(c.teacher == "none" or c.init_from_teacher and c.teacher != "auto", "teacher", "distill", why="its text "
+             "is the --data; as a model it serves --init_from_teacher alone")
         need(c.distill_weight <= 1, "distill_weight", "distill", why="must be in [0, 1]")
         if recipe_of(c).weight and min(c.block_size, c.batch_tokens) >= 1:
             need(c.micro_batch % 2 == 0, "micro_batch", "distill", why="a record is a pair of sequences")
-            need(c.batch_tokens // c.block_size % (2 * world) == 0, "batch_tokens", "distill", why="a record is a pair of "
-                 "sequences")
+            need(c.batch_tokens // c.block_size % (2 * world) == 0, "batch_tokens", "distill", why="a record is a pair "
+                 "of sequences")
     else:
         for name in ("label_prefix", "rationale_prefix"):
             need(getattr(c, name) == FLAGS[name].default, name, why="has no effect without --distill=step_by_step")
@@ -398,8 +399,8 @@ def check(c: Config, world: int = 1):
         why = "has no effect without --teacher" if c.teacher == "none" else f"is a setting of LET, not of {c.distill}"
         for name in (n for n in FLAGS if n.startswith("let_")):
             need(getattr(c, name) == FLAGS[name].default, name, why=why)
-        need(c.teacher != "none" or c.distill in ("let", "step_by_step"), "distill", "teacher", why="there is nobody to learn from")
-        need(c.teacher != "none" or not c.init_from_teacher, "init_from_teacher", "teacher", why="there is nobody to copy")
+        need(c.teacher != "none" or c.distill in ("let", "step_by_step"), "distill", "teacher", why="nobody teaches")
+        need(c.teacher != "none" or not c.init_from_teacher, "init_from_teacher", "teacher", why="nobody to copy")
     else:
         need(0 <= c.let_student_layer <= c.n_layer, "let_student_layer", "n_layer", why="the student has no such block")
         need(c.let_stop > 0, "let_stop", why="must be positive")
@@ -800,8 +801,8 @@ class Blocks:
 
 
 class Records:
-    """What Blocks is, of records of a question and its answers: for each record one sequence an answer, `prompt, answer,
-    end of text`, filled up, of which only the answer and its end are counted.
+    """What Blocks is, of records of a question and its answers: for each record one sequence an answer, `prompt,
+    answer, end of text`, filled up, of which only the answer and its end are counted.
 
     records: a list of lists of (prompt ids, answer ids)."""
 
@@ -831,8 +832,8 @@ class Data:
 
 def load_records(c: Config) -> Data:
     """The records {"input", "rationale", "label"} of --data, JSON lines, for --distill=step_by_step: each gives the
-    sequence `label_prefix input, newline, label`, and where rationales weigh anything one with the rationale. Held out are
-    labels alone: no rationale is needed once the student has learned. The tokenizer is the teacher's where there is one."""
+    sequence `label_prefix input, newline, label`, and where rationales weigh anything one with the rationale. Held out
+    are labels alone: no rationale is needed once the student has learned. The tokenizer is the teacher's, if any."""
     path, records = Path(c.data), []
     if not path.is_file():
         raise BadInput(f"--data={c.data}: a file of JSON lines is needed, records of input, rationale and label")
@@ -851,15 +852,16 @@ def load_records(c: Config) -> Data:
     elif c.tokenizer == "bpe":
         ranks = train_bpe((text for record in records for text in record[1:]), c.vocab_size - 1)
         if len(ranks) < c.vocab_size - 1:
-            raise BadInput(f"--vocab_size={c.vocab_size}: the text of --data={c.data} has pairs for {len(ranks) + 1} tokens only")
+            raise BadInput(f"--vocab_size={c.vocab_size}: the text of --data={c.data} has pairs for {len(ranks) + 1} "
+                           "tokens only")
         tokenizer = make_tokenizer("bpe", ranks, PATTERN)
     else:
         tokenizer = named_tokenizer(c.tokenizer)
     enc, sequences = tokenizer_from_dict(tokenizer), []
     tasks = ((c.label_prefix, 2), (c.rationale_prefix, 3))[:2 if recipe_of(c).weight else 1]
     for record in records:
-        sequences.append([([enc.eot_token] + enc.encode_ordinary(f"{prefix}{record[1]}\n"), enc.encode_ordinary(record[task]))
-                          for prefix, task in tasks])
+        sequences.append([([enc.eot_token] + enc.encode_ordinary(f"{prefix}{record[1]}\n"),
+                           enc.encode_ordinary(record[task])) for prefix, task in tasks])
         longest = max(len(prompt) + len(answer) for prompt, answer in sequences[-1])
         if longest > c.block_size:
             raise BadInput(f"--data={c.data} --block_size={c.block_size}: line {record[0]} needs {longest} tokens")
@@ -1200,7 +1202,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
     # Tokens
     data = load_data(c)
     enc = tokenizer_from_dict(data.tokenizer)
-    sequences = c.batch_tokens // c.block_size // data.train.rows  # of a step, over all ranks; of records, pairs of them
+    sequences = c.batch_tokens // c.block_size // data.train.rows  # of a step, over all ranks (of records, pairs)
     mine = sequences // devices.world
     rows = min(c.micro_batch // data.train.rows, mine)  # of one forward pass
     accumulation = mine // rows
@@ -1226,7 +1228,8 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
     if c.decay_now:
         c, let_stop = branch_decay(c, resumed)
     recipe = recipe_of(c) if c.distill != "let" else None
-    taught = (c.let_weight if c.distill == "let" else recipe.teaches()) and c.distill != "step_by_step" and step < let_stop
+    weighs = recipe.teaches() and c.distill != "step_by_step" if recipe else c.let_weight > 0
+    taught = weighs and step < let_stop
     if c.teacher != "none" and (taught or c.init_from_teacher and not resumed):
         path = c.teacher
         if path == "auto":
@@ -1377,15 +1380,16 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                 if dist.is_initialized():  # gradients travel between the ranks once a step
                     net.require_backward_grad_sync = micro == accumulation - 1
                 if on_policy:
-                    with devices.autocast():
-                        idx, targets = rival.continued(model, idx, targets, step * sequences + devices.rank * mine + micro * rows)
+                    with devices.autocast():  # of its own: what autocast caches without gradients must not be met below
+                        place = step * sequences + devices.rank * mine + micro * rows
+                        idx, targets = rival.continued(model, idx, targets, place)
                 with devices.autocast():
                     if rival:  # loss = hard_weight * nll + distill_weight * soft (+ cosine_weight * (1 - cosine))
                         x, states = net(idx, hidden=hidden, head=False)
                         loss, nll, soft, cosine, agree = rival.loss(x, model.head.weight, targets, rival.teach(idx),
                                                                     enc.n_vocab, hard=not on_policy)
                         align = penalty = balance = router_z = torch.zeros_like(nll)
-                    elif data.train.rows == 2:  # step_by_step: loss = (1 - w) * label + w * rationale, each over its own tokens
+                    elif data.train.rows == 2:  # step_by_step: label and rationale, each over its own tokens
                         x, states = net(idx, hidden=hidden, head=False)
                         nll, soft = (linear_cross_entropy(x[task::2].flatten(0, 1), model.head.weight, targets[task::2].
                                                           flatten(), enc.n_vocab) for task in (0, 1))
@@ -1524,7 +1528,7 @@ def law_rate(law: dict, N: float, D: float) -> float:
 
 
 def branch_decay(c: Config, resumed: dict) -> tuple[Config, int]:
-    """--decay_now: (c with a decay from the checkpoint's step to --steps, the teacher's stop in steps as the trunk had it)."""
+    """--decay_now: (c with a decay from the checkpoint's step to --steps, the teacher's stop in steps, as there)."""
     then, step = Config(**{k: v for k, v in resumed["config"].items() if k in FLAGS}), resumed["step"]
     stable = then.steps if then.schedule == "constant" else (1 - then.decay_fraction) * then.steps
     if then.schedule == "cosine" or not then.warmup_steps <= step <= stable:
