@@ -527,14 +527,17 @@ class GPT(nn.Module):
             states[k] = x
         return x, tuple(states[k] for k in hidden)
 
-    def forward(self, idx, targets=None, hidden=(), caches=None):
-        """idx: (B, T). Returns (logits (B, T, V), states) without targets, (mean loss in nats, states) with them.
+    def forward(self, idx, targets=None, hidden=(), caches=None, head=True):
+        """idx: (B, T). Returns (logits (B, T, V), states) without targets, (mean loss in nats, states) with them, and
+        without the head (x (B, T, C) after the final norm, states).
 
         states is the tuple of residual streams (B, T, C) after the blocks numbered in `hidden` (0: the embedding),
         before any norm. Targets equal to -100 are not counted."""
         x, states = self.trunk(idx, hidden, caches)
         x = self.norm(x)
         V = self.config.vocab_size
+        if not head:
+            return x, states
         if targets is None:
             return self.head(x)[..., :V], states
         return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), V), states

@@ -50,11 +50,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import (END_OF_TEXT, GPT, IGNORE, MIXERS, BadInput, Failed, ModelConfig, command, device_exists, generate,
-                   load_checkpoint, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
+                   linear_cross_entropy, load_checkpoint, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
 from optim import (DECAY_SHAPES, MODULES, NS_COEFFICIENTS, SCHEDULES, Multipliers, clip_gradients,
                    clipped_parameters, make_optimizers, momentum_at, set_lr, set_momentum, weight_scales)
 from probes import linearity_penalty, stream_scales
-from teacher import LET, LET_LOSSES, let_weight, load_teacher
+from teacher import LET, LET_LOSSES, RECIPES, Recipe, Rival, init_from_teacher, let_weight, load_teacher, make_recipe
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -146,6 +146,12 @@ class Config:
                                   "gain, the paper says")
     # teacher
     teacher: str = flag("none", "none, auto (train a small one first, once), or a checkpoint of ours")
+    distill: str = flag("let", "what is learned from it: LET, or one of its rivals, at --distill_weight and so on",
+                        ("let", *RECIPES))
+    label_prefix: str = flag("[label] ", "step_by_step: what stands before an input whose label is asked for")
+    rationale_prefix: str = flag("[rationale] ", "step_by_step: what stands before one whose rationale is asked for")
+    init_from_teacher: bool = flag(False, "begin as evenly spaced blocks of a deeper teacher of ours, the first and "
+                                   "the last among them")
     let_weight: float = flag(0.1, "LET: lambda_0, weight of the alignment at step 0; 0.1 is the paper's")
     let_stop: float = flag(0.3, "LET: S_stop, where the weight reaches 0: steps, or a fraction of the run if below 1")
     let_student_layer: int = flag(3, "LET: block of the student whose state is guided, from 1; 0 is the embedding")
@@ -154,6 +160,19 @@ class Config:
     let_loss: str = flag("cosine", "LET: the alignment loss", tuple(LET_LOSSES))
     let_resize: str = flag("interpolate", "LET: how unequal widths meet", ("interpolate", "project"))
     let_resize_side: str = flag("teacher", "LET: whose state is resized", ("teacher", "student"))
+    distill_weight: float = flag(-1.0, "rivals: weight of the teacher's probabilities; 0: plain training. Here and "
+                                 "below -1 is the method's own, see RECIPES in teacher.py")
+    distill_hard_weight: float = flag(-1.0, "rivals: weight of the next-token loss; -1: mostly 1 - distill_weight")
+    distill_cosine_weight: float = flag(-1.0, "rivals: weight of 1 - cosine of the last states; distilbert's own is 1")
+    distill_temperature: float = flag(-1.0, "rivals: of both softmaxes")
+    distill_beta: float = flag(-1.0, "rivals: direction: 0 is KL(teacher || student), 1 KL(student || teacher), "
+                               "between them the generalised Jensen-Shannon divergence")
+    distill_top_k: int = flag(0, "rivals: keep the teacher's k likeliest tokens, the others in one bucket; 0: all")
+    distill_on_policy: float = flag(-1.0, "rivals: share of the steps that train on the student's own continuations; "
+                                    "gkd's own is 0.5")
+    distill_new_tokens: int = flag(128, "rivals: tokens of such a continuation, at the end of each sequence")
+    distill_stop: float = flag(-1.0, "rivals: where plain training takes over: steps, or a fraction of the run if "
+                               "below 1; 0: never; salt's own is 0.17")
     # linearity
     linearity: str = flag("none", "regulariser that pulls neighbouring states together: none, cosine or mse",
                           ("none", "cosine", "mse"))
@@ -267,6 +286,16 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+def recipe_of(c: Config) -> Recipe:
+    return make_recipe(c.distill, {f.name: getattr(c, f"distill_{f.name}") for f in fields(Recipe)})
+
+
+def stop_of(c: Config, steps: int) -> int:
+    """The step from which the teacher is not called, for shares of a run of `steps`."""
+    stop = c.let_stop if c.distill == "let" else recipe_of(c).stop
+    return (round(stop * steps) if stop < 1 else int(stop)) if stop or c.distill == "let" else sys.maxsize
+
+
 def check(c: Config, world: int = 1):
     """Refuse values that are out of range or contradict each other, all in one BadInput."""
     bad = []
@@ -349,9 +378,41 @@ def check(c: Config, world: int = 1):
         need(False, "vocab_size", "tokenizer", why="vocab_size is a setting of the bpe tokenizer alone")
     if c.schedule == "wsd":
         need(c.warmup_steps <= c.steps, "warmup_steps", "steps", why="the warm-up does not fit into the run")
-    if c.teacher == "none":
+    rivals = [n for n in FLAGS if n.startswith("distill_")]
+    for name in rivals:
+        value = getattr(c, name)
+        need(value >= 0 or value == FLAGS[name].default, name, why="must not be negative (-1: the method's own)")
+        need(value == FLAGS[name].default or c.distill != "let", name, "distill", why="is a setting of LET's rivals")
+    need(c.distill_temperature == -1 or c.distill_temperature >= 0.01, "distill_temperature", why="0.01 is the least")
+    for name in ("distill_beta", "distill_on_policy"):
+        need(getattr(c, name) <= 1, name, why="must be in [0, 1]")
+    need(c.distill_stop < 1 or c.distill_stop == int(c.distill_stop), "distill_stop", why="a whole number of steps, or "
+         "a fraction below 1")
+    need(c.distill_new_tokens >= 1, "distill_new_tokens", why="at least 1 is needed")
+    if c.distill in RECIPES:
+        r = recipe_of(c)
+        need(r.hard_weight >= 0, "distill_weight", why="above 1 it needs --distill_hard_weight beside it")
+        need(r.teaches() or c.distill_hard_weight == -1, "distill_weight", "distill_hard_weight", why="training is "
+             "plain without the first, and the second has no effect")
+    if c.distill == "step_by_step":
+        for name in (n for n in rivals if n != "distill_weight"):
+            need(getattr(c, name) == FLAGS[name].default, name, "distill", why="has no effect there")
+        need(c.teacher == "none" or c.init_from_teacher and c.teacher != "auto", "teacher", "distill", why="its text "
+             "is the --data; as a model it serves --init_from_teacher alone")
+        need(c.distill_weight <= 1, "distill_weight", "distill", why="must be in [0, 1]")
+        if recipe_of(c).weight and min(c.block_size, c.batch_tokens) >= 1:
+            need(c.micro_batch % 2 == 0, "micro_batch", "distill", why="a record is a pair of sequences")
+            need(c.batch_tokens // c.block_size % (2 * world) == 0, "batch_tokens", "distill", why="a record is a pair "
+                 "of sequences")
+    else:
+        for name in ("label_prefix", "rationale_prefix"):
+            need(getattr(c, name) == FLAGS[name].default, name, why="has no effect without --distill=step_by_step")
+    if c.teacher == "none" or c.distill != "let":
+        why = "has no effect without --teacher" if c.teacher == "none" else f"is a setting of LET, not of {c.distill}"
         for name in (n for n in FLAGS if n.startswith("let_")):
-            need(getattr(c, name) == FLAGS[name].default, name, why="has no effect without --teacher")
+            need(getattr(c, name) == FLAGS[name].default, name, why=why)
+        need(c.teacher != "none" or c.distill in ("let", "step_by_step"), "distill", "teacher", why="nobody teaches")
+        need(c.teacher != "none" or not c.init_from_teacher, "init_from_teacher", "teacher", why="nobody to copy")
     else:
         need(0 <= c.let_student_layer <= c.n_layer, "let_student_layer", "n_layer", why="the student has no such block")
         need(c.let_stop > 0, "let_stop", why="must be positive")
@@ -731,6 +792,8 @@ def open_shard(shard) -> np.ndarray:
 class Blocks:
     """The blocks of one part of the data: every block_size tokens of each shard one begins, with one token more."""
 
+    rows = 1  # sequences that one number stands for
+
     def __init__(self, arrays, block_size: int):
         self.arrays, self.block_size = arrays, block_size
         self.ends = np.cumsum([max(0, (len(a) - 1) // block_size) for a in arrays])
@@ -749,11 +812,75 @@ class Blocks:
         return rows[:, :-1], rows[:, 1:]
 
 
+class Records:
+    """What Blocks is, of records of a question and its answers: for each record one sequence an answer, `prompt,
+    answer, end of text`, filled up, of which only the answer and its end are counted.
+
+    records: a list of lists of (prompt ids, answer ids)."""
+
+    def __init__(self, records, block_size: int, end: int):
+        self.records, self.block_size, self.end, self.rows = records, block_size, end, len(records[0])
+
+    def __len__(self):
+        return len(self.records)
+
+    def batch(self, numbers):
+        """(inputs, targets), int64 tensors (rows * len(numbers), block_size): the rows of a record stand together."""
+        inputs = torch.full((self.rows * len(numbers), self.block_size), self.end)
+        targets = torch.full_like(inputs, IGNORE)
+        for row, (prompt, answer) in enumerate(sequence for i in numbers for sequence in self.records[i]):
+            ids = torch.tensor([*prompt, *answer])
+            inputs[row, :len(ids)] = ids
+            targets[row, len(prompt) - 1:len(ids)] = torch.tensor([*answer, self.end])
+        return inputs, targets
+
+
 @dataclass
 class Data:
-    train: Blocks
-    val: Blocks
+    train: Blocks | Records
+    val: Blocks | Records
     tokenizer: dict
+
+
+def load_records(c: Config) -> Data:
+    """The records {"input", "rationale", "label"} of --data, JSON lines, for --distill=step_by_step: each gives the
+    sequence `label_prefix input, newline, label`, and where rationales weigh anything one with the rationale. Held out
+    are labels alone: no rationale is needed once the student has learned. The tokenizer is the teacher's, if any."""
+    path, records = Path(c.data), []
+    if not path.is_file():
+        raise BadInput(f"--data={c.data}: a file of JSON lines is needed, records of input, rationale and label")
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            record = json.loads(line) if line.strip() else None
+            records += [] if record is None else [(number, *(record[k] for k in ("input", "label", "rationale")))]
+            if record is not None and not all(isinstance(text, str) and text.strip() for text in records[-1][1:]):
+                raise ValueError("an empty text, or no text")
+        except (ValueError, KeyError, TypeError) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+            raise BadInput(f"--data={c.data}: line {number} is no record of input, rationale and label ({e})") from None
+    if len(records) < 2:
+        raise BadInput(f"--data={c.data}: {len(records)} records; some to train on and some to hold out are needed")
+    if c.teacher != "none":
+        tokenizer = load_checkpoint(c.teacher, flag="--teacher=")["tokenizer"]
+    elif c.tokenizer == "bpe":
+        ranks = train_bpe((text for record in records for text in record[1:]), c.vocab_size - 1)
+        if len(ranks) < c.vocab_size - 1:
+            raise BadInput(f"--vocab_size={c.vocab_size}: the text of --data={c.data} has pairs for {len(ranks) + 1} "
+                           "tokens only")
+        tokenizer = make_tokenizer("bpe", ranks, PATTERN)
+    else:
+        tokenizer = named_tokenizer(c.tokenizer)
+    enc, sequences = tokenizer_from_dict(tokenizer), []
+    tasks = ((c.label_prefix, 2), (c.rationale_prefix, 3))[:2 if recipe_of(c).weight else 1]
+    for record in records:
+        sequences.append([([enc.eot_token] + enc.encode_ordinary(f"{prefix}{record[1]}\n"),
+                           enc.encode_ordinary(record[task])) for prefix, task in tasks])
+        longest = max(len(prompt) + len(answer) for prompt, answer in sequences[-1])
+        if longest > c.block_size:
+            raise BadInput(f"--data={c.data} --block_size={c.block_size}: line {record[0]} needs {longest} tokens")
+    order = sorted(range(len(records)), key=lambda i: hashlib.sha256("".join(records[i][1:]).encode()).digest())
+    cut = math.ceil(HELD_OUT * len(order))
+    return Data(Records([sequences[i] for i in sorted(order[cut:])], c.block_size, enc.eot_token),
+                Records([sequences[i][:1] for i in sorted(order[:cut])], c.block_size, enc.eot_token), tokenizer)
 
 
 def load_data(c: Config) -> Data:
@@ -765,6 +892,8 @@ def load_data(c: Config) -> Data:
                 return find_shards(c)
         return tokenize_text(c)
 
+    if c.distill == "step_by_step":
+        return on_rank_0(lambda: load_records(c))
     train, val, tokenizer = on_rank_0(prepare)
     train, val = [open_shard(s) for s in train], [open_shard(s) for s in val]
     if not val:  # one shard: its end is held out
@@ -1094,9 +1223,9 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
     # Tokens
     data = load_data(c)
     enc = tokenizer_from_dict(data.tokenizer)
-    sequences = c.batch_tokens // c.block_size  # of a step, over all ranks
+    sequences = c.batch_tokens // c.block_size // data.train.rows  # of a step, over all ranks (of records, pairs)
     mine = sequences // devices.world
-    rows = min(c.micro_batch, mine)  # of one forward pass
+    rows = min(c.micro_batch // data.train.rows, mine)  # of one forward pass
     accumulation = mine // rows
 
     def micro_batches(step):
@@ -1112,14 +1241,17 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             step += 1
 
     # The teacher, until its weight has fallen to 0
-    step, let, let_stop = 0, None, round(c.let_stop * c.steps) if c.let_stop < 1 else int(c.let_stop)
+    step, let, rival, let_stop = 0, None, None, stop_of(c, c.steps)
     resumed = load_checkpoint(c.resume, flag="--resume=") if c.resume else None
     if resumed:
         refuse_changes(c, resumed, data.tokenizer)
         step = resumed["step"]
     if c.decay_now:
         c, let_stop = branch_decay(c, resumed)
-    if c.teacher != "none" and c.let_weight > 0 and step < let_stop:
+    recipe = recipe_of(c) if c.distill != "let" else None
+    weighs = recipe.teaches() and c.distill != "step_by_step" if recipe else c.let_weight > 0
+    taught = weighs and step < let_stop
+    if c.teacher != "none" and (taught or c.init_from_teacher and not resumed):
         path = c.teacher
         if path == "auto":
             t = auto_teacher(c, data.tokenizer)
@@ -1132,10 +1264,14 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                 if run(replace(t, resume=str(path) if done else ""), stop_signals)["interrupted"]:
                     return {"interrupted": True, "checkpoint": None}
                 say("student:")
-        torch.manual_seed(c.seed + 1)  # of the projection
-        let = LET(load_teacher(path, data.tokenizer, c.block_size, devices.device) if path else
-                  GPT(model_config(t, enc.n_vocab)), c.n_embd, c.let_teacher_layer, c.let_teacher_norm, c.let_loss,
-                  c.let_resize, c.let_resize_side).to(devices.device)
+        teacher = (load_teacher(path, data.tokenizer, c.block_size, devices.device) if path else
+                   GPT(model_config(t, enc.n_vocab)))
+        if taught and c.distill == "let":
+            torch.manual_seed(c.seed + 1)  # of the projection
+            let = LET(teacher, c.n_embd, c.let_teacher_layer, c.let_teacher_norm, c.let_loss, c.let_resize,
+                      c.let_resize_side).to(devices.device)
+        elif taught:
+            rival = Rival(teacher, c.distill, recipe, c.distill_top_k, c.distill_new_tokens, c.seed)
     let_optimizer = None
     if let and let.projection:
         let_optimizer = torch.optim.AdamW(let.parameters(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=0.0)
@@ -1148,10 +1284,13 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
         c = replace(c, lr=law_rate(load_law(c.lr_law, "--lr_law"), N, D))
         say(f"--lr={c.lr:.4g}, by {c.lr_law} at N = {N:,} and D = {D:,}")
     if c.dry_run:
-        print_plan(c, model, devices, data, let, let_stop)
+        print_plan(c, model, devices, data, let or rival, let_stop)
         return {"interrupted": False, "checkpoint": None}
     if resumed:
         model.load_state_dict(resumed["model"])
+    elif c.init_from_teacher:
+        init_from_teacher(model, teacher)
+    teacher = None  # LET or its rival keeps it, as long as it is asked
     for name, p in model.named_parameters():
         if name.endswith("norm.weight") and c.frozen_gains in ("all", "final" if name == "norm.weight" else "blocks"):
             p.requires_grad_(False)
@@ -1183,8 +1322,8 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
     net = model
     if c.compile == "true" or c.compile == "auto" and devices.device.type == "cuda":
         model.compile(dynamic=False)
-        if let:
-            let.compile_teacher()
+        if let or rival:
+            (let or rival).compile_teacher()
     if dist.is_initialized():
         net = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
@@ -1245,6 +1384,9 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             weight = let_weight(step, c.let_weight, let_stop) if let else 0.0
             if let and weight == 0:  # from here on the teacher is neither called nor kept
                 let = let_optimizer = None
+            if rival and step >= let_stop:  # SALT's second part: plain training
+                rival = None
+            on_policy = bool(rival) and rival.on_policy(step)
             hidden = (c.let_student_layer,) if let else ()
             if linear:
                 hidden += tuple(range(c.linearity_from, c.n_layer + 1))
@@ -1252,16 +1394,32 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             set_lr(optimizers, lr)
             if c.optimizer == "muon":
                 set_momentum(optimizers[0], momentum_at(step, c.momentum, c.momentum_warmup))
-            sums = torch.zeros(6, device=devices.device)  # of nll, let, cosine, penalty, balance, router_z
+            sums = torch.zeros(8, device=devices.device)  # of nll, let, cosine, penalty, balance, router_z, soft, agree
             routed = 0  # tokens that each expert of each block got
             for micro in range(accumulation):
                 idx, targets = batch
                 if dist.is_initialized():  # gradients travel between the ranks once a step
                     net.require_backward_grad_sync = micro == accumulation - 1
+                if on_policy:
+                    with devices.autocast():  # of its own: what autocast caches without gradients must not be met below
+                        place = step * sequences + devices.rank * mine + micro * rows
+                        idx, targets = rival.continued(model, idx, targets, place)
                 with devices.autocast():
-                    nll, states = net(idx, targets, hidden=hidden)
-                    loss = nll
-                    align = cosine = penalty = balance = router_z = torch.zeros_like(nll)
+                    if rival:  # loss = hard_weight * nll + distill_weight * soft (+ cosine_weight * (1 - cosine))
+                        x, states = net(idx, hidden=hidden, head=False)
+                        loss, nll, soft, cosine, agree = rival.loss(x, model.head.weight, targets, rival.teach(idx),
+                                                                    enc.n_vocab, hard=not on_policy)
+                        align = penalty = balance = router_z = torch.zeros_like(nll)
+                    elif data.train.rows == 2:  # step_by_step: label and rationale, each over its own tokens
+                        x, states = net(idx, hidden=hidden, head=False)
+                        nll, soft = (linear_cross_entropy(x[task::2].flatten(0, 1), model.head.weight, targets[task::2].
+                                                          flatten(), enc.n_vocab) for task in (0, 1))
+                        loss = recipe.hard_weight * nll + recipe.weight * soft
+                        align = cosine = penalty = balance = router_z = agree = torch.zeros_like(nll)
+                    else:
+                        nll, states = net(idx, targets, hidden=hidden)
+                        loss = nll
+                        align = cosine = penalty = balance = router_z = soft = agree = torch.zeros_like(nll)
                     if let:
                         align, cosine = let(states[0], let.teach(idx))
                         loss = loss + weight * align
@@ -1276,14 +1434,15 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                         routed = routed + torch.stack([m.counts for m in moes])
                 (loss / accumulation).backward()
                 batch = next(stream)
-                sums += torch.stack([v.detach() for v in (nll, align, cosine, penalty, balance, router_z)]) / accumulation
+                sums += torch.stack([v.detach() for v in (nll, align, cosine, penalty, balance, router_z, soft,
+                                                          agree)]) / accumulation
             if multipliers:  # the gradient of each effective matrix becomes those of W, r and c
                 multipliers.split_gradients()
             norm = clip_gradients(clipped, c.clip)
-            nll, align, cosine, penalty, balance, router_z, norm, asked = all_mean(torch.cat((sums, norm.view(1), torch.tensor(
-                [float(bool(stop_signals.seen))], device=devices.device))))
+            nll, align, cosine, penalty, balance, router_z, soft, agree, norm, asked = all_mean(torch.cat((
+                sums, norm.view(1), torch.tensor([float(bool(stop_signals.seen))], device=devices.device))))
             total = (nll + weight * align + c.linearity_weight * penalty + c.balance_weight * balance
-                     + c.router_z_weight * router_z)
+                     + c.router_z_weight * router_z + soft)
             if not (math.isfinite(total) and math.isfinite(norm)):
                 kept = f"{checkpoint} holds step {saved}" if saved > 0 else "No checkpoint has been written"
                 raise NonFinite(f"step {step}: loss {total}, gradient norm {norm}; stopped before the weights were touched. "
@@ -1308,7 +1467,9 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             stopping = asked > 0
             step += 1
             tokens += c.batch_tokens
-            flops += c.batch_tokens * (model.flops_per_token() + (let.flops_per_token(c.block_size) if let else 0))
+            flops += c.batch_tokens * (model.flops_per_token() + (let.flops_per_token(c.block_size) if let else 0)
+                                       + (rival.flops_per_token(c.block_size) if rival else 0)
+                                       + (model.flops_per_token(backward=False) if on_policy else 0))
 
             # Say so
             now = time.perf_counter()
@@ -1321,6 +1482,8 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                 log(train_loss=nll, grad_norm=norm, lr=lr, tokens_per_second=round(speed),
                     mfu=speed * model.flops_per_token() / peak if peak else None,
                     **({"let_weight": weight, "let_loss": align, "let_cosine": cosine} if let else {}),
+                    **(rival.logged(soft, cosine, agree, on_policy) if rival else {}),
+                    **({"distill_weight": recipe.weight, "rationale_loss": soft} if data.train.rows == 2 else {}),
                     **({"linearity_loss": penalty, "stream": stream_scales(stream_states)} if linear else {}),
                     **({"balance_loss": balance, "router_z": router_z, "experts_unused": int((routed == 0).sum()),
                         "expert_load": [m.load.tolist() for m in moes]} if moes else {}))
@@ -1390,7 +1553,7 @@ def law_rate(law: dict, N: float, D: float) -> float:
 
 
 def branch_decay(c: Config, resumed: dict) -> tuple[Config, int]:
-    """--decay_now: (c with a decay from the checkpoint's step to --steps, LET's stop in steps as the trunk had it)."""
+    """--decay_now: (c with a decay from the checkpoint's step to --steps, the teacher's stop in steps, as there)."""
     then, step = Config(**{k: v for k, v in resumed["config"].items() if k in FLAGS}), resumed["step"]
     stable = then.steps if then.schedule == "constant" else (1 - then.decay_fraction) * then.steps
     if then.schedule == "cosine" or not then.warmup_steps <= step <= stable:
@@ -1398,9 +1561,11 @@ def branch_decay(c: Config, resumed: dict) -> tuple[Config, int]:
                        f"phase, steps {then.warmup_steps} to {stable:.0f}")
     if c.steps <= step:
         raise BadInput(f"--decay_now --steps={c.steps}: the decay would begin at step {step}")
-    let_stop = max(1, round(c.let_stop * then.steps)) if c.let_stop < 1 else int(c.let_stop)
-    return replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps,
-                   let_stop=c.let_stop if c.teacher == "none" else let_stop), let_stop
+    stop = max(1, stop_of(c, then.steps))
+    c = replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps)
+    if c.teacher != "none" and stop < sys.maxsize:
+        c = replace(c, **{"let_stop" if c.distill == "let" else "distill_stop": stop})
+    return c, stop
 
 
 def auto_teacher(c: Config, tokenizer: dict) -> Config:
