@@ -642,15 +642,47 @@ def tokenizer_to_dict(enc: tiktoken.Encoding) -> dict:
             "ranks": {token.hex(): rank for token, rank in enc._mergeable_ranks.items()}}
 
 
-def tokenizer_from_dict(d: dict) -> tiktoken.Encoding:
-    """The inverse of tokenizer_to_dict."""
+class HFEncoding:
+    """A tokenizer that tiktoken cannot express (SentencePiece, text that is normalised first, ids in another order than the
+    merges), run by Hugging Face's `tokenizers`; with the part of tiktoken.Encoding that is used here."""
+
+    def __init__(self, d: dict):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise BadInput(f"the tokenizer {d['name']} needs the package tokenizers; pip install tokenizers") from None
+        self.name, self._special_tokens, self.eot_token = d["name"], d["special"], d["special"][END_OF_TEXT]
+        self.all, self.ordinary = Tokenizer.from_str(d["json"]), Tokenizer.from_str(d["json"])
+        self.ordinary.encode_special_tokens = True  # as any other text
+        vocab = self.all.get_vocab()
+        self.n_vocab = max(vocab.values()) + 1
+        byte_level = '"ByteLevel"' in json.dumps(json.loads(d["json"])["decoder"])
+        text_of = (lambda t: t.replace("\u0120", " ")) if byte_level else (lambda t: t.replace("\u2581", " "))
+
+    def encode_ordinary(self, text):
+        return self.ordinary.encode(text, add_special_tokens=False).ids
+
+    def encode_ordinary_batch(self, texts, num_threads=0):
+        return [e.ids for e in self.ordinary.encode_batch(texts, add_special_tokens=False)]
+
+    def encode(self, text, allowed_special="all"):
+        return self.all.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.all.decode(ids, skip_special_tokens=False)
+
+
+def tokenizer_from_dict(d: dict):
+    """The inverse of tokenizer_to_dict: a tiktoken.Encoding, or an HFEncoding of a dict that holds one (`json`)."""
+    if "json" in d:
+        return HFEncoding(d)
     ranks = {bytes.fromhex(token): rank for token, rank in d["ranks"].items()}
     return tiktoken.Encoding(d["name"], pat_str=d["pattern"], mergeable_ranks=ranks, special_tokens=d["special"])
 
 
 def tokenizer_id(d: dict) -> str:
     """A hash of what the tokenizer does (not of its name): equal ids give equal tokens."""
-    rules = json.dumps([d["pattern"], sorted(d["special"].items()), sorted(d["ranks"].items())])
+    rules = json.dumps([d["pattern"], sorted(d["special"].items()), sorted(d["ranks"].items()), *([d["json"]] if "json" in d else [])])
     return hashlib.sha256(rules.encode()).hexdigest()[:16]
 
 

@@ -18,15 +18,18 @@ Names and symbols
     L_proj              let_loss: `cosine`, or `logsum` (Miles & Mikolajczyk 2023, arXiv 2303.11098)
 """
 import base64
+import errno
 import hashlib
 import importlib
 import importlib.metadata
 import json
 import math
 import re
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import tiktoken
 import torch
 import torch.distributed as dist
@@ -104,7 +107,7 @@ def config_from_hf(c: dict, vocab_size: int) -> ModelConfig | None:
     shared = dict(vocab_size=vocab_size, n_layer=c["num_hidden_layers"], n_embd=c["hidden_size"],
                   tie_embeddings=c["tie_word_embeddings"])
     if c["model_type"] == "mamba2":
-        expressed = (c["hidden_act"] == "silu" and c["use_conv_bias"] and not c["use_bias"] and c["rms_norm"]
+        expressed = (c["hidden_act"] == "silu" and c["use_conv_bias"] and not c["use_bias"] and c.get("rms_norm", True)
                      and tuple(c["time_step_limit"]) == (0.0, math.inf)
                      and c["expand"] * c["hidden_size"] == c["num_heads"] * c["head_dim"])
         return ModelConfig(  # no attention: block_size limits nothing, and the tables of positions stay small
@@ -176,7 +179,7 @@ class HFModel(nn.Module):
                   if isinstance(child, nn.ModuleList) and len(child) == c.num_hidden_layers]
         if len(inside) != 1:
             raise ValueError(f"no list of {c.num_hidden_layers} blocks in {type(model).__name__}")
-        self._inside = inside  # in a list: a part of base is no second child of this module
+        self._inside, self._cuts = inside, {None: getattr(*inside[0])}  # in containers: they are parts of base already
         decoder = inside[0][0]
         idx = torch.arange(8)[None].to(model.device) % vocab_size
         with torch.no_grad():
@@ -207,7 +210,7 @@ class HFModel(nn.Module):
                 lambda module, args, kwargs: states.update({0: args[0] if args else kwargs["hidden_states"]}),
                 with_kwargs=True))
         past = {} if caches is None else {"past_key_values": getattr(caches[0], "past", None)}
-        setattr(decoder, name, layers[:blocks])
+        setattr(decoder, name, self._cuts.setdefault(blocks, layers[:blocks]))  # the same object again: compiled once
         try:
             out = self.base(input_ids=idx, use_cache=caches is not None, **past)
         finally:
@@ -285,25 +288,68 @@ GGUF_NAMES = {  # names of a GGUF file of llama.cpp -> transformers'
     **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}}
 
 
-def open_gguf(path: Path, where: str):
-    """(gguf.GGUFReader, a function that gives the value of a key). Raises BadInput for a file that is none."""
-    gguf = need_package("gguf", where)
+GGUF_VALUES = "BbHhIif?saQqd"  # struct's letter of each type of value, and s for a string, a for an array
+half = lambda b, i: b[:, i:i + 2].copy().view(np.float16).astype(np.float32)  # noqa: E731
+GGUF_BLOCKS = {  # type of tensor -> (numbers in a block, its bytes, blocks as uint8 (n, bytes) to numbers)
+    0: (1, 4, lambda b: b.view(np.float32)),
+    1: (1, 2, lambda b: half(b, 0)),
+    # Q4_1: 4 bits a number, the first half of them low; times a scale, plus an offset
+    3: (32, 20, lambda b: np.concatenate((b[:, 4:] & 15, b[:, 4:] >> 4), 1) * half(b, 0) + half(b, 2)),
+    8: (32, 34, lambda b: b[:, 2:].view(np.int8) * half(b, 0))}  # Q8_0: 8 bits a number, times a scale
+
+
+def open_gguf(path: Path, where: str) -> tuple[dict, dict]:
+    """(values by key, tensors by name) of a GGUF file: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. A tensor is
+    (shape, type, its bytes, mapped from the file). Raises BadInput for a file that is damaged or none."""
+    def unpack(letters):
+        return struct.unpack("<" + letters, f.read(struct.calcsize("<" + letters)))
+
+    def value(kind):
+        if kind == "s":
+            return f.read(*unpack("Q")).decode()
+        if kind == "a":
+            item, n = unpack("IQ")
+            return [value(GGUF_VALUES[item]) for _ in range(n)]
+        return unpack(kind)[0]
+
     try:
-        reader = gguf.GGUFReader(path)
-        reader.tensors[0].data  # a file cut short fails here at the latest
+        with open(path, "rb") as f:
+            magic, version, n_tensors, n_values = unpack("4sIQQ")
+            if magic != b"GGUF" or version not in (2, 3):
+                raise ValueError("its first bytes are another format's")
+            values = {value("s"): value(GGUF_VALUES[unpack("I")[0]]) for _ in range(n_values)}
+            heads = [(value("s"), unpack(f"{unpack('I')[0]}Q"), *unpack("IQ")) for _ in range(n_tensors)]
+            align = values.get("general.alignment", 32)
+            start, data, tensors = -(-f.tell() // align) * align, np.memmap(path, np.uint8, "r"), {}
+        for name, shape, kind, offset in heads:  # the fastest axis comes first
+            numbers, size, _ = GGUF_BLOCKS.get(kind, (32, 0, None))
+            block = data[start + offset:start + offset + math.prod(shape) // numbers * size]
+            if len(block) != math.prod(shape) // numbers * size:
+                raise ValueError(f"it ends before {name} does")
+            tensors[name] = shape[::-1], kind, block
+    except FileNotFoundError:
+        raise BadInput(f"{where}: {path}: no such file") from None
     except Exception as e:  # damaged bytes fail in every way there is
-        raise BadInput(f"{where}: {path} is truncated, or no GGUF file at all ({first_line(e)})") from None
-    return reader, lambda key, default=None: reader.fields[key].contents() if key in reader.fields else default
+        raise BadInput(f"{where}: {path} is truncated or damaged, or no GGUF file at all ({first_line(e)})") from None
+    return values, tensors
+
+
+def gguf_tensor(shape, kind: int, data) -> torch.Tensor:
+    """The numbers of a tensor of open_gguf, float32. Raises KeyError for a quantisation that is not read here."""
+    _, size, numbers = GGUF_BLOCKS[kind]
+    return torch.from_numpy(np.array(numbers(data.reshape(-1, size)), np.float32).reshape(shape))
 
 
 def read_gguf(path: Path, where: str) -> tuple[dict, dict]:
     """(configuration as transformers has it, weights by transformers' names in float32) of a Llama or Qwen3."""
-    reader, get = open_gguf(path, where)
-    kind = get("general.architecture")
-    if kind not in ("llama", "qwen3") or get(f"{kind}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in (
-            t.name for t in reader.tensors):
-        raise BadInput(f"{where}: {path} holds a model of the kind {kind}; of GGUF files, Llama and Qwen3 without scaled "
-                       "positions are read here. Give the Hugging Face folder instead")
+    values, tensors = open_gguf(path, where)
+    get, kind = values.get, values.get("general.architecture")
+    unread = {t for _, t, _ in tensors.values()} - {*GGUF_BLOCKS}
+    if (kind not in ("llama", "qwen3") or get(f"{kind}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in tensors
+            or unread):
+        raise BadInput(f"{where}: {path} holds a model of the kind {kind}" + (f" in tensors of type {sorted(unread)}" if unread
+                       else "") + "; of GGUF files, Llama and Qwen3 without scaled positions, in F32, F16, Q4_1 and Q8_0, are "
+                       "read here. Give the Hugging Face folder instead")
     heads, width = get(f"{kind}.attention.head_count"), get(f"{kind}.embedding_length")
     config = dict(
         model_type=kind, hidden_act="silu", num_hidden_layers=get(f"{kind}.block_count"), hidden_size=width,
@@ -312,13 +358,15 @@ def read_gguf(path: Path, where: str) -> tuple[dict, dict]:
         head_dim=get(f"{kind}.attention.key_length", width // heads),
         rms_norm_eps=get(f"{kind}.attention.layer_norm_rms_epsilon"),
         rope_parameters={"rope_type": "default", "rope_theta": get(f"{kind}.rope.freq_base", 10_000.0)})
-    dequantize, weights = need_package("gguf.quants", where).dequantize, {}
-    for t in reader.tensors:
-        w = torch.from_numpy(dequantize(t.data, t.tensor_type).copy())
-        if kind == "llama" and t.name.endswith(("attn_q.weight", "attn_k.weight")):
+    weights = {}
+    for name, tensor in tensors.items():
+        w = gguf_tensor(*tensor)
+        if not w.isfinite().all():
+            raise BadInput(f"{where}: {path} is damaged: {name} holds numbers that are not finite")
+        if kind == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
             # llama.cpp's Llama rotates channels (2j, 2j + 1) together, transformers and we (j, j + D/2)
             w = w.view(-1, config["head_dim"] // 2, 2, width).transpose(1, 2).reshape(-1, width)
-        weights[".".join(GGUF_NAMES.get(part, part) for part in t.name.split("."))] = w
+        weights[".".join(GGUF_NAMES.get(part, part) for part in name.split("."))] = w
     config["tie_word_embeddings"] = "lm_head.weight" not in weights
     return config, weights
 
@@ -381,8 +429,8 @@ def byte_level_bpe(name: str, vocab: dict[str, int], merges, pattern: str | None
 
 
 def gguf_tokenizer(path: Path, name: str, where: str) -> dict:
-    _, get = open_gguf(path, where)
-    kind, pre = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre")
+    values, _ = open_gguf(path, where)
+    get, kind, pre = values.get, values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in GGUF_PATTERNS:
         raise BadInput(f"{where}: {path} has a tokenizer of the kind {kind}/{pre}; of GGUF files, gpt2 with one of "
                        f"{', '.join(GGUF_PATTERNS)} is read here. Give the Hugging Face folder instead")
@@ -394,6 +442,76 @@ def gguf_tokenizer(path: Path, name: str, where: str) -> dict:
         return byte_level_bpe(name, {t: i for i, t in enumerate(tokens)}, merges, GGUF_PATTERNS[pre], special)
     except ValueError as e:
         raise BadInput(f"{where}: {path}: tiktoken cannot express its tokenizer: {e}") from None
+
+
+def split_pattern(pre: dict | None) -> str | None:
+    """The regex of a pre-tokenizer of `tokenizers`, from its JSON; None where it is no single regex and then bytes."""
+    steps = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre]
+    match steps:
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return GPT2_PATTERN
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return SMOLLM_PATTERN
+        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            return pattern
+    return None
+
+
+def from_pretrained(kind: str, name: str, where: str, **settings):
+    """transformers.KIND.from_pretrained(name), its failures as one line."""
+    auto = getattr(need_package("transformers", where), kind)
+    try:
+        return auto.from_pretrained(name, **settings)
+    except Exception as e:  # damaged files fail in every way there is
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+            raise
+        if Path(name).is_dir():
+            raise BadInput(f"{where}: {kind} of transformers cannot read this folder ({first_line(e)})") from None
+        raise BadInput(f"{where}: no such folder or checkpoint here, and no such id on the Hugging Face hub, or no network to ask "
+                       f"it; where there is one, run `hf download {name} --local-dir FOLDER`, copy FOLDER here and give its name "
+                       f"({first_line(e)})") from None
+
+
+def transformers_tokenizer(name: str, where: str) -> dict:
+    """The tokenizer of a folder or id: as a tiktoken.Encoding where that gives the same ids, else run by `tokenizers`."""
+    theirs = from_pretrained("AutoTokenizer", name, where)
+    if not theirs.is_fast:
+        raise BadInput(f"{where}: its tokenizer has no tokenizer.json and cannot be stored in a checkpoint")
+    text = theirs.backend_tokenizer.to_str()
+    d = json.loads(text)
+    special = {t["content"]: t["id"] for t in d["added_tokens"]}
+    if END_OF_TEXT not in special:
+        if theirs.eos_token_id is None:
+            raise BadInput(f"{where}: its tokenizer has no end-of-text token")
+        special[END_OF_TEXT] = theirs.eos_token_id
+    m = d["model"]
+    try:
+        if m["type"] != "BPE" or m["byte_fallback"] or m["dropout"] or m["continuing_subword_prefix"] or m["end_of_word_suffix"]:
+            raise ValueError(f"a {m['type']} that is no byte-level BPE")
+        if d["normalizer"]:
+            raise ValueError(f"it normalises text ({d['normalizer']['type']})")
+        if any(not t["special"] or t["lstrip"] or t["rstrip"] or t["single_word"] for t in d["added_tokens"]):
+            raise ValueError("added tokens that are not special")
+        merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in m["merges"]]
+        return byte_level_bpe(name, m["vocab"], merges, split_pattern(d["pre_tokenizer"]), special)
+    except ValueError:
+        return {"name": name, "pattern": "", "special": special, "ranks": {}, "json": text}
+
+
+def load_transformers(name: str, n_vocab: int, dtype, where: str):
+    """Our GPT or an HFModel from a folder or id."""
+    theirs, info = from_pretrained("AutoModelForCausalLM", name, where, dtype=dtype, output_loading_info=True)
+    if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
+        raise BadInput(f"{where}: {len(wrong)} of its weights are missing or of another shape, such as {wrong[0]}")
+    rows = theirs.get_input_embeddings().weight.shape[0]
+    if rows < n_vocab:
+        raise BadInput(f"{where}: its tokenizer has {n_vocab} tokens and its embedding {rows}")
+    try:
+        return from_hf(theirs.config.to_dict(), theirs.state_dict(), n_vocab) or HFModel(theirs.eval(), n_vocab)
+    except (ValueError, AttributeError, KeyError) as e:
+        raise BadInput(f"{where}: a {type(theirs).__name__} cannot be a teacher here: {first_line(e)}") from None
 
 
 def load_pretrained(name, device="cpu", dtype=torch.float32, flag="--teacher="):
