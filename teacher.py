@@ -18,6 +18,7 @@ Names and symbols
     L_proj              let_loss: `cosine`, or `logsum` (Miles & Mikolajczyk 2023, arXiv 2303.11098)
 """
 import base64
+import contextlib
 import errno
 import hashlib
 import importlib
@@ -26,6 +27,7 @@ import json
 import math
 import re
 import struct
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,18 +42,19 @@ from model import (END_OF_TEXT, GPT, IGNORE, BadInput, ModelConfig, linear_cross
                    model_from_checkpoint, rope_tables, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
 
 
-def load_teacher(path, tokenizer: dict, block_size: int, device="cpu"):
-    """A checkpoint of ours as a frozen model in eval mode. Raises BadInput when it reads other tokens than the
-    student's `tokenizer`, or when its context is shorter than the student's block_size: position t of one could then
-    not be held against position t of the other."""
-    ckpt = load_checkpoint(path, flag="--teacher=")
-    if tokenizer_id(ckpt["tokenizer"]) != tokenizer_id(tokenizer):
-        raise BadInput(f"--teacher={path}: its tokenizer ({ckpt['tokenizer']['name']}, {tokenizer_id(ckpt['tokenizer'])}) "
-                       f"is not the student's ({tokenizer['name']}, {tokenizer_id(tokenizer)}); LET matches token by token")
-    if ckpt["model_config"]["block_size"] < block_size:
-        raise BadInput(f"--teacher={path}: its context of {ckpt['model_config']['block_size']} tokens is shorter than the "
-                       f"student's --block_size={block_size}")
-    return model_from_checkpoint(ckpt, device).eval().requires_grad_(False)
+def load_teacher(path, tokenizer: dict, block_size: int, device="cpu", dtype=torch.float32):
+    """A pretrained model as load_pretrained gives it. Raises BadInput when it reads other tokens than the student's
+    `tokenizer`, or when its context is shorter than the student's block_size: position t of one could then not be held
+    against position t of the other."""
+    teacher, its = load_pretrained(path, device, dtype)
+    if tokenizer_id(its) != tokenizer_id(tokenizer):
+        raise BadInput(f"--teacher={path}: its tokenizer ({its['name']}, {tokenizer_id(its)}) is not the student's "
+                       f"({tokenizer['name']}, {tokenizer_id(tokenizer)}); LET matches token by token. --tokenizer=teacher gives "
+                       "the student the teacher's")
+    if teacher.has_attention and teacher.config.block_size < block_size:
+        raise BadInput(f"--teacher={path}: its context of {teacher.config.block_size} tokens is shorter than the student's "
+                       f"--block_size={block_size}")
+    return teacher
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -514,14 +517,18 @@ def load_transformers(name: str, n_vocab: int, dtype, where: str):
         raise BadInput(f"{where}: a {type(theirs).__name__} cannot be a teacher here: {first_line(e)}") from None
 
 
+def is_checkpoint(name) -> bool:
+    return str(name).endswith(".pt") or Path(name).is_file() and not str(name).endswith(".gguf")
+
+
 def load_pretrained(name, device="cpu", dtype=torch.float32, flag="--teacher="):
     """(model, tokenizer) of a pretrained model, frozen and in eval mode.
 
-    name: a checkpoint of ours (.pt), `smollm2`, a GGUF file, a folder that transformers' save_pretrained wrote, or an id of
+    name: a checkpoint of ours, `smollm2`, a GGUF file, a folder that transformers' save_pretrained wrote, or an id of
     the Hugging Face hub. model: our GPT where that is the same function, else an HFModel. tokenizer: as checkpoints hold
     it. dtype: of the weights, except a checkpoint's, which keeps its own. flag: what the user wrote before the name."""
     where = f"{flag}{name}"
-    if str(name).endswith(".pt"):
+    if is_checkpoint(name):
         ckpt = load_checkpoint(name, flag=flag)
         model, tokenizer = model_from_checkpoint(ckpt), ckpt["tokenizer"]
     else:
@@ -538,7 +545,7 @@ def load_pretrained(name, device="cpu", dtype=torch.float32, flag="--teacher="):
 def load_tokenizer(name, flag="--teacher=") -> dict:
     """The tokenizer of a pretrained model alone; see load_pretrained."""
     where = f"{flag}{name}"
-    if str(name).endswith(".pt"):
+    if is_checkpoint(name):
         return load_checkpoint(name, flag=flag)["tokenizer"]
     if name == "smollm2" or str(name).endswith(".gguf"):
         return gguf_tokenizer(smollm2_file(where) if name == "smollm2" else Path(name), Path(name).stem, where)
@@ -584,6 +591,17 @@ def logsum_loss(student, teacher, power: float = 4.0, eps: float = 1e-5):
 LET_LOSSES = {"cosine": cosine_loss, "logsum": logsum_loss}
 
 
+LET_PAIRS = ("L2E", "L2M", "L2L", "M2E", "M2M", "M2L")
+
+
+def pair_layers(pair: str, teacher_layers: int, student_layers: int) -> tuple[int, int]:
+    """(teacher's block, student's block) of a pair such as L2E, late to early: the teacher's letter comes first. Early
+    is an eighth of the depth, middle a half, late the last. The paper's indices are not known; its best, block 3, is an eighth
+    of the 24 blocks that its 1.4B student presumably has."""
+    depth = {"E": 1 / 8, "M": 1 / 2, "L": 1}
+    return math.ceil(teacher_layers * depth[pair[0]]), math.ceil(student_layers * depth[pair[2]])
+
+
 class LET(nn.Module):
     """The teacher's side of late-to-early training, and the learned projection where one is asked for.
 
@@ -598,6 +616,7 @@ class LET(nn.Module):
         super().__init__()
         # In a list, so that the teacher is no submodule: its weights are neither trained nor saved with the run.
         self._teacher = [teacher]
+        self.cache, self._spans = None, []  # a StateCache; moments when the teacher began and ended
         n_layer, d_T = teacher.config.n_layer, teacher.config.n_embd
         self.teacher_layer = teacher_layer + n_layer + 1 if teacher_layer < 0 else teacher_layer
         if not 0 <= self.teacher_layer <= n_layer:
@@ -610,11 +629,39 @@ class LET(nn.Module):
                                         bias=False)
 
     @torch.no_grad()
-    def teach(self, idx):
-        """h_T: (B, T, d_T) for token ids idx (B, T). Blocks after the asked one, and the head, are not run."""
-        teacher = self._teacher[0]
-        h, _ = teacher.trunk(idx, blocks=self.teacher_layer)
-        return teacher.norm(h) if self.norm else h
+    def teach(self, idx, place=None):
+        """h_T: (B, T, d_T) for token ids idx (B, T). Blocks after the asked one, and the head, are not run. place: the
+        number of the first of these sequences in the order of the training, where `cache` holds the states."""
+        start = self.clock(idx.device)
+        if self.cache is not None:
+            h = self.cache.read(place, len(idx)).to(idx.device, non_blocking=True)
+        else:
+            teacher = self._teacher[0]
+            h, _ = teacher.trunk(idx, blocks=self.teacher_layer)
+            h = teacher.norm(h) if self.norm else h
+        self._spans.append((start, self.clock(idx.device)))
+        return h
+
+    @staticmethod
+    def clock(device):
+        """A moment; on CUDA one in the device's own queue, which nothing waits for."""
+        if device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> float:
+        """Spent in teach() since the last call; to be called where the device is waited for anyway."""
+        total = 0.0
+        for start, end in self._spans:
+            if isinstance(start, float):
+                total += end - start
+            else:
+                end.synchronize()
+                total += start.elapsed_time(end) / 1000
+        self._spans.clear()
+        return total
 
     def forward(self, h_M, h_T):
         """(L_proj, mean cosine), 0-d each. h_M: (B, T, d_M) from the student, h_T: (B, T, d_T) from teach()."""
@@ -624,7 +671,11 @@ class LET(nn.Module):
         return self.loss(resized(h_M), h_T)
 
     def compile_teacher(self):
-        self._teacher[0].trunk = torch.compile(self._teacher[0].trunk, dynamic=False)
+        teacher = self._teacher[0]
+        if isinstance(teacher, HFModel):
+            teacher.base.compile(dynamic=False)
+        elif teacher is not None:
+            teacher.trunk = torch.compile(teacher.trunk, dynamic=False)
 
     def average_gradients(self):
         """The projection is no part of the model that DDP looks after: its gradients are averaged here."""
@@ -634,6 +685,79 @@ class LET(nn.Module):
                 p.grad /= dist.get_world_size()
 
     def flops_per_token(self, length: int) -> int:
-        """The teacher's forward pass on sequences of this length, and the projection's forward and backward."""
-        forward = self._teacher[0].flops_per_token(backward=False, head=False, blocks=self.teacher_layer, length=length)
+        """The teacher's forward pass on sequences of this length, unless its states are read from a cache, and the
+        projection's forward and backward."""
+        forward = 0 if self.cache else self._teacher[0].flops_per_token(
+            backward=False, head=False, blocks=self.teacher_layer, length=length)
         return forward + (6 * self.projection.weight.numel() if self.projection else 0)
+
+
+# Cached states. For students that differ in nothing that the teacher sees, its states are computed once and kept on disk, in
+# the order in which training reads them.
+
+
+def teacher_stamp(name) -> list:
+    """What tells one teacher from another without loading it: (name, bytes, time of change) of its files."""
+    path = smollm2_file(f"--teacher={name}") if name == "smollm2" else Path(name)
+    if not path.exists():  # an id: the folder where the hub's copy of this revision lies
+        need_package("transformers", f"--teacher={name}")
+        from transformers.utils import cached_file
+        path = Path(cached_file(str(name), "config.json")).parent
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+
+class StateCache:
+    """Teacher states (sequences, T, d_T), mapped from `states.bin` in a folder; `about.json`, written last, says of what.
+
+    key: what they are the states of, with `sequences`, `length` (T) and `on_disk` (float16 or float32)."""
+
+    def __init__(self, folder: Path, key: dict):
+        self.folder, self.key, self.about, self.states = folder, key, None, None
+
+    def describe(self, teacher, h):
+        """Note the shape and dtype of this teacher's states h; they are given back in that dtype."""
+        self.about = {**self.key, "width": h.shape[-1], "dtype": str(h.dtype).removeprefix("torch."),
+                      "n_layer": teacher.config.n_layer}
+
+    def shape(self) -> tuple[int, int, int]:
+        return self.key["sequences"], self.key["length"], self.about["width"]
+
+    def bytes(self) -> int:
+        return math.prod(self.shape()) * np.dtype(self.key["on_disk"]).itemsize
+
+    def found(self) -> bool:
+        """Whether it has been written. Raises BadInput when what lies there is of other data or another teacher."""
+        if not (self.folder / "about.json").exists():
+            return False
+        with contextlib.suppress(ValueError):
+            self.about = json.loads((self.folder / "about.json").read_text())
+        wrong = [k for k, v in self.key.items() if not isinstance(self.about, dict) or self.about.get(k) != v]
+        states = self.folder / "states.bin"
+        if wrong or not states.exists() or states.stat().st_size != self.bytes():
+            raise BadInput(f"--let_cache: {self.folder} holds states of other {wrong[0] if wrong else 'size'}; delete it, and it "
+                           "is made again")
+        return True
+
+    def teacher(self):
+        """In the place of the teacher, which is not needed: its shape."""
+        return SimpleNamespace(config=SimpleNamespace(n_layer=self.about["n_layer"], n_embd=self.about["width"]))
+
+    def open(self):
+        self.states = np.memmap(self.folder / "states.bin", self.key["on_disk"], mode="r", shape=self.shape())
+        return self
+
+    def read(self, place: int, rows: int):
+        """States of the sequences place .. place + rows - 1: (rows, T, d_T), on the CPU."""
+        return torch.from_numpy(self.states[place:place + rows].copy()).to(getattr(torch, self.about["dtype"]))
+
+    def write(self, file, place: int, h):
+        """Put the states h (rows, T, d_T) of these sequences into the open file. Raises BadInput where float16 is too
+        narrow."""
+        h = h.float().cpu().numpy()
+        with np.errstate(over="ignore"):
+            h = h.astype(self.key["on_disk"])
+        if not np.isfinite(h).all():
+            raise BadInput(f"--let_cache: the teacher has states beyond the range of {h.dtype}; --let_cache=fp32 has room")
+        file.seek(place * (self.bytes() // self.key["sequences"]))
+        file.write(h.tobytes())
