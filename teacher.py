@@ -685,11 +685,13 @@ class LET(nn.Module):
                 dist.all_reduce(p.grad)
                 p.grad /= dist.get_world_size()
 
-    def flops_per_token(self, length: int) -> int:
+    def flops_per_token(self, length: int, teacher_only=False) -> int:
         """The teacher's forward pass on sequences of this length, unless its states are read from a cache, and the
         projection's forward and backward."""
         forward = 0 if self.cache else self._teacher[0].flops_per_token(
             backward=False, head=False, blocks=self.teacher_layer, length=length)
+        if teacher_only:
+            return forward
         return forward + (6 * self.projection.weight.numel() if self.projection else 0)
 
 

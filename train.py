@@ -348,7 +348,7 @@ def check(c: Config, world: int = 1):
         for name in (n for n in FLAGS if n.startswith("let_")):
             need(getattr(c, name) == FLAGS[name].default, name, why="has no effect without --teacher")
     else:
-        need(0 <= c.let_student_layer <= c.n_layer, "let_student_layer", "n_layer", why="the student has no such block")
+        need(c.let_pair or 0 <= c.let_student_layer <= c.n_layer, "let_student_layer", "n_layer", why="the student has no such block")
         need(c.let_stop > 0, "let_stop", why="must be positive")
         need(c.let_stop < 1 or c.let_stop == int(c.let_stop), "let_stop", why="a whole number of steps, or a fraction "
              "below 1")
@@ -1191,7 +1191,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             let.compile_teacher()
     if let and cache:
         if not cache.about:  # the run that writes it pays for it
-            flops += let.flops_per_token(c.block_size) * cache.key["sequences"] * c.block_size
+            flops += let.flops_per_token(c.block_size, teacher_only=True) * cache.key["sequences"] * c.block_size
             seconds += write_states(cache, let, micro_batches(0), rows, mine, sequences, devices, stop_signals, say)
         let.cache = cache.open()
     if dist.is_initialized():
@@ -1372,7 +1372,7 @@ def state_cache(c: Config, teacher, data: Data, sequences: int, steps: int, devi
     def digest():
         h = hashlib.sha256()
         for step in range(min(steps, c.steps)):
-            h.update(data.train.batch(block_numbers(c.seed, step * sequences, sequences, len(data.train)))[0].numpy())
+            h.update(data.train.batch(block_numbers(c.seed, step * sequences, sequences, len(data.train)))[0].contiguous().numpy())
         return h.hexdigest(), teacher_stamp(teacher)
 
     tokens, stamp = on_rank_0(digest)
