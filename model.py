@@ -644,8 +644,8 @@ def tokenizer_to_dict(enc: tiktoken.Encoding) -> dict:
 
 
 class HFEncoding:
-    """A tokenizer that tiktoken cannot express (SentencePiece, text that is normalised first, ids in another order than the
-    merges), run by Hugging Face's `tokenizers`; with the part of tiktoken.Encoding that is used here."""
+    """A tokenizer that tiktoken cannot express (SentencePiece, text that is normalised first, ids in another order than
+    the merges), run by Hugging Face's `tokenizers`; with the part of tiktoken.Encoding that is used here."""
 
     def __init__(self, d: dict):
         try:
@@ -692,7 +692,8 @@ def tokenizer_from_dict(d: dict):
 
 def tokenizer_id(d: dict) -> str:
     """A hash of what the tokenizer does (not of its name): equal ids give equal tokens."""
-    rules = json.dumps([d["pattern"], sorted(d["special"].items()), sorted(d["ranks"].items()), *([d["json"]] if "json" in d else [])])
+    rules = json.dumps([d["pattern"], sorted(d["special"].items()), sorted(d["ranks"].items()),
+                        *([d["json"]] if "json" in d else [])])
     return hashlib.sha256(rules.encode()).hexdigest()[:16]
 
 

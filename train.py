@@ -50,8 +50,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import (END_OF_TEXT, GPT, IGNORE, MIXERS, BadInput, Failed, HFEncoding, ModelConfig, command, device_exists, generate,
-                   load_checkpoint, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
+from model import (END_OF_TEXT, GPT, IGNORE, MIXERS, BadInput, Failed, HFEncoding, ModelConfig, command, device_exists,
+                   generate, load_checkpoint, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
 from optim import (DECAY_SHAPES, MODULES, NS_COEFFICIENTS, SCHEDULES, Multipliers, clip_gradients,
                    clipped_parameters, make_optimizers, momentum_at, set_lr, set_momentum, weight_scales)
 from probes import linearity_penalty, stream_scales
@@ -148,13 +148,13 @@ class Config:
     let_student_layer: int = flag(3, "LET: block of the student whose state is guided, from 1; 0 is the embedding")
     let_teacher_layer: int = flag(-1, "LET: block of the teacher that guides, from 1; -1 is the last")
     let_teacher_norm: bool = flag(True, "LET: take the teacher's state after its final norm")
-    let_pair: str = flag("", "LET: both layers by name in place of the numbers, the teacher's first: L2E is late to early; E is an "
-                         "eighth of the depth, M a half, L the last", ("", *LET_PAIRS))
+    let_pair: str = flag("", "LET: both layers by name in place of the numbers, the teacher's first: L2E is late to early; "
+                         "E is an eighth of the depth, M a half, L the last", ("", *LET_PAIRS))
     let_loss: str = flag("cosine", "LET: the alignment loss", tuple(LET_LOSSES))
     let_resize: str = flag("interpolate", "LET: how unequal widths meet", ("interpolate", "project"))
     let_resize_side: str = flag("teacher", "LET: whose state is resized", ("teacher", "student"))
-    let_cache: str = flag("none", "LET: compute the teacher's states once and keep them on disk for all runs that read the same "
-                          "tokens: fp16, or fp32 for bitwise the same losses", ("none", "fp16", "fp32"))
+    let_cache: str = flag("none", "LET: compute the teacher's states once and keep them on disk for all runs that read the "
+                          "same tokens: fp16, or fp32 for bitwise the same losses", ("none", "fp16", "fp32"))
     # linearity
     linearity: str = flag("none", "regulariser that pulls neighbouring states together: none, cosine or mse",
                           ("none", "cosine", "mse"))
@@ -348,14 +348,15 @@ def check(c: Config, world: int = 1):
         for name in (n for n in FLAGS if n.startswith("let_")):
             need(getattr(c, name) == FLAGS[name].default, name, why="has no effect without --teacher")
     else:
-        need(c.let_pair or 0 <= c.let_student_layer <= c.n_layer, "let_student_layer", "n_layer", why="the student has no such block")
+        need(c.let_pair or 0 <= c.let_student_layer <= c.n_layer, "let_student_layer", "n_layer", why="the student has no "
+             "such block")
         need(c.let_stop > 0, "let_stop", why="must be positive")
         need(c.let_stop < 1 or c.let_stop == int(c.let_stop), "let_stop", why="a whole number of steps, or a fraction "
              "below 1")
     for name in ("let_student_layer", "let_teacher_layer"):
         need(not c.let_pair or getattr(c, name) == FLAGS[name].default, "let_pair", name, why="each names the layers; give one")
-    need(c.tokenizer != "teacher" or c.teacher not in ("none", "auto"), "tokenizer", "teacher", why="there is no teacher to take a "
-         "tokenizer from")
+    need(c.tokenizer != "teacher" or c.teacher not in ("none", "auto"), "tokenizer", "teacher", why="there is no teacher to "
+         "take a tokenizer from")
     need(0 <= c.linearity_from < max(1, c.n_layer), "linearity_from", "n_layer", why="there is no block after this state")
     if c.linearity == "none":
         for name in (n for n in FLAGS if n.startswith("linearity_")):
@@ -1139,7 +1140,8 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
         if c.let_pair:
             layers = pair_layers(c.let_pair, teacher.config.n_layer, c.n_layer)
         torch.manual_seed(c.seed + 1)  # of the projection
-        let = LET(teacher, c.n_embd, layers[0], c.let_teacher_norm, c.let_loss, c.let_resize, c.let_resize_side).to(devices.device)
+        let = LET(teacher, c.n_embd, layers[0], c.let_teacher_norm, c.let_loss, c.let_resize, c.let_resize_side)
+        let = let.to(devices.device)
     let_optimizer = None
     if let and let.projection:
         let_optimizer = torch.optim.AdamW(let.parameters(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=0.0)
@@ -1231,8 +1233,8 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
 
     def report_teacher():
         spent = max(seconds - began[0], 1e-9)
-        say(f"teacher: until step {step} {(tokens - began[1]) / spent:,.0f} tokens/s, {100 * teaching / spent:.0f} % of the time in "
-            f"the teacher" + ("'s states on disk" if let.cache else ""))
+        say(f"teacher: until step {step} {(tokens - began[1]) / spent:,.0f} tokens/s, {100 * teaching / spent:.0f} % of the "
+            f"time {'reading its states' if let.cache else 'in it'}")
 
     with tqdm(total=c.steps, initial=step, disable=not (master and sys.stderr.isatty()), unit="step",
               dynamic_ncols=True) as progress:
@@ -1372,7 +1374,8 @@ def state_cache(c: Config, teacher, data: Data, sequences: int, steps: int, devi
     def digest():
         h = hashlib.sha256()
         for step in range(min(steps, c.steps)):
-            h.update(data.train.batch(block_numbers(c.seed, step * sequences, sequences, len(data.train)))[0].contiguous().numpy())
+            idx, _ = data.train.batch(block_numbers(c.seed, step * sequences, sequences, len(data.train)))
+            h.update(idx.contiguous().numpy())
         return h.hexdigest(), teacher_stamp(teacher)
 
     tokens, stamp = on_rank_0(digest)
@@ -1392,13 +1395,14 @@ def write_states(cache: StateCache, let: LET, batches, rows: int, mine: int, seq
     with devices.autocast():
         h = let.teach(idx)
     cache.describe(let._teacher[0], h)
-    say(f"teacher states: {cache.bytes() / 1e9:.3g} GB ({cache.key['sequences']:,} sequences, {cache.key['on_disk']}) to {cache.folder}")
+    say(f"teacher states: {cache.bytes() / 1e9:.3g} GB ({cache.key['sequences']:,} sequences, {cache.key['on_disk']}) to "
+        f"{cache.folder}")
 
     def begin():
         cache.folder.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(cache.folder).free) < cache.bytes():
-            raise OSError(errno.ENOSPC, f"disk full: the teacher's states need {cache.bytes() / 1e9:.3g} GB, {free / 1e9:.3g} GB are "
-                          "free", str(cache.folder))
+            raise OSError(errno.ENOSPC, f"disk full: the teacher's states need {cache.bytes() / 1e9:.3g} GB, {free / 1e9:.3g} "
+                          "GB are free", str(cache.folder))
         tmp = stack.enter_context(written_whole(cache.folder / "states.bin"))
         open(tmp, "wb").close()
         return tmp
@@ -1407,7 +1411,8 @@ def write_states(cache: StateCache, let: LET, batches, rows: int, mine: int, seq
         tmp, problem = on_rank_0(begin), None
         try:
             with open(tmp, "r+b") as f, bar(steps * mine, "teacher states", "sequence") as progress:
-                for place in (step * sequences + devices.rank * mine + i for step in range(steps) for i in range(0, mine, rows)):
+                for place in (step * sequences + devices.rank * mine + i
+                              for step in range(steps) for i in range(0, mine, rows)):
                     if stop_signals.seen:
                         raise Failed("stopped while the teacher's states were written; nothing of them was kept")
                     if h is None:
@@ -1425,6 +1430,7 @@ def write_states(cache: StateCache, let: LET, batches, rows: int, mine: int, seq
         if failed:
             raise problem or Failed("another process could not write the teacher's states")
         let.seconds()  # not of the training
+
     def finish():
         with written_whole(cache.folder / "about.json") as tmp:
             tmp.write_text(json.dumps(cache.about, indent=1))
@@ -1438,7 +1444,7 @@ def refuse_changes(c: Config, resumed: dict, tokenizer: dict):
     if resumed["step"] > c.steps:
         raise BadInput(f"--resume={c.resume} --steps={c.steps}: the checkpoint is at step {resumed['step']} already")
     here = asdict(model_config(c, tokenizer_from_dict(tokenizer).n_vocab))
-    there = asdict(ModelConfig(**{k: v for k, v in resumed["model_config"].items() if k in here}))  # a setting it lacks is default
+    there = asdict(ModelConfig(**{k: v for k, v in resumed["model_config"].items() if k in here}))  # lacking: the default
     changed = [f"{k}: {there[k]} there, {v} here" for k, v in here.items() if there[k] != v]
     if tokenizer_id(resumed["tokenizer"]) != tokenizer_id(tokenizer):
         changed.append("another tokenizer")
