@@ -17,6 +17,7 @@ Names and symbols
     s                   optimizer steps taken so far, from 0
     L_proj              let_loss: `cosine`, or `logsum` (Miles & Mikolajczyk 2023, arXiv 2303.11098)
 """
+import argparse
 import base64
 import contextlib
 import errno
@@ -25,7 +26,9 @@ import importlib
 import importlib.metadata
 import json
 import math
+import os
 import re
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -38,7 +41,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from model import (END_OF_TEXT, GPT, IGNORE, BadInput, ModelConfig, linear_cross_entropy, load_checkpoint,
+from model import (END_OF_TEXT, GPT, IGNORE, BadInput, ModelConfig, command, linear_cross_entropy, load_checkpoint,
                    model_from_checkpoint, rope_tables, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
 
 
@@ -459,7 +462,7 @@ def split_pattern(pre: dict | None) -> str | None:
             return SMOLLM_PATTERN
         case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
-            return pattern
+            return pattern.replace(f"[{WORD}]", r"\w").replace(f"[^{WORD}]", r"\W").replace(r"\z", "$")  # see oniguruma
     return None
 
 
@@ -764,3 +767,217 @@ class StateCache:
             raise BadInput(f"--let_cache: the teacher has states beyond the range of {h.dtype}; --let_cache=fp32 has room")
         file.seek(place * (self.bytes() // self.key["sequences"]))
         file.write(h.tobytes())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Out again: a model of ours as a Hugging Face folder
+
+
+def architecture(c) -> str:
+    """The transformers model that computes what a model of this ModelConfig does, by its name there. Raises BadInput
+    where there is none, with the flags to train with.
+
+    Attention is Llama's, with qk_norm Qwen3's; the MLPs without a gate (relu2, gelu) are Arcee's, which is Llama but for
+    them; swiglu experts are Qwen3-MoE's with qk_norm and Mixtral's without."""
+    kinds, gated = set(c.kinds()), c.mlp == "swiglu"
+    wrong, flags = "", ""
+    if len(kinds) > 1:
+        wrong, flags = f"blocks of several kinds (--layer_pattern={c.layer_pattern})", "one --mixer for all blocks"
+    elif kinds == {"M"} and not c.ssm_norm:
+        wrong, flags = "Mamba-2 without its norm", "--ssm_norm=true"
+    elif kinds != {"M"} and not gated and (c.n_experts or kinds == {"H"}):
+        wrong, flags = f"{'experts' if c.n_experts else 'hybrid blocks'} with an MLP of the kind {c.mlp}", "--mlp=swiglu"
+    elif kinds == {"H"} and c.n_experts:
+        wrong, flags = "hybrid blocks with experts", "--n_experts=0"
+    elif kinds == {"H"} and c.qk_norm:
+        wrong, flags = "hybrid blocks with qk_norm", "--qk_norm=false"
+    elif kinds != {"M"} and not gated and c.qk_norm:
+        wrong, flags = f"qk_norm with an MLP of the kind {c.mlp}", "--mlp=swiglu or --qk_norm=false"
+    if wrong:
+        raise BadInput(f"{wrong}: no model of transformers computes this; train with {flags}")
+    if kinds == {"M"} or kinds == {"H"}:
+        return "Mamba2" if kinds == {"M"} else "FalconH1"
+    if c.n_experts:
+        return "Qwen3Moe" if c.qk_norm else "Mixtral"
+    return "Qwen3" if c.qk_norm else "Llama" if gated else "Arcee"
+
+
+def to_hf(model) -> tuple[dict, dict]:
+    """(fields of config.json, weights by name) of the transformers model that computes the same logits.
+
+    The rows of the embedding and the head that only pad the vocabulary are cut off. Raises BadInput, see
+    `architecture`."""
+    c, V = model.config, model.config.vocab_size
+    name = architecture(c)
+    mamba, falcon = name == "Mamba2", name == "FalconH1"
+    config = {"architectures": [f"{name}ForCausalLM"], "model_type": {"FalconH1": "falcon_h1", "Qwen3Moe": "qwen3_moe"}.get(
+        name, name.lower()), "vocab_size": V, "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer,
+        "tie_word_embeddings": c.tie_embeddings, "use_cache": True}
+    if not mamba:
+        config |= {"num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim,
+                   "max_position_embeddings": c.block_size, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_base,
+                   "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base}, "intermediate_size": c.mlp_hidden,
+                   "hidden_act": "silu" if c.mlp == "swiglu" else c.mlp, "attention_bias": False, "mlp_bias": False}
+    if mamba:
+        config |= {"num_heads": c.expand * c.n_embd // c.ssm_head_dim, "head_dim": c.ssm_head_dim, "state_size": c.d_state,
+                   "n_groups": c.n_groups, "expand": c.expand, "conv_kernel": c.d_conv, "chunk_size": c.chunk_size,
+                   "use_bias": False, "use_conv_bias": True, "residual_in_fp32": False, "layer_norm_epsilon": c.norm_eps,
+                   "rms_norm": True, "norm_before_gate": False}
+    if falcon:
+        config |= {"mamba_d_ssm": c.expand * c.n_embd, "mamba_expand": c.expand, "mamba_d_head": c.ssm_head_dim,
+                   "mamba_n_heads": c.expand * c.n_embd // c.ssm_head_dim, "mamba_d_state": c.d_state,
+                   "mamba_n_groups": c.n_groups, "mamba_d_conv": c.d_conv, "mamba_chunk_size": c.chunk_size,
+                   "mamba_rms_norm": c.ssm_norm, "mamba_norm_before_gate": False, "mamba_conv_bias": True,
+                   "mamba_proj_bias": False, "projectors_bias": False}
+    if name == "Mixtral":
+        config |= {"intermediate_size": c.expert_hidden, "num_local_experts": c.n_experts,
+                   "num_experts_per_tok": c.experts_per_token, "sliding_window": None}
+    if name == "Qwen3Moe":
+        config |= {"moe_intermediate_size": c.expert_hidden, "num_experts": c.n_experts, "norm_topk_prob": True,
+                   "num_experts_per_tok": c.experts_per_token, "decoder_sparse_step": 1, "mlp_only_layers": []}
+
+    named = {  # what HF_NAMES does not tell
+        "FalconH1": {"backbone.": "model.", ".mixer.": ".mamba.", ".mlp.": ".feed_forward.", "post_attention": "pre_ff",
+                     "model.norm.": "model.final_layernorm."},
+        "Mixtral": {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}}.get(name, {})
+    weights = {}
+
+    def put(key, w):
+        for ours, theirs in named.items():
+            key = key.replace(ours, theirs)
+        weights[key] = w
+
+    for key, w in model.state_dict().items():
+        if key.endswith(".load") or key == "head.weight" and c.tie_embeddings:
+            continue
+        names = hf_names("mamba2" if mamba or ".ssm." in key else "attention", key)
+        if key in ("embed.weight", "head.weight"):
+            put(names[0], w[:V])
+        elif key.endswith((".mlp.up", ".mlp.down")):  # files hold the experts' matrices one by one
+            for e, matrix in enumerate(w):
+                for piece, part in zip(("gate", "up") if key.endswith("up") else ("down",), matrix.split(
+                        c.expert_hidden if key.endswith("up") else c.n_embd)):
+                    put(f"{names[0].rpartition('.')[0]}.{e}.{piece}_proj.weight", part)
+        elif len(names) > 1:
+            pieces = model.get_submodule(key.removesuffix(".weight")).pieces
+            for n, part in zip(names[-len(pieces):], w.split(tuple(pieces.values()))):  # without a gate, the last alone
+                put(n, part)
+        else:
+            put(names[0], w)
+    return config, weights
+
+
+WORD = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\u200c\u200d"
+
+
+def oniguruma(pattern: str) -> str:
+    """A pattern of tiktoken's (Rust's fancy-regex) as the engine of Hugging Face's tokenizers reads it. There $ is the end
+    of any line, {1,3}+ is no possessive count but a repetition of one, and \\w lacks joiners and has superscripts."""
+    pattern = re.sub(r"(\\p\{\w+\}|\\.|\[(?:\\.|[^\]])*\])(\{[\d,]+\})\+", r"(?>\1\2)", pattern)
+    pattern = re.sub(r"(\\.|\[(?:\\.|[^\]])*\])|\$", lambda m: m[1] or r"\z", pattern)
+    return re.sub(r"\\.", lambda m: {r"\w": f"[{WORD}]", r"\W": f"[^{WORD}]"}.get(m[0], m[0]), pattern)
+
+
+def tokenizer_to_hf(tokenizer: dict) -> dict:
+    """The content of a tokenizer.json that gives the same ids as tiktoken does with this tokenizer.
+
+    tiktoken merges any two neighbours whose bytes together are a token, lowest id first. Where the merges of lower ids
+    make just two parts of each token, these are all the merges there are (see byte_level_bpe). Otherwise they are all ways
+    to cut each token in two tokens, the longest left part first, as tiktoken goes from left to right; and ignore_merges
+    takes a whole piece that is a token as it is."""
+    if "json" in tokenizer:
+        return json.loads(tokenizer["json"])
+    letters, ranks = {b: c for c, b in BYTES.items()}, {bytes.fromhex(t): rank for t, rank in tokenizer["ranks"].items()}
+    write = {token: "".join(letters[b] for b in token) for token in ranks}
+    longer = sorted((t for t in ranks if len(t) > 1), key=ranks.get)
+    merges = [merged_below(t, ranks) for t in longer]
+    if any(len(parts) != 2 for parts in merges):
+        merges = [(t[:i], t[i:]) for t in longer for i in range(len(t) - 1, 0, -1) if t[:i] in ranks and t[i:] in ranks]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    special = {i: text for text, i in sorted(tokenizer["special"].items(), key=lambda s: s[0] != END_OF_TEXT)}
+    return {"version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
+                              "normalized": False, "special": True} for i, text in sorted(special.items())],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": oniguruma(tokenizer["pattern"])}, "behavior": "Isolated", "invert": False},
+                byte_level]},
+            "post_processor": None, "decoder": byte_level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+                      "vocab": {write[t]: rank for t, rank in ranks.items()} | {text: i for i, text in special.items()},
+                      "merges": [f"{write[a]} {write[b]}" for a, b in merges]}}
+
+
+@contextlib.contextmanager
+def whole(path: Path):
+    """A path beside `path` to write a file or a folder to. It takes the name when it is complete and on the disk; before
+    that nothing stands there but what stood there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield tmp
+        for part in tmp.iterdir() if tmp.is_dir() else [tmp]:
+            with open(part, "rb+") as f:
+                os.fsync(f.fileno())
+        if path.is_dir():  # an empty one
+            path.rmdir()
+        os.replace(tmp, path)
+    finally:
+        shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
+
+
+def export(checkpoint, folder, dtype="fp32") -> str:
+    """Write a checkpoint of ours as a folder that transformers' from_pretrained reads, with its tokenizer: the same ids,
+    the same logits. dtype: of the weights, fp32, bf16 or fp16. The folder must be new or empty, and is there only when all
+    of it is. Returns a line that says what was written."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError:
+        raise BadInput("export: needs safetensors: pip install safetensors") from None
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder}: is there already and not empty; name a new folder")
+    ckpt = load_checkpoint(checkpoint)
+    try:
+        config, weights = to_hf(model_from_checkpoint(ckpt))
+    except BadInput as e:
+        raise BadInput(f"{checkpoint}: {e}") from None
+    end, torch_dtype = ckpt["tokenizer"]["special"].get(END_OF_TEXT), {
+        "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    name = str(torch_dtype).removeprefix("torch.")
+    end_text = next((text for text, i in ckpt["tokenizer"]["special"].items() if i == end and text != END_OF_TEXT), END_OF_TEXT)
+    with whole(folder) as tmp:
+        tmp.mkdir()
+        for file, content in (
+                ("config.json", {**config, **ends, "dtype": name, "torch_dtype": name}), ("generation_config.json", ends),
+                ("tokenizer.json", tokenizer_to_hf(ckpt["tokenizer"])),
+                ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                                           "model_max_length": ckpt["model_config"]["block_size"], "bos_token": end_text,
+                                           "eos_token": end_text, "pad_token": end_text})):
+            (tmp / file).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        try:
+            save_file({n: w.detach().to(torch_dtype, copy=True).contiguous() for n, w in weights.items()},
+                      tmp / "model.safetensors", {"format": "pt"})
+            shutil.copymode(tmp / "config.json", tmp / "model.safetensors")  # it comes readable by its owner alone
+        except SafetensorError as e:  # its writer does not say what the system said
+            raise OSError(errno.ENOSPC, f"not written, disk full? ({e})", str(folder)) from None
+    return (f"{folder}: {config['architectures'][0]}, {sum(w.numel() for w in weights.values()):,} weights in {name}, "
+            f"{config['vocab_size']:,} tokens")
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="teacher.py", description="Let a model write text to learn from; export a model.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    e = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
+    e.add_argument("checkpoint")
+    e.add_argument("folder", help="a new folder")
+    e.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the weights")
+    a = parser.parse_args(argv)
+    print(export(a.checkpoint, a.folder, a.dtype))
+
+
+if __name__ == "__main__":
+    command(main)
