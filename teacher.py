@@ -48,8 +48,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from model import (END_OF_TEXT, GPT, IGNORE, BadInput, Cache, ModelConfig, command, device_exists, linear_cross_entropy, load_checkpoint,
-                   model_from_checkpoint, rope_tables, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
+from model import (END_OF_TEXT, GPT, IGNORE, BadInput, Cache, ModelConfig, command, device_exists, linear_cross_entropy,
+                   load_checkpoint, model_from_checkpoint, rope_tables, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
 
 
 def load_teacher(path, tokenizer: dict, block_size: int, device="cpu", dtype=torch.float32):
@@ -840,36 +840,53 @@ def draw_prompts(documents, enc, n: int, n_tokens: int, seed: int) -> list[list[
 
 
 def pick_by(uniform, logits, temperature, top_p: float):
-    """One token a row by inversion: the first whose cumulated probability exceeds the row's uniform number; so a row's
-    token depends on its own number alone, whatever rows stand beside it. logits: (B, V); uniform, temperature: (B,)
-    float64, 0 is greedy. top_p as in model.pick; the few likeliest tokens are sorted, all only where those do not add
-    up to it. Returns (B,)."""
-    p = (logits.float() / temperature.clamp(min=1e-3).to(torch.float32)[:, None]).softmax(-1)
-    order = None
-    if top_p < 1:
-        likeliest, order = p.topk(min(256, p.shape[-1]))
-        if (likeliest.sum(-1) < top_p).any():
-            likeliest, order = p.sort(-1, descending=True)
-        p = likeliest * (likeliest.cumsum(-1) - likeliest < top_p)
-    cumulated = p.cumsum(-1, dtype=torch.float64)
-    chosen = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)
-    if order is not None:
-        chosen = order.gather(1, chosen)
-    return torch.where(temperature == 0, logits.argmax(-1), chosen[:, 0])
+    """One token a row by inversion: the first whose cumulated probability exceeds the row's uniform number. So a row's
+    token depends on its own number alone, whatever rows stand beside it. logits: (B, V); uniform, temperature: (B,);
+    0 is greedy. top_p as in model.pick; no more tokens are sorted than make it up. Returns (B,)."""
+    p = (logits.float() / temperature.clamp(min=1e-3)[:, None]).softmax(-1)
+    order, k = None, 256
+    while top_p < 1:
+        likeliest, order = p.topk(min(k, p.shape[-1]))
+        if k >= p.shape[-1] or (likeliest.sum(-1) >= top_p).all():
+            p = likeliest * (likeliest.cumsum(-1) - likeliest < top_p)
+            break
+        k *= 16
+    cumulated = p.cumsum(-1)
+    end = cumulated[:, -1:]
+    target = torch.minimum(uniform[:, None] * end, end.nextafter(end.new_zeros(())))  # below the end, rounding or not
+    token = torch.searchsorted(cumulated, target, right=True)
+    token = token if order is None else order.gather(1, token)
+    return torch.where(temperature == 0, logits.argmax(-1), token[:, 0])
+
+
+class RoomyCache(Cache):
+    """A Cache of attention with room to grow, twice as much as was needed whenever it is full; so that a token is written
+    beside those before it and these are not copied."""
+
+    def append(self, k, v):
+        n = self.length + k.shape[2]
+        if self.k is None or self.k.shape[2] < n:
+            old, shape = (self.k, self.v), (*k.shape[:2], 2 * n, k.shape[3])
+            self.k, self.v = k.new_empty(shape), v.new_empty(shape)
+            if self.length:
+                self.k[:, :, :self.length], self.v[:, :, :self.length] = (t[:, :, :self.length] for t in old)
+        self.k[:, :, self.length:n], self.v[:, :, self.length:n] = k, v
+        return self.k[:, :, :n], self.v[:, :, :n]
 
 
 @torch.no_grad()
 def continue_prompts(model, prompts, n_tokens: int, temperature, top_p: float, uniform, banned, ending) -> list[list[int]]:
     """Continuations of prompts of equal length, as lists of up to n_tokens ids; one that ends has an ending token last.
 
-    prompts: (B, T) ids; temperature: (B,); uniform: (B, n_tokens), the randomness, see pick_by; banned, ending: (V,)
-    bool, the ids that are no tokens, and those that end a text. The cache of the past is kept, and rows that have ended
+    prompts: (B, T) ids; temperature: (B,); uniform: (B, n_tokens), the randomness, see pick_by; banned: ids that are no
+    tokens; ending: (V,) bool, those that end a text. The cache of the past is kept, and rows that have ended
     are taken out of it when they are a quarter."""
-    caches, new, row = [Cache() for _ in model.blocks], prompts, torch.arange(len(prompts), device=prompts.device)
+    caches, new, row = [RoomyCache() for _ in model.blocks], prompts, torch.arange(len(prompts), device=prompts.device)
     out, ended = torch.zeros(len(prompts), n_tokens, dtype=torch.int64, device=prompts.device), row < 0
     for t in range(n_tokens):
         x, _ = model.trunk(new, caches=caches)
-        logits = model.head(model.norm(x[:, -1]))[:, :len(banned)].masked_fill(banned, -math.inf)
+        logits = model.head(model.norm(x[:, -1]))[:, :len(ending)]
+        logits[:, banned] = -math.inf
         token = pick_by(uniform[row, t], logits, temperature[row], top_p)
         out[row, t] = token
         ended = ended | ending[token]
@@ -1032,13 +1049,10 @@ def generate_command(a) -> str:
             tmp.write_text(json.dumps(settings, indent=1))
 
     done = read_samples(path)
-    banned, ending = (torch.zeros(model.config.vocab_size, dtype=torch.bool) for _ in range(2))
-    banned[enc.n_vocab:] = True
-    if known := getattr(enc, "_mergeable_ranks", None):
-        banned[:] = True
-        banned[list(known.values()) + [i for i in enc._special_tokens.values() if i < len(banned)]] = False
-    ending[[i for i in enc._special_tokens.values() if i < len(ending)]] = True
-    banned, ending = banned.to(a.device), ending.to(a.device)
+    V, special = model.config.vocab_size, {*enc._special_tokens.values()}
+    tokens = {*enc._mergeable_ranks.values(), *special} if hasattr(enc, "_mergeable_ranks") else range(enc.n_vocab)
+    banned = torch.tensor([i for i in range(V) if i not in tokens], dtype=torch.int64, device=a.device)
+    ending = torch.tensor([i in special for i in range(V)], device=a.device)
 
     # Prompts of equal length go together. The randomness is a sample's own, so that neither the size of the batch nor a
     # resumption changes it.
@@ -1050,11 +1064,11 @@ def generate_command(a) -> str:
         for rows in (g[j:j + a.batch] for g in groups for j in range(0, len(g), a.batch)):
             began = time.perf_counter()
             keys = [hashlib.sha256(repr(plan[i]).encode()).digest() for i in rows]
-            uniform = torch.stack([torch.rand(a.tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(
+            uniform = torch.stack([torch.rand(a.tokens, generator=torch.Generator().manual_seed(
                 int.from_bytes(key[:7], "big"))) for key in keys])
             ids = continue_prompts(
                 model, torch.tensor([[enc.eot_token, *prompts[plan[i][0]]] for i in rows], device=a.device), a.tokens,
-                torch.tensor([plan[i][1] for i in rows], dtype=torch.float64, device=a.device), a.top_p,
+                torch.tensor([plan[i][1] for i in rows], device=a.device), a.top_p,
                 uniform.to(a.device), banned, ending)
             written, seconds = written + sum(map(len, ids)), seconds + time.perf_counter() - began
             starts = [enc.decode(prompts[plan[i][0]]) for i in rows]
