@@ -778,13 +778,13 @@ class StateCache:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Learning from the teacher's text: it continues prompts from a corpus, what it wrote is filtered, and a student trains on it.
-# Plain next-token loss on such text is distillation too, of whole sequences (Kim & Rush 2016, arXiv 1606.07947), and asks
-# for no common tokenizer.
+# Plain next-token loss on such text is distillation too, of whole sequences (Kim & Rush 2016, arXiv 1606.07947),
+# and asks for no common tokenizer.
 
 
 def read_corpus(data: str) -> list[str]:
-    """The documents of train.py's --data=`data` (stdlib, a text file, a glob or a folder of text), but for the tenth that
-    train.py holds out: no student shall be judged on text that its teacher continued. In the order of their names."""
+    """The documents of train.py's --data=`data` (stdlib, a text file, a glob or a folder of text), but for the tenth
+    that train.py holds out: no student shall be judged on text that its teacher continued. In the order of their names."""
     if data == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -794,7 +794,7 @@ def read_corpus(data: str) -> list[str]:
         root, files = Path(data), [p for p in Path(data).rglob("*") if not any(
             part.startswith(".") for part in p.relative_to(data).parts)]
         if not root.is_dir():
-            files = [p for p in ([root] if root.is_file() else map(Path, glob.glob(data, recursive=True))) if p.is_file()]
+            files = [root] if root.is_file() else [p for p in map(Path, glob.glob(data, recursive=True)) if p.is_file()]
             root = Path(os.path.commonpath([p.parent for p in files])) if files else root
     documents = []
     for path in sorted(p for p in files if p.is_file()):
@@ -860,8 +860,8 @@ def pick_by(uniform, logits, temperature, top_p: float):
 
 
 class RoomyCache(Cache):
-    """A Cache of attention with room to grow, twice as much as was needed whenever it is full; so that a token is written
-    beside those before it and these are not copied."""
+    """A Cache of attention with room to grow, twice as much as was needed whenever it is full; so that a token is
+    written beside those before it and these are not copied."""
 
     def append(self, k, v):
         n = self.length + k.shape[2]
@@ -875,7 +875,7 @@ class RoomyCache(Cache):
 
 
 @torch.no_grad()
-def continue_prompts(model, prompts, n_tokens: int, temperature, top_p: float, uniform, banned, ending) -> list[list[int]]:
+def continue_prompts(model, prompts, n_tokens: int, temperature, top_p: float, uniform, banned, ending) -> list[list]:
     """Continuations of prompts of equal length, as lists of up to n_tokens ids; one that ends has an ending token last.
 
     prompts: (B, T) ids; temperature: (B,); uniform: (B, n_tokens), the randomness, see pick_by; banned: ids that are no
@@ -910,11 +910,11 @@ def continue_prompts(model, prompts, n_tokens: int, temperature, top_p: float, u
 
 
 @torch.no_grad()
-def log_likelihood(model, enc, prompts: list[str], texts: list[str], logits_at_once: int = 1 << 25) -> list[float | None]:
+def log_likelihood(model, enc, prompts, texts, logits_at_once: int = 1 << 25) -> list[float | None]:
     """Mean log-likelihood in nats per token of each text after its prompt; None for one without tokens.
 
-    In windows of the judge's context, each token predicted from those before it in its window; windows of similar length
-    go together, as many as make logits_at_once logits."""
+    In windows of the judge's context, each token predicted from those before it in its window; windows of similar
+    length go together, as many as make logits_at_once logits."""
     windows, size, V = [], model.config.block_size, model.config.vocab_size
     for i, (prompt, text) in enumerate(zip(prompts, texts)):
         before = [enc.eot_token] + enc.encode_ordinary(prompt)
@@ -943,8 +943,8 @@ def distinct(ids, n: int) -> float:
 
 
 def load_reward(name: str):
-    """`module:function` as a function (prompts, completions) -> list of finite floats, one each: the form that TRL gives
-    its reward functions too."""
+    """`module:function` as a function (prompts, completions) -> list of finite floats, one each: the form that TRL
+    gives its reward functions too."""
     module, _, function = name.partition(":")
     try:
         sys.path.insert(0, os.getcwd())
@@ -958,9 +958,9 @@ def load_reward(name: str):
         try:
             scores = [float(s) for s in reward(prompts=prompts, completions=texts)]
         except (TypeError, ValueError) as e:
-            raise BadInput(f"--score={name}: takes prompts and completions and returns a list of numbers ({e})") from None
+            raise BadInput(f"--score={name}: takes prompts and completions, returns a list of numbers ({e})") from None
         if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
-            raise BadInput(f"--score={name}: has to return a finite number for each of {len(texts)} texts, gave {scores[:4]}")
+            raise BadInput(f"--score={name}: a finite number for each of {len(texts)} texts is needed, not {scores[:4]}")
         return scores
 
     return checked
@@ -987,8 +987,8 @@ def read_samples(path: Path) -> dict[int, dict]:
 
 
 def select(records, enc, min_score=None, best=0, min_distinct=0.0, distinct_n=3) -> tuple[list[dict], dict[str, int]]:
-    """(the records worth training on, how many each rule dropped). In this order: empty texts; equal ones, then ones equal
-    up to white space (the first stays); a distinct-n below min_distinct; a score below min_score; all but the `best`
+    """(the records worth training on, how many each rule dropped). In this order: empty texts; equal ones, then ones
+    equal up to white space (the first stays); a distinct-n below min_distinct; a score below min_score; all but the `best`
     highest scores of each prompt (0: none of this rule)."""
     dropped = dict.fromkeys(("empty", "duplicate", "near-duplicate", "repetitive", "low score", "not best"), 0)
     kept, seen = [], set()
@@ -1014,14 +1014,14 @@ def select(records, enc, min_score=None, best=0, min_distinct=0.0, distinct_n=3)
 
 
 def generate_command(a) -> str:
-    """Sample, score, filter. The folder then holds config.json (all that fixes the samples), samples.jsonl (one object a
-    sample, appended batch by batch; killed, the command goes on where it was) and text.txt for train.py."""
+    """Sample, score, filter. The folder then holds config.json (all that fixes the samples), samples.jsonl (one object
+    a sample, appended batch by batch; killed, the command goes on where it was) and text.txt for train.py."""
     folder, dtype = Path(a.folder), {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype]
     model, tokenizer = load_pretrained(a.teacher, a.device, dtype, "")
     enc, judge = tokenizer_from_dict(tokenizer), model
     judge_enc, reward = enc, None
     if model.has_attention and 1 + a.prompt_tokens + a.tokens > model.config.block_size:
-        raise BadInput(f"--prompt_tokens={a.prompt_tokens} --tokens={a.tokens}: with the end-of-text token before them more than "
+        raise BadInput(f"--prompt_tokens={a.prompt_tokens} --tokens={a.tokens}: with the end-of-text token more than "
                        f"the teacher's context of {model.config.block_size} tokens")
     if a.judge:
         judge, its = load_pretrained(a.judge, a.device, dtype, "--judge=")
@@ -1033,9 +1033,9 @@ def generate_command(a) -> str:
     prompts = draw_prompts(read_corpus(a.prompts), enc, a.n_prompts, a.prompt_tokens, a.seeds[0])
     plan = [(n, temperature, seed) for n in range(len(prompts)) for temperature in a.temperatures for seed in a.seeds]
 
-    settings = {"teacher": weights_id(model), "tokenizer": tokenizer_id(tokenizer), "dtype": a.dtype, "tokens": a.tokens,
-                "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16], "temperatures": a.temperatures,
-                "seeds": a.seeds, "top_p": a.top_p, "score": a.score,
+    settings = {"teacher": weights_id(model), "tokenizer": tokenizer_id(tokenizer), "dtype": a.dtype,
+                "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16], "tokens": a.tokens,
+                "temperatures": a.temperatures, "seeds": a.seeds, "top_p": a.top_p, "score": a.score,
                 "judge": weights_id(judge) if a.score == "likelihood" else ""}
     config, path = folder / "config.json", folder / "samples.jsonl"
     if config.exists():
@@ -1057,10 +1057,11 @@ def generate_command(a) -> str:
     # Prompts of equal length go together. The randomness is a sample's own, so that neither the size of the batch nor a
     # resumption changes it.
     length = lambda i: len(prompts[plan[i][0]])  # noqa: E731
-    groups = [list(g) for _, g in itertools.groupby(sorted((i for i in range(len(plan)) if i not in done), key=length), length)]
+    todo = sorted((i for i in range(len(plan)) if i not in done), key=length)
+    groups = [list(group) for _, group in itertools.groupby(todo, length)]
     written, seconds = 0, 0.0
     with open(path, "a", encoding="utf-8") as file, tqdm(
-            total=len(plan), initial=len(done), desc="sampling", unit="sample", disable=not sys.stderr.isatty()) as progress:
+            total=len(plan), initial=len(done), unit="sample", disable=not sys.stderr.isatty()) as progress:
         for rows in (g[j:j + a.batch] for g in groups for j in range(0, len(g), a.batch)):
             began = time.perf_counter()
             keys = [hashlib.sha256(repr(plan[i]).encode()).digest() for i in rows]
@@ -1084,9 +1085,10 @@ def generate_command(a) -> str:
             progress.set_postfix_str(f"{written / seconds:,.0f} tokens/s", refresh=False)
     kept, dropped = select([done[i] for i in sorted(done)], enc, a.min_score, a.best, a.min_distinct, a.distinct_n)
     if not kept:
-        raise BadInput(f"{folder}: nothing is left of {len(done)} samples: {dropped}; loosen --min_score or --min_distinct")
+        raise BadInput(f"{folder}: nothing is left of {len(done)} samples: {dropped}; a lower --min_score may help")
     with whole(folder / "text.txt") as tmp:
-        tmp.write_text(END_OF_TEXT.join(("" if a.no_prompts else r["prompt"]) + r["text"] for r in kept), encoding="utf-8")
+        texts = [("" if a.no_prompts else r["prompt"]) + r["text"] for r in kept]
+        tmp.write_text(END_OF_TEXT.join(texts), encoding="utf-8")
     speed = f"{written:,} tokens sampled in {seconds:.1f} s, {written / seconds:,.0f} tokens/s; " if written else ""
     why = ", ".join(f"{n} {rule}" for rule, n in dropped.items() if n)
     return f"{speed}{len(kept)} of {len(done)} samples in {folder / 'text.txt'}" + (f" (dropped: {why})" if why else "")
@@ -1100,8 +1102,8 @@ def architecture(c) -> str:
     """The transformers model that computes what a model of this ModelConfig does, by its name there. Raises BadInput
     where there is none, with the flags to train with.
 
-    Attention is Llama's, with qk_norm Qwen3's; the MLPs without a gate (relu2, gelu) are Arcee's, which is Llama but for
-    them; swiglu experts are Qwen3-MoE's with qk_norm and Mixtral's without."""
+    Attention is Llama's, with qk_norm Qwen3's; the MLPs without a gate (relu2, gelu) are Arcee's, which is Llama but
+    for them; swiglu experts are Qwen3-MoE's with qk_norm and Mixtral's without."""
     kinds, gated = set(c.kinds()), c.mlp == "swiglu"
     wrong, flags = "", ""
     if len(kinds) > 1:
@@ -1109,7 +1111,8 @@ def architecture(c) -> str:
     elif kinds == {"M"} and not c.ssm_norm:
         wrong, flags = "Mamba-2 without its norm", "--ssm_norm=true"
     elif kinds != {"M"} and not gated and (c.n_experts or kinds == {"H"}):
-        wrong, flags = f"{'experts' if c.n_experts else 'hybrid blocks'} with an MLP of the kind {c.mlp}", "--mlp=swiglu"
+        wrong = f"{'experts' if c.n_experts else 'hybrid blocks'} with an MLP of the kind {c.mlp}"
+        flags = "--mlp=swiglu"
     elif kinds == {"H"} and c.n_experts:
         wrong, flags = "hybrid blocks with experts", "--n_experts=0"
     elif kinds == {"H"} and c.qk_norm:
@@ -1133,19 +1136,20 @@ def to_hf(model) -> tuple[dict, dict]:
     c, V = model.config, model.config.vocab_size
     name = architecture(c)
     mamba, falcon = name == "Mamba2", name == "FalconH1"
-    config = {"architectures": [f"{name}ForCausalLM"], "model_type": {"FalconH1": "falcon_h1", "Qwen3Moe": "qwen3_moe"}.get(
-        name, name.lower()), "vocab_size": V, "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer,
-        "tie_word_embeddings": c.tie_embeddings, "use_cache": True}
+    config = {"architectures": [f"{name}ForCausalLM"],
+              "model_type": {"FalconH1": "falcon_h1", "Qwen3Moe": "qwen3_moe"}.get(name, name.lower()),
+              "vocab_size": V, "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer,
+              "tie_word_embeddings": c.tie_embeddings, "use_cache": True}
     if not mamba:
         config |= {"num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim,
                    "max_position_embeddings": c.block_size, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_base,
-                   "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base}, "intermediate_size": c.mlp_hidden,
-                   "hidden_act": "silu" if c.mlp == "swiglu" else c.mlp, "attention_bias": False, "mlp_bias": False}
+                   "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
+                   "intermediate_size": c.mlp_hidden, "hidden_act": "silu" if c.mlp == "swiglu" else c.mlp, "attention_bias": False, "mlp_bias": False}
     if mamba:
-        config |= {"num_heads": c.expand * c.n_embd // c.ssm_head_dim, "head_dim": c.ssm_head_dim, "state_size": c.d_state,
-                   "n_groups": c.n_groups, "expand": c.expand, "conv_kernel": c.d_conv, "chunk_size": c.chunk_size,
-                   "use_bias": False, "use_conv_bias": True, "residual_in_fp32": False, "layer_norm_epsilon": c.norm_eps,
-                   "rms_norm": True, "norm_before_gate": False}
+        config |= {"num_heads": c.expand * c.n_embd // c.ssm_head_dim, "head_dim": c.ssm_head_dim,
+                   "state_size": c.d_state, "n_groups": c.n_groups, "expand": c.expand, "conv_kernel": c.d_conv, "chunk_size": c.chunk_size,
+                   "use_bias": False, "use_conv_bias": True, "residual_in_fp32": False,
+                   "layer_norm_epsilon": c.norm_eps, "rms_norm": True, "norm_before_gate": False}
     if falcon:
         config |= {"mamba_d_ssm": c.expand * c.n_embd, "mamba_expand": c.expand, "mamba_d_head": c.ssm_head_dim,
                    "mamba_n_heads": c.expand * c.n_embd // c.ssm_head_dim, "mamba_d_state": c.d_state,
@@ -1194,8 +1198,8 @@ WORD = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\u200c\u200d"
 
 
 def oniguruma(pattern: str) -> str:
-    """A pattern of tiktoken's (Rust's fancy-regex) as the engine of Hugging Face's tokenizers reads it. There $ is the end
-    of any line, {1,3}+ is no possessive count but a repetition of one, and \\w lacks joiners and has superscripts."""
+    """A pattern of tiktoken's (Rust's fancy-regex) as the engine of Hugging Face's tokenizers reads it. There $ is the
+    end of any line, {1,3}+ is no possessive count but a repetition of one, and \\w lacks joiners and has superscripts."""
     pattern = re.sub(r"(\\p\{\w+\}|\\.|\[(?:\\.|[^\]])*\])(\{[\d,]+\})\+", r"(?>\1\2)", pattern)
     pattern = re.sub(r"(\\.|\[(?:\\.|[^\]])*\])|\$", lambda m: m[1] or r"\z", pattern)
     return re.sub(r"\\.", lambda m: {r"\w": f"[{WORD}]", r"\W": f"[^{WORD}]"}.get(m[0], m[0]), pattern)
@@ -1205,12 +1209,13 @@ def tokenizer_to_hf(tokenizer: dict) -> dict:
     """The content of a tokenizer.json that gives the same ids as tiktoken does with this tokenizer.
 
     tiktoken merges any two neighbours whose bytes together are a token, lowest id first. Where the merges of lower ids
-    make just two parts of each token, these are all the merges there are (see byte_level_bpe). Otherwise they are all ways
-    to cut each token in two tokens, the longest left part first, as tiktoken goes from left to right; and ignore_merges
+    make just two parts of each token, these are all the merges there are (see byte_level_bpe). Otherwise they are all
+    ways to cut each token in two tokens, the longest left part first, as tiktoken goes from left to right; and ignore_merges
     takes a whole piece that is a token as it is."""
     if "json" in tokenizer:
         return json.loads(tokenizer["json"])
-    letters, ranks = {b: c for c, b in BYTES.items()}, {bytes.fromhex(t): rank for t, rank in tokenizer["ranks"].items()}
+    letters = {b: c for c, b in BYTES.items()}
+    ranks = {bytes.fromhex(t): rank for t, rank in tokenizer["ranks"].items()}
     write = {token: "".join(letters[b] for b in token) for token in ranks}
     longer = sorted((t for t in ranks if len(t) > 1), key=ranks.get)
     merges = [merged_below(t, ranks) for t in longer]
@@ -1223,8 +1228,8 @@ def tokenizer_to_hf(tokenizer: dict) -> dict:
                               "normalized": False, "special": True} for i, text in sorted(special.items())],
             "normalizer": None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": oniguruma(tokenizer["pattern"])}, "behavior": "Isolated", "invert": False},
-                byte_level]},
+                {"type": "Split", "pattern": {"Regex": oniguruma(tokenizer["pattern"])}, "behavior": "Isolated",
+                 "invert": False}, byte_level]},
             "post_processor": None, "decoder": byte_level,
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
@@ -1234,8 +1239,8 @@ def tokenizer_to_hf(tokenizer: dict) -> dict:
 
 @contextlib.contextmanager
 def whole(path: Path):
-    """A path beside `path` to write a file or a folder to. It takes the name when it is complete and on the disk; before
-    that nothing stands there but what stood there."""
+    """A path beside `path` to write a file or a folder to. It takes the name when it is complete and on the disk;
+    before that nothing stands there but what stood there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -1251,9 +1256,9 @@ def whole(path: Path):
 
 
 def export(checkpoint, folder, dtype="fp32") -> str:
-    """Write a checkpoint of ours as a folder that transformers' from_pretrained reads, with its tokenizer: the same ids,
-    the same logits. dtype: of the weights, fp32, bf16 or fp16. The folder must be new or empty, and is there only when all
-    of it is. Returns a line that says what was written."""
+    """Write a checkpoint of ours as a folder that transformers' from_pretrained reads, with its tokenizer: the same
+    ids, the same logits. dtype: of the weights, fp32, bf16 or fp16. The folder must be new or empty, and is there only
+    when all of it is. Returns a line that says what was written."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -1271,15 +1276,17 @@ def export(checkpoint, folder, dtype="fp32") -> str:
         "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     name = str(torch_dtype).removeprefix("torch.")
-    end_text = next((text for text, i in ckpt["tokenizer"]["special"].items() if i == end and text != END_OF_TEXT), END_OF_TEXT)
+    special = ckpt["tokenizer"]["special"]
+    end_text = next((text for text, i in special.items() if i == end and text != END_OF_TEXT), END_OF_TEXT)
     with whole(folder) as tmp:
         tmp.mkdir()
         for file, content in (
-                ("config.json", {**config, **ends, "dtype": name, "torch_dtype": name}), ("generation_config.json", ends),
-                ("tokenizer.json", tokenizer_to_hf(ckpt["tokenizer"])),
-                ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                                           "model_max_length": ckpt["model_config"]["block_size"], "bos_token": end_text,
-                                           "eos_token": end_text, "pad_token": end_text})):
+                ("config.json", {**config, **ends, "dtype": name, "torch_dtype": name}),
+                ("generation_config.json", ends), ("tokenizer.json", tokenizer_to_hf(ckpt["tokenizer"])),
+                ("tokenizer_config.json", {
+                    "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                    "model_max_length": ckpt["model_config"]["block_size"], "bos_token": end_text,
+                    "eos_token": end_text, "pad_token": end_text})):
             (tmp / file).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         try:
             save_file({n: w.detach().to(torch_dtype, copy=True).contiguous() for n, w in weights.items()},
@@ -1305,20 +1312,20 @@ def main(argv):
     g = commands.add_parser("generate", help="let a model continue prompts from a corpus, and keep what scores well")
     g.add_argument("teacher", help="as train.py's --teacher")
     g.add_argument("folder", help="for samples.jsonl and text.txt; samples that are there already are kept")
-    g.add_argument("--prompts", default="stdlib", help="stdlib, a text file, a glob or a folder of text; not its held-out part")
+    g.add_argument("--prompts", default="stdlib", help="stdlib, a text file, a glob or folder; not its held-out part")
     g.add_argument("--n_prompts", type=int, default=200)
     g.add_argument("--prompt_tokens", type=int, default=16, help="the teacher's tokens in a prompt")
     g.add_argument("--tokens", type=int, default=128, help="most tokens of a continuation; it may end before")
-    g.add_argument("--temperatures", type=numbers(float), default=[1.0], help="such as 0.7,1; each prompt is continued at each; "
-                   "1 with --top_p=1 samples the teacher's own distribution")
-    g.add_argument("--seeds", type=numbers(int), default=[0], help="such as 0,1,2, and with each; the first draws the prompts")
+    g.add_argument("--temperatures", type=numbers(float), default=[1.0], help="such as 0.7,1; each prompt is continued at "
+                   "each; 1 with --top_p=1 samples the teacher's own distribution")
+    g.add_argument("--seeds", type=numbers(int), default=[0], help="such as 0,1, and with each; the first draws prompts")
     g.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens up to this probability")
-    g.add_argument("--score", default="likelihood", help="likelihood (mean log-likelihood per token, nats), none, or a function "
-                   "of yours as module:function, which takes prompts and completions and returns a list of numbers")
+    g.add_argument("--score", default="likelihood", help="likelihood (mean log-likelihood per token, nats), none, or a "
+                   "function of yours as module:function, which takes prompts and completions and returns a list of numbers")
     g.add_argument("--judge", default="", help="the model whose likelihood it is; empty: the teacher's")
     g.add_argument("--min_score", type=float, default=None, help="drop samples below it")
     g.add_argument("--best", type=int, default=0, help="of each prompt keep so many of the highest score; 0: all")
-    g.add_argument("--min_distinct", type=float, default=0.0, help="drop samples with a smaller share of different n-grams")
+    g.add_argument("--min_distinct", type=float, default=0.0, help="drop those with a smaller share of different n-grams")
     g.add_argument("--distinct_n", type=int, default=3, help="that n, in tokens")
     g.add_argument("--no_prompts", action="store_true", help="leave the prompts out of text.txt")
     g.add_argument("--batch", type=int, default=64, help="samples at a time")
@@ -1333,11 +1340,13 @@ def main(argv):
         print(export(a.checkpoint, a.folder, a.dtype))
         return
     problems = [f"--{name}={getattr(a, name)}: {why}" for bad, name, why in (
-        *((getattr(a, name) < 1, name, "at least 1") for name in ("n_prompts", "prompt_tokens", "tokens", "distinct_n", "batch")),
-        (not all(t == 0 or 1e-3 <= t < math.inf for t in a.temperatures), "temperatures", "each 0 (greedy), or at least 0.001"),
+        *((getattr(a, name) < 1, name, "at least 1")
+          for name in ("n_prompts", "prompt_tokens", "tokens", "distinct_n", "batch")),
+        (not all(t == 0 or 1e-3 <= t < math.inf for t in a.temperatures), "temperatures", "each 0, or at least 0.001"),
         (len({*a.temperatures}) < len(a.temperatures), "temperatures", "one of them twice"),
         (not all(0 <= s < 2**63 for s in a.seeds), "seeds", "each from 0 to 2^63 - 1"),
-        (len({*a.seeds}) < len(a.seeds), "seeds", "one of them twice"), (not 0 < a.top_p <= 1, "top_p", "above 0, at most 1"),
+        (len({*a.seeds}) < len(a.seeds), "seeds", "one of them twice"),
+        (not 0 < a.top_p <= 1, "top_p", "above 0, at most 1"),
         (a.best < 0, "best", "not negative"), (not 0 <= a.min_distinct <= 1, "min_distinct", "from 0 to 1"),
         (a.min_score is not None and a.score == "none", "min_score", "there is no score with --score=none"),
         (a.best > 0 and a.score == "none", "best", "there is no score with --score=none"),
