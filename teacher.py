@@ -826,14 +826,12 @@ def draw_prompts(documents, enc, n: int, n_tokens: int, seed: int) -> list[list[
         place = rng.randrange(ends[-1])
         i = bisect.bisect_right(ends, place)
         start = documents[i].rfind("\n", 0, place - ends[i] + len(documents[i])) + 1
-        if (i, start) in seen:
-            continue
-        seen.add((i, start))
         ids = enc.encode_ordinary(documents[i][start:start + 32 * n_tokens])[:n_tokens]
         while ids and enc.decode(ids).endswith("\ufffd"):
             ids.pop()
-        if ids:
+        if ids and tuple(ids) not in seen:
             prompts.append(ids)
+            seen.add(tuple(ids))
         if len(prompts) == n:
             return prompts
     raise BadInput(f"--n_prompts={n}: the corpus has only {len(prompts)} different ones")
