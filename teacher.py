@@ -19,17 +19,25 @@ Names and symbols
     v, z                teacher's and student's logits; P = softmax(v / tau), Q = softmax(z / tau), tau the temperature
     beta                direction of a divergence: 0 is KL(P || Q), forward; 1 is KL(Q || P), reverse; see `divergence`
 """
+import argparse
 import base64
+import bisect
 import contextlib
 import errno
+import glob
 import hashlib
 import importlib
 import importlib.metadata
+import itertools
 import json
 import math
+import os
 import random
 import re
+import shutil
 import struct
+import sys
+import sysconfig
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -41,9 +49,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
-from model import (END_OF_TEXT, GPT, IGNORE, BadInput, ModelConfig, generate, linear_cross_entropy, load_checkpoint,
-                   model_from_checkpoint, rope_tables, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
+from model import (END_OF_TEXT, GPT, IGNORE, BadInput, Cache, ModelConfig, command, device_exists, generate,
+                   linear_cross_entropy, load_checkpoint, model_from_checkpoint, rope_tables, tokenizer_from_dict,
+                   tokenizer_id, tokenizer_to_dict)
 
 
 def load_teacher(path, tokenizer: dict, block_size: int, device="cpu", dtype=torch.float32):
@@ -463,7 +473,7 @@ def split_pattern(pre: dict | None) -> str | None:
             return SMOLLM_PATTERN
         case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
-            return pattern
+            return pattern.replace(f"[{WORD}]", r"\w").replace(f"[^{WORD}]", r"\W").replace(r"\z", "$")  # see oniguruma
     return None
 
 
@@ -1023,3 +1033,586 @@ def init_from_teacher(student, teacher):
         block.load_state_dict(teacher.blocks[k].state_dict())
     for part in ("embed", "norm", "head"):  # a tied head stays tied: the values are copied, not the tensor
         getattr(student, part).load_state_dict(getattr(teacher, part).state_dict())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learning from the teacher's text: it continues prompts from a corpus, what it wrote is filtered, and a student trains on it.
+# Plain next-token loss on such text is distillation too, of whole sequences (Kim & Rush 2016, arXiv 1606.07947),
+# and asks for no common tokenizer.
+
+
+def read_corpus(data: str) -> list[str]:
+    """The documents of train.py's --data=`data` (stdlib, a text file, a glob or a folder of text), but for the tenth
+    that train.py holds out: no student shall be judged on text that its teacher continued. In the order of their names."""
+    if data == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+        files = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)
+                 and not p.name.startswith("_sysconfigdata")]
+    else:
+        root, files = Path(data), [p for p in Path(data).rglob("*") if not any(
+            part.startswith(".") for part in p.relative_to(data).parts)]
+        if not root.is_dir():
+            files = [root] if root.is_file() else [p for p in map(Path, glob.glob(data, recursive=True)) if p.is_file()]
+            root = Path(os.path.commonpath([p.parent for p in files])) if files else root
+    documents = []
+    for path in sorted(p for p in files if p.is_file()):
+        try:
+            parts = [part for part in path.read_bytes().decode().split(END_OF_TEXT) if part.strip()]
+        except UnicodeDecodeError as e:
+            if data == "stdlib":
+                continue
+            raise BadInput(f"--prompts={data}: {path} is not UTF-8 text (byte {e.start})") from None
+        documents += [(f"{path.relative_to(root).as_posix()}#{i}", part) for i, part in enumerate(parts)]
+    if not documents:
+        raise BadInput(f"--prompts={data}: no such file, folder or glob, or no text in it")
+    if len(documents) == 1:  # as train.split_documents cuts it
+        (_, text), = documents
+        cut = int(len(text) * 0.9)
+        return [text[:text.rfind("\n", cut - len(text) // 20, cut) + 1 or cut]]
+    documents.sort(key=lambda d: hashlib.sha256(d[0].encode()).digest())
+    held_out, enough = 0, 0.1 * sum(len(text) for _, text in documents)
+    while held_out < enough and len(documents) > 1:
+        held_out += len(documents.pop(0)[1])
+    return [text for _, text in sorted(documents)]
+
+
+def draw_prompts(documents, enc, n: int, n_tokens: int, seed: int) -> list[list[int]]:
+    """n different prompts of n_tokens tokens: from the beginning of a line on, every character equally likely to be in
+    that line. At the end of a document a prompt is shorter, and one that would end within a character too."""
+    rng, ends, seen, prompts = random.Random(seed), list(itertools.accumulate(map(len, documents))), set(), []
+    for _ in range(100 * n):
+        place = rng.randrange(ends[-1])
+        i = bisect.bisect_right(ends, place)
+        start = documents[i].rfind("\n", 0, place - ends[i] + len(documents[i])) + 1
+        ids = enc.encode_ordinary(documents[i][start:start + 32 * n_tokens])[:n_tokens]
+        while ids and enc.decode(ids).endswith("\ufffd"):
+            ids.pop()
+        if ids and tuple(ids) not in seen:
+            prompts.append(ids)
+            seen.add(tuple(ids))
+        if len(prompts) == n:
+            return prompts
+    raise BadInput(f"--n_prompts={n}: the corpus has only {len(prompts)} different ones")
+
+
+def pick_by(uniform, logits, temperature, top_p: float):
+    """One token a row by inversion: the first whose cumulated probability exceeds the row's uniform number. So a row's
+    token depends on its own number alone, whatever rows stand beside it. logits: (B, V); uniform, temperature: (B,);
+    0 is greedy. top_p as in model.pick; no more tokens are sorted than make it up. Returns (B,)."""
+    p = (logits.float() / temperature.clamp(min=1e-3)[:, None]).softmax(-1)
+    order, k = None, 256
+    while top_p < 1:
+        likeliest, order = p.topk(min(k, p.shape[-1]))
+        if k >= p.shape[-1] or (likeliest.sum(-1) >= top_p).all():
+            p = likeliest * (likeliest.cumsum(-1) - likeliest < top_p)
+            break
+        k *= 16
+    cumulated = p.cumsum(-1)
+    end = cumulated[:, -1:]
+    target = torch.minimum(uniform[:, None] * end, end.nextafter(end.new_zeros(())))  # below the end, rounding or not
+    token = torch.searchsorted(cumulated, target, right=True)
+    token = token if order is None else order.gather(1, token)
+    return torch.where(temperature == 0, logits.argmax(-1), token[:, 0])
+
+
+class RoomyCache(Cache):
+    """A Cache of attention with room to grow, twice as much as was needed whenever it is full; so that a token is
+    written beside those before it and these are not copied."""
+
+    def append(self, k, v):
+        n = self.length + k.shape[2]
+        if self.k is None or self.k.shape[2] < n:
+            old, shape = (self.k, self.v), (*k.shape[:2], 2 * n, k.shape[3])
+            self.k, self.v = k.new_empty(shape), v.new_empty(shape)
+            if self.length:
+                self.k[:, :, :self.length], self.v[:, :, :self.length] = (t[:, :, :self.length] for t in old)
+        self.k[:, :, self.length:n], self.v[:, :, self.length:n] = k, v
+        return self.k[:, :, :n], self.v[:, :, :n]
+
+
+@torch.no_grad()
+def continue_prompts(model, prompts, n_tokens: int, temperature, top_p: float, uniform, banned, ending) -> list[list]:
+    """Continuations of prompts of equal length, as lists of up to n_tokens ids; one that ends has an ending token last.
+
+    prompts: (B, T) ids; temperature: (B,); uniform: (B, n_tokens), the randomness, see pick_by; banned: ids that are no
+    tokens; ending: (V,) bool, those that end a text. The cache of the past is kept, and rows that have ended
+    are taken out of it when they are a quarter."""
+    caches, new, row = [RoomyCache() for _ in model.blocks], prompts, torch.arange(len(prompts), device=prompts.device)
+    out, ended = torch.zeros(len(prompts), n_tokens, dtype=torch.int64, device=prompts.device), row < 0
+    for t in range(n_tokens):
+        x, _ = model.trunk(new, caches=caches)
+        logits = model.head(model.norm(x[:, -1]))[:, :len(ending)]
+        logits[:, banned] = -math.inf
+        token = pick_by(uniform[row, t], logits, temperature[row], top_p)
+        out[row, t] = token
+        ended = ended | ending[token]
+        new = token[:, None]
+        if t % 8 == 7 and (left := int((~ended).sum())) < 0.75 * len(row):
+            if left == 0:
+                break
+            if isinstance(model, HFModel):  # its cache is transformers' own
+                continue
+            row, new = row[~ended], new[~ended]
+            for cache in caches:
+                for name, state in vars(cache).items():
+                    if isinstance(state, torch.Tensor):
+                        setattr(cache, name, state[~ended])
+            ended = ended[~ended]
+    texts = []
+    for ids in out.tolist():
+        end = next((i for i, token in enumerate(ids) if ending[token]), n_tokens - 1)
+        texts.append(ids[:end + 1])
+    return texts
+
+
+@torch.no_grad()
+def log_likelihood(model, enc, prompts, texts, logits_at_once: int = 1 << 25) -> list[float | None]:
+    """Mean log-likelihood in nats per token of each text after its prompt; None for one without tokens.
+
+    In windows of the judge's context, each token predicted from those before it in its window; windows of similar
+    length go together, as many as make logits_at_once logits."""
+    windows, size, V = [], model.config.block_size, model.config.vocab_size
+    for i, (prompt, text) in enumerate(zip(prompts, texts)):
+        before = [enc.eot_token] + enc.encode_ordinary(prompt)
+        ids = before + enc.encode_ordinary(text)
+        targets = [IGNORE] * (len(before) - 1) + ids[len(before):]
+        windows += [(i, ids[j:j + size][:len(targets) - j], targets[j:j + size]) for j in range(0, len(targets), size)]
+    windows.sort(key=lambda w: len(w[1]))
+    total, count, device = [0.0] * len(texts), [0] * len(texts), next(model.parameters()).device
+    while windows:
+        T = len(windows[-1][1])
+        batch = [windows.pop() for _ in range(min(len(windows), max(1, logits_at_once // (T * V))))]
+        idx = torch.tensor([ids + [0] * (T - len(ids)) for _, ids, _ in batch], device=device)
+        targets = torch.tensor([t + [IGNORE] * (T - len(t)) for _, _, t in batch], device=device)
+        logits, _ = model.forward(idx)
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none")
+        for (i, _, t), loss in zip(batch, nll.view(len(batch), T).sum(1).tolist()):
+            total[i] -= loss
+            count[i] += sum(target != IGNORE for target in t)
+    return [s / n if n else None for s, n in zip(total, count)]
+
+
+def distinct(ids, n: int) -> float:
+    """distinct-n (Li et al. 2016, arXiv 1510.03055): different n-grams over all n-grams; 1 for fewer than n tokens."""
+    grams = list(zip(*(ids[i:] for i in range(n))))
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def load_reward(name: str):
+    """`module:function` as a function (prompts, completions) -> list of finite floats, one each: the form that TRL
+    gives its reward functions too."""
+    module, _, function = name.partition(":")
+    try:
+        sys.path.insert(0, os.getcwd())
+        reward = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise BadInput(f"--score={name}: likelihood, none or module:function is needed ({e})") from None
+    finally:
+        sys.path.pop(0)
+
+    def checked(prompts, texts):
+        try:
+            scores = [float(s) for s in reward(prompts=prompts, completions=texts)]
+        except (TypeError, ValueError) as e:
+            raise BadInput(f"--score={name}: takes prompts and completions, returns a list of numbers ({e})") from None
+        if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
+            raise BadInput(f"--score={name}: a finite number for each of {len(texts)} texts is needed, not {scores[:4]}")
+        return scores
+
+    return checked
+
+
+def weights_id(model) -> str:
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        digest.update(name.encode() + p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_samples(path: Path) -> dict[int, dict]:
+    """The records of a samples.jsonl by their number. Half a line at its end, from a kill, is cut off the file."""
+    if not path.exists():
+        return {}
+    data = path.read_bytes()
+    if (size := data.rfind(b"\n") + 1) < len(data):
+        os.truncate(path, size)
+    try:
+        return {record["sample"]: record for record in map(json.loads, data[:size].splitlines())}
+    except (ValueError, KeyError, TypeError) as e:
+        raise BadInput(f"{path}: damaged ({e!r}); delete it, and it is made again") from None
+
+
+def select(records, enc, min_score=None, best=0, min_distinct=0.0, distinct_n=3) -> tuple[list[dict], dict[str, int]]:
+    """(the records worth training on, how many each rule dropped). In this order: empty texts; equal ones, then ones
+    equal up to white space (the first stays); a distinct-n below min_distinct; a score below min_score; all but the `best`
+    highest scores of each prompt (0: none of this rule)."""
+    dropped = dict.fromkeys(("empty", "duplicate", "near-duplicate", "repetitive", "low score", "not best"), 0)
+    kept, seen = [], set()
+    for r in records:
+        text = r["prompt"] + r["text"]
+        near = " ".join(text.split())
+        why = ("empty" if not r["text"].strip() else "duplicate" if ("exact", text) in seen else
+               "near-duplicate" if near in seen else
+               "repetitive" if min_distinct and distinct(enc.encode_ordinary(r["text"]), distinct_n) < min_distinct else
+               "low score" if min_score is not None and r["score"] < min_score else "")
+        seen |= {("exact", text), near}
+        if why:
+            dropped[why] += 1
+        else:
+            kept.append(r)
+    if best:
+        ranked = sorted(kept, key=lambda r: (r["prompt"], -r["score"], r["sample"]))
+        chosen = {r["sample"] for _, group in itertools.groupby(ranked, key=lambda r: r["prompt"])
+                  for r in itertools.islice(group, best)}
+        dropped["not best"] = len(kept) - len(chosen)
+        kept = [r for r in kept if r["sample"] in chosen]
+    return kept, dropped
+
+
+def generate_command(a) -> str:
+    """Sample, score, filter. The folder then holds config.json (all that fixes the samples), samples.jsonl (one object
+    a sample, appended batch by batch; killed, the command goes on where it was) and text.txt for train.py."""
+    folder, dtype = Path(a.folder), {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype]
+    model, tokenizer = load_pretrained(a.teacher, a.device, dtype, "")
+    enc, judge = tokenizer_from_dict(tokenizer), model
+    judge_enc, reward = enc, None
+    if model.has_attention and 1 + a.prompt_tokens + a.tokens > model.config.block_size:
+        raise BadInput(f"--prompt_tokens={a.prompt_tokens} --tokens={a.tokens}: with the end-of-text token more than "
+                       f"the teacher's context of {model.config.block_size} tokens")
+    if a.judge:
+        judge, its = load_pretrained(a.judge, a.device, dtype, "--judge=")
+        judge_enc = tokenizer_from_dict(its)
+    for p in (*model.parameters(), *judge.parameters()) if a.dtype == "bf16" else ():  # a checkpoint's come in fp32;
+        p.data = p.data.to(dtype) if p.ndim > 1 else p.data  # vectors stay so, for Mamba-2's decays
+    if a.score not in ("likelihood", "none"):
+        reward = load_reward(a.score)
+    prompts = draw_prompts(read_corpus(a.prompts), enc, a.n_prompts, a.prompt_tokens, a.seeds[0])
+    plan = [(n, temperature, seed) for n in range(len(prompts)) for temperature in a.temperatures for seed in a.seeds]
+
+    settings = {"teacher": weights_id(model), "tokenizer": tokenizer_id(tokenizer), "dtype": a.dtype,
+                "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16], "tokens": a.tokens,
+                "temperatures": a.temperatures, "seeds": a.seeds, "top_p": a.top_p, "score": a.score,
+                "judge": weights_id(judge) if a.score == "likelihood" else ""}
+    config, path = folder / "config.json", folder / "samples.jsonl"
+    if config.exists():
+        before = json.loads(config.read_text())
+        if changed := [k for k, v in settings.items() if before.get(k) != v]:
+            raise BadInput(f"{folder}: holds samples of other {', '.join(changed)}; name another folder")
+    elif folder.exists() and any(folder.iterdir()):
+        raise BadInput(f"{folder}: is there already, with other things in it; name another folder")
+    else:
+        with whole(config) as tmp:
+            tmp.write_text(json.dumps(settings, indent=1))
+
+    done = read_samples(path)
+    V, special = model.config.vocab_size, {*enc._special_tokens.values()}
+    tokens = {*enc._mergeable_ranks.values(), *special} if hasattr(enc, "_mergeable_ranks") else range(enc.n_vocab)
+    banned = torch.tensor([i for i in range(V) if i not in tokens], dtype=torch.int64, device=a.device)
+    ending = torch.tensor([i in special for i in range(V)], device=a.device)
+
+    # Prompts of equal length go together. The randomness is a sample's own, so that neither the size of the batch nor a
+    # resumption changes it.
+    length = lambda i: len(prompts[plan[i][0]])  # noqa: E731
+    todo = sorted((i for i in range(len(plan)) if i not in done), key=length)
+    groups = [list(group) for _, group in itertools.groupby(todo, length)]
+    written, seconds = 0, 0.0
+    with open(path, "a", encoding="utf-8") as file, tqdm(
+            total=len(plan), initial=len(done), unit="sample", disable=not sys.stderr.isatty()) as progress:
+        for rows in (g[j:j + a.batch] for g in groups for j in range(0, len(g), a.batch)):
+            began = time.perf_counter()
+            keys = [hashlib.sha256(repr(plan[i]).encode()).digest() for i in rows]
+            uniform = torch.stack([torch.rand(a.tokens, generator=torch.Generator().manual_seed(
+                int.from_bytes(key[:7], "big"))) for key in keys])
+            ids = continue_prompts(
+                model, torch.tensor([[enc.eot_token, *prompts[plan[i][0]]] for i in rows], device=a.device), a.tokens,
+                torch.tensor([plan[i][1] for i in rows], device=a.device), a.top_p,
+                uniform.to(a.device), banned, ending)
+            written, seconds = written + sum(map(len, ids)), seconds + time.perf_counter() - began
+            starts = [enc.decode(prompts[plan[i][0]]) for i in rows]
+            texts = [enc.decode(row[:-1] if ending[row[-1]] else row).rstrip("\ufffd") for row in ids]
+            scores = [None] * len(rows) if a.score == "none" else reward(starts, texts) if reward else log_likelihood(
+                judge, judge_enc, starts, texts)
+            for i, start, text, score in zip(rows, starts, texts, scores):
+                done[i] = {"sample": i, "prompt": start, "text": text, "temperature": plan[i][1], "top_p": a.top_p,
+                           "seed": plan[i][2], "score": score}
+                file.write(json.dumps(done[i], ensure_ascii=False) + "\n")
+            file.flush()
+            progress.update(len(rows))
+            progress.set_postfix_str(f"{written / seconds:,.0f} tokens/s", refresh=False)
+    kept, dropped = select([done[i] for i in sorted(done)], enc, a.min_score, a.best, a.min_distinct, a.distinct_n)
+    if not kept:
+        raise BadInput(f"{folder}: nothing is left of {len(done)} samples: {dropped}; a lower --min_score may help")
+    with whole(folder / "text.txt") as tmp:
+        texts = [("" if a.no_prompts else r["prompt"]) + r["text"] for r in kept]
+        tmp.write_text(END_OF_TEXT.join(texts), encoding="utf-8")
+    speed = f"{written:,} tokens sampled in {seconds:.1f} s, {written / seconds:,.0f} tokens/s; " if written else ""
+    why = ", ".join(f"{n} {rule}" for rule, n in dropped.items() if n)
+    return f"{speed}{len(kept)} of {len(done)} samples in {folder / 'text.txt'}" + (f" (dropped: {why})" if why else "")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Out again: a model of ours as a Hugging Face folder
+
+
+def architecture(c) -> str:
+    """The transformers model that computes what a model of this ModelConfig does, by its name there. Raises BadInput
+    where there is none, with the flags to train with.
+
+    Attention is Llama's, with qk_norm Qwen3's; the MLPs without a gate (relu2, gelu) are Arcee's, which is Llama but
+    for them; swiglu experts are Qwen3-MoE's with qk_norm and Mixtral's without."""
+    kinds, gated = set(c.kinds()), c.mlp == "swiglu"
+    wrong, flags = "", ""
+    if len(kinds) > 1:
+        wrong, flags = f"blocks of several kinds (--layer_pattern={c.layer_pattern})", "one --mixer for all blocks"
+    elif kinds == {"M"} and not c.ssm_norm:
+        wrong, flags = "Mamba-2 without its norm", "--ssm_norm=true"
+    elif kinds != {"M"} and not gated and (c.n_experts or kinds == {"H"}):
+        wrong = f"{'experts' if c.n_experts else 'hybrid blocks'} with an MLP of the kind {c.mlp}"
+        flags = "--mlp=swiglu"
+    elif kinds == {"H"} and c.n_experts:
+        wrong, flags = "hybrid blocks with experts", "--n_experts=0"
+    elif kinds == {"H"} and c.qk_norm:
+        wrong, flags = "hybrid blocks with qk_norm", "--qk_norm=false"
+    elif kinds != {"M"} and not gated and c.qk_norm:
+        wrong, flags = f"qk_norm with an MLP of the kind {c.mlp}", "--mlp=swiglu or --qk_norm=false"
+    if wrong:
+        raise BadInput(f"{wrong}: no model of transformers computes this; train with {flags}")
+    if kinds == {"M"} or kinds == {"H"}:
+        return "Mamba2" if kinds == {"M"} else "FalconH1"
+    if c.n_experts:
+        return "Qwen3Moe" if c.qk_norm else "Mixtral"
+    return "Qwen3" if c.qk_norm else "Llama" if gated else "Arcee"
+
+
+def to_hf(model) -> tuple[dict, dict]:
+    """(fields of config.json, weights by name) of the transformers model that computes the same logits.
+
+    The rows of the embedding and the head that only pad the vocabulary are cut off. Raises BadInput, see
+    `architecture`."""
+    c, V = model.config, model.config.vocab_size
+    name = architecture(c)
+    mamba, falcon = name == "Mamba2", name == "FalconH1"
+    config = {"architectures": [f"{name}ForCausalLM"],
+              "model_type": {"FalconH1": "falcon_h1", "Qwen3Moe": "qwen3_moe"}.get(name, name.lower()),
+              "vocab_size": V, "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer,
+              "tie_word_embeddings": c.tie_embeddings, "use_cache": True}
+    if not mamba:
+        config |= {"num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim,
+                   "max_position_embeddings": c.block_size, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_base,
+                   "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
+                   "intermediate_size": c.mlp_hidden, "hidden_act": "silu" if c.mlp == "swiglu" else c.mlp, "attention_bias": False, "mlp_bias": False}
+    if mamba:
+        config |= {"num_heads": c.expand * c.n_embd // c.ssm_head_dim, "head_dim": c.ssm_head_dim,
+                   "state_size": c.d_state, "n_groups": c.n_groups, "expand": c.expand, "conv_kernel": c.d_conv, "chunk_size": c.chunk_size,
+                   "use_bias": False, "use_conv_bias": True, "residual_in_fp32": False,
+                   "layer_norm_epsilon": c.norm_eps, "rms_norm": True, "norm_before_gate": False}
+    if falcon:
+        config |= {"mamba_d_ssm": c.expand * c.n_embd, "mamba_expand": c.expand, "mamba_d_head": c.ssm_head_dim,
+                   "mamba_n_heads": c.expand * c.n_embd // c.ssm_head_dim, "mamba_d_state": c.d_state,
+                   "mamba_n_groups": c.n_groups, "mamba_d_conv": c.d_conv, "mamba_chunk_size": c.chunk_size,
+                   "mamba_rms_norm": c.ssm_norm, "mamba_norm_before_gate": False, "mamba_conv_bias": True,
+                   "mamba_proj_bias": False, "projectors_bias": False}
+    if name == "Mixtral":
+        config |= {"intermediate_size": c.expert_hidden, "num_local_experts": c.n_experts,
+                   "num_experts_per_tok": c.experts_per_token, "sliding_window": None}
+    if name == "Qwen3Moe":
+        config |= {"moe_intermediate_size": c.expert_hidden, "num_experts": c.n_experts, "norm_topk_prob": True,
+                   "num_experts_per_tok": c.experts_per_token, "decoder_sparse_step": 1, "mlp_only_layers": []}
+
+    named = {  # what HF_NAMES does not tell
+        "FalconH1": {"backbone.": "model.", ".mixer.": ".mamba.", ".mlp.": ".feed_forward.", "post_attention": "pre_ff",
+                     "model.norm.": "model.final_layernorm."},
+        "Mixtral": {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}}.get(name, {})
+    weights = {}
+
+    def put(key, w):
+        for ours, theirs in named.items():
+            key = key.replace(ours, theirs)
+        weights[key] = w
+
+    for key, w in model.state_dict().items():
+        if key.endswith(".load") or key == "head.weight" and c.tie_embeddings:
+            continue
+        names = hf_names("mamba2" if mamba or ".ssm." in key else "attention", key)
+        if key in ("embed.weight", "head.weight"):
+            put(names[0], w[:V])
+        elif key.endswith((".mlp.up", ".mlp.down")):  # files hold the experts' matrices one by one
+            for e, matrix in enumerate(w):
+                for piece, part in zip(("gate", "up") if key.endswith("up") else ("down",), matrix.split(
+                        c.expert_hidden if key.endswith("up") else c.n_embd)):
+                    put(f"{names[0].rpartition('.')[0]}.{e}.{piece}_proj.weight", part)
+        elif len(names) > 1:
+            pieces = model.get_submodule(key.removesuffix(".weight")).pieces
+            for n, part in zip(names[-len(pieces):], w.split(tuple(pieces.values()))):  # without a gate, the last alone
+                put(n, part)
+        else:
+            put(names[0], w)
+    return config, weights
+
+
+WORD = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\u200c\u200d"
+
+
+def oniguruma(pattern: str) -> str:
+    """A pattern of tiktoken's (Rust's fancy-regex) as the engine of Hugging Face's tokenizers reads it. There $ is the
+    end of any line, {1,3}+ is no possessive count but a repetition of one, and \\w lacks joiners and has superscripts."""
+    pattern = re.sub(r"(\\p\{\w+\}|\\.|\[(?:\\.|[^\]])*\])(\{[\d,]+\})\+", r"(?>\1\2)", pattern)
+    pattern = re.sub(r"(\\.|\[(?:\\.|[^\]])*\])|\$", lambda m: m[1] or r"\z", pattern)
+    return re.sub(r"\\.", lambda m: {r"\w": f"[{WORD}]", r"\W": f"[^{WORD}]"}.get(m[0], m[0]), pattern)
+
+
+def tokenizer_to_hf(tokenizer: dict) -> dict:
+    """The content of a tokenizer.json that gives the same ids as tiktoken does with this tokenizer.
+
+    tiktoken merges any two neighbours whose bytes together are a token, lowest id first. Where the merges of lower ids
+    make just two parts of each token, these are all the merges there are (see byte_level_bpe). Otherwise they are all
+    ways to cut each token in two tokens, the longest left part first, as tiktoken goes from left to right; and ignore_merges
+    takes a whole piece that is a token as it is."""
+    if "json" in tokenizer:
+        return json.loads(tokenizer["json"])
+    letters = {b: c for c, b in BYTES.items()}
+    ranks = {bytes.fromhex(t): rank for t, rank in tokenizer["ranks"].items()}
+    write = {token: "".join(letters[b] for b in token) for token in ranks}
+    longer = sorted((t for t in ranks if len(t) > 1), key=ranks.get)
+    merges = [merged_below(t, ranks) for t in longer]
+    if any(len(parts) != 2 for parts in merges):
+        merges = [(t[:i], t[i:]) for t in longer for i in range(len(t) - 1, 0, -1) if t[:i] in ranks and t[i:] in ranks]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    special = {i: text for text, i in sorted(tokenizer["special"].items(), key=lambda s: s[0] != END_OF_TEXT)}
+    return {"version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
+                              "normalized": False, "special": True} for i, text in sorted(special.items())],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": oniguruma(tokenizer["pattern"])}, "behavior": "Isolated",
+                 "invert": False}, byte_level]},
+            "post_processor": None, "decoder": byte_level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+                      "vocab": {write[t]: rank for t, rank in ranks.items()} | {text: i for i, text in special.items()},
+                      "merges": [f"{write[a]} {write[b]}" for a, b in merges]}}
+
+
+@contextlib.contextmanager
+def whole(path: Path):
+    """A path beside `path` to write a file or a folder to. It takes the name when it is complete and on the disk;
+    before that nothing stands there but what stood there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield tmp
+        for part in tmp.iterdir() if tmp.is_dir() else [tmp]:
+            with open(part, "rb+") as f:
+                os.fsync(f.fileno())
+        if path.is_dir():  # an empty one
+            path.rmdir()
+        os.replace(tmp, path)
+    finally:
+        shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
+
+
+def export(checkpoint, folder, dtype="fp32") -> str:
+    """Write a checkpoint of ours as a folder that transformers' from_pretrained reads, with its tokenizer: the same
+    ids, the same logits. dtype: of the weights, fp32, bf16 or fp16. The folder must be new or empty, and is there only
+    when all of it is. Returns a line that says what was written."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError:
+        raise BadInput("export: needs safetensors: pip install safetensors") from None
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder}: is there already and not empty; name a new folder")
+    ckpt = load_checkpoint(checkpoint)
+    try:
+        config, weights = to_hf(model_from_checkpoint(ckpt))
+    except BadInput as e:
+        raise BadInput(f"{checkpoint}: {e}") from None
+    end, torch_dtype = ckpt["tokenizer"]["special"].get(END_OF_TEXT), {
+        "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    name = str(torch_dtype).removeprefix("torch.")
+    special = ckpt["tokenizer"]["special"]
+    end_text = next((text for text, i in special.items() if i == end and text != END_OF_TEXT), END_OF_TEXT)
+    with whole(folder) as tmp:
+        tmp.mkdir()
+        for file, content in (
+                ("config.json", {**config, **ends, "dtype": name, "torch_dtype": name}),
+                ("generation_config.json", ends), ("tokenizer.json", tokenizer_to_hf(ckpt["tokenizer"])),
+                ("tokenizer_config.json", {
+                    "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                    "model_max_length": ckpt["model_config"]["block_size"], "bos_token": end_text,
+                    "eos_token": end_text, "pad_token": end_text})):
+            (tmp / file).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        try:
+            save_file({n: w.detach().to(torch_dtype, copy=True).contiguous() for n, w in weights.items()},
+                      tmp / "model.safetensors", {"format": "pt"})
+            shutil.copymode(tmp / "config.json", tmp / "model.safetensors")  # it comes readable by its owner alone
+        except SafetensorError as e:  # its writer does not say what the system said
+            raise OSError(errno.ENOSPC, f"not written, disk full? ({e})", str(folder)) from None
+    return (f"{folder}: {config['architectures'][0]}, {sum(w.numel() for w in weights.values()):,} weights in {name}, "
+            f"{config['vocab_size']:,} tokens")
+
+
+def numbers(kind):
+    """An argument such as 0.7,1 as a list, for argparse."""
+    def parse(text):
+        return [kind(part) for part in text.split(",")]
+    parse.__name__ = f"list of {kind.__name__}"
+    return parse
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="teacher.py", description="Let a model write text to learn from; export a model.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    g = commands.add_parser("generate", help="let a model continue prompts from a corpus, and keep what scores well")
+    g.add_argument("teacher", help="as train.py's --teacher")
+    g.add_argument("folder", help="for samples.jsonl and text.txt; samples that are there already are kept")
+    g.add_argument("--prompts", default="stdlib", help="stdlib, a text file, a glob or folder; not its held-out part")
+    g.add_argument("--n_prompts", type=int, default=200)
+    g.add_argument("--prompt_tokens", type=int, default=16, help="the teacher's tokens in a prompt")
+    g.add_argument("--tokens", type=int, default=128, help="most tokens of a continuation; it may end before")
+    g.add_argument("--temperatures", type=numbers(float), default=[1.0], help="such as 0.7,1; each prompt is continued at "
+                   "each; 1 with --top_p=1 samples the teacher's own distribution")
+    g.add_argument("--seeds", type=numbers(int), default=[0], help="such as 0,1, and with each; the first draws prompts")
+    g.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens up to this probability")
+    g.add_argument("--score", default="likelihood", help="likelihood (mean log-likelihood per token, nats), none, or a "
+                   "function of yours as module:function, which takes prompts and completions and returns a list of numbers")
+    g.add_argument("--judge", default="", help="the model whose likelihood it is; empty: the teacher's")
+    g.add_argument("--min_score", type=float, default=None, help="drop samples below it")
+    g.add_argument("--best", type=int, default=0, help="of each prompt keep so many of the highest score; 0: all")
+    g.add_argument("--min_distinct", type=float, default=0.0, help="drop those with a smaller share of different n-grams")
+    g.add_argument("--distinct_n", type=int, default=3, help="that n, in tokens")
+    g.add_argument("--no_prompts", action="store_true", help="leave the prompts out of text.txt")
+    g.add_argument("--batch", type=int, default=64, help="samples at a time")
+    g.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="of the matrix products")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    e = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
+    e.add_argument("checkpoint")
+    e.add_argument("folder", help="a new folder")
+    e.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the weights")
+    a = parser.parse_args(argv)
+    if a.command == "export":
+        print(export(a.checkpoint, a.folder, a.dtype))
+        return
+    problems = [f"--{name}={getattr(a, name)}: {why}" for bad, name, why in (
+        *((getattr(a, name) < 1, name, "at least 1")
+          for name in ("n_prompts", "prompt_tokens", "tokens", "distinct_n", "batch")),
+        (not all(t == 0 or 1e-3 <= t < math.inf for t in a.temperatures), "temperatures", "each 0, or at least 0.001"),
+        (len({*a.temperatures}) < len(a.temperatures), "temperatures", "one of them twice"),
+        (not all(0 <= s < 2**63 for s in a.seeds), "seeds", "each from 0 to 2^63 - 1"),
+        (len({*a.seeds}) < len(a.seeds), "seeds", "one of them twice"),
+        (not 0 < a.top_p <= 1, "top_p", "above 0, at most 1"),
+        (a.best < 0, "best", "not negative"), (not 0 <= a.min_distinct <= 1, "min_distinct", "from 0 to 1"),
+        (a.min_score is not None and a.score == "none", "min_score", "there is no score with --score=none"),
+        (a.best > 0 and a.score == "none", "best", "there is no score with --score=none"),
+        (bool(a.judge) and a.score != "likelihood", "judge", "is asked for --score=likelihood alone"),
+        (not device_exists(a.device), "device", "no such device here")) if bad]
+    if problems:
+        raise BadInput("\n       ".join(problems))
+    print(generate_command(a))
+
+
+if __name__ == "__main__":
+    command(main)
