@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from model import BadInput, command, load_checkpoint, model_from_checkpoint, tokenizer_from_dict
@@ -208,6 +209,189 @@ def plotting(path: str):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Curvature
+
+
+def open_model(name, device="cpu", dtype=torch.float32):
+    """(model in eval mode, its tiktoken.Encoding) of a checkpoint of ours, or of what teacher.load_pretrained reads."""
+    ckpt = load_checkpoint(name)
+    return model_from_checkpoint(ckpt, device).eval().to(dtype), tokenizer_from_dict(ckpt["tokenizer"])
+
+
+def read_ids(path, enc, tokens=0) -> list[int]:
+    """The first `tokens` (0: all) of a text file after an end-of-text token, as in training."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"--text={path}: cannot be read as UTF-8 text ({e})") from None
+    return [enc.eot_token, *enc.encode_ordinary(text)[:tokens or None]]
+
+
+def next_token_loss(model, idx, targets):
+    """What model(idx, targets) gives, mean nats, in a form that has second derivatives: all logits at once, and
+    attention as plain products. idx, targets: (B, T)."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten())
+
+
+def hessian_product(model, batches):
+    """The function v -> H v of the Hessian H of the mean loss over the tokens of `batches`, pairs of (B, T) ids, with
+    respect to all parameters, joined into one vector (N,): H v = d/dw (dL/dw . v) (Pearlmutter 1994). Where the router
+    of a mixture of experts would change its mind there is no second derivative; H is that of the choice made."""
+    params, tokens = list(model.parameters()), sum(idx.numel() for idx, _ in batches)
+    sizes = [p.numel() for p in params]
+
+    def product(v):
+        total = torch.zeros_like(v)
+        for idx, targets in batches:
+            gradient = torch.autograd.grad(next_token_loss(model, idx, targets), params, create_graph=True)
+            along = sum((g * part.view_as(g)).sum() for g, part in zip(gradient, v.split(sizes)))
+            parts = torch.autograd.grad(along, params, materialize_grads=True)
+            total += torch.cat([h.flatten() for h in parts]) * (idx.numel() / tokens)
+        return total
+
+    return product
+
+
+def lanczos(product, v, steps: int):
+    """Eigenvalues of a symmetric matrix, known by its products with vectors, as far as `steps` products from v show them.
+
+    Builds an orthonormal basis of v, H v, H^2 v, ... and the tridiagonal matrix T of H in it; every new vector is
+    orthogonalised against all before, twice, as rounding would else give copies of what has converged. Memory: steps
+    vectors. Returns three float64 vectors (m,), m <= steps: eigenvalues of T (Ritz values, rising), of which the
+    extreme ones come to those of H first; their weights, the squared first components of T's eigenvectors: sum_i w_i
+    theta_i^k = v^T H^k v / v^T v for all k < 2 m (Gauss quadrature); and for each how far, at most, the nearest
+    eigenvalue of H lies."""
+    Q, alpha, beta = v.new_empty(steps, len(v)), [], []
+    Q[0] = v / v.norm()
+    for k in range(steps):
+        w = product(Q[k])
+        alpha.append((w @ Q[k]).item())
+        for _ in range(2):
+            w = w - (Q[:k + 1] @ w) @ Q[:k + 1]
+        beta.append(w.norm().item())
+        if k + 1 == steps or beta[-1] <= 100 * torch.finfo(v.dtype).eps * max(map(abs, alpha + beta)):
+            break  # all that v reaches has been seen
+        Q[k + 1] = w / beta[-1]
+    T = torch.tensor(alpha, dtype=torch.float64).diag()
+    T += sum(torch.tensor(beta[:-1], dtype=torch.float64).diag(side) for side in (1, -1)) if len(beta) > 1 else 0
+    theta, S = torch.linalg.eigh(T)
+    return theta, S[0].square(), beta[-1] * S[-1].abs()
+
+
+def spectrum(model, batches, steps=64, probes=2, seed=0, top=3, progress=None) -> dict:
+    """What Lanczos from so many random vectors of signs shows of the Hessian (hessian_product) of a model.
+
+    loss in nats; top: its largest eigenvalues, falling, and least, its most negative one, each the extreme over the
+    vectors (a Ritz value never lies beyond its eigenvalue), with `residual`, the largest bound on their error; trace,
+    and trace_se over the vectors; rms, the root mean square of all N eigenvalues; ritz: [(values, weights)], from which
+    density() is made. In the dtype of the model."""
+    params = list(model.requires_grad_(True).parameters())
+    N, runs = sum(p.numel() for p in params), []
+    product, generator = hessian_product(model, batches), torch.Generator().manual_seed(seed)
+    for _ in range(probes):
+        v = (torch.randint(2, (N,), generator=generator) * 2 - 1).to(params[0])
+        runs.append(lanczos(lambda u: (progress and progress.update(), product(u))[1], v, steps))
+    largest = [max((t[-1 - k].item(), r[-1 - k].item()) for t, _, r in runs if k < len(t))
+               for k in range(min(top, max(len(t) for t, _, _ in runs)))]
+    least = min((t[0].item(), r[0].item()) for t, _, r in runs)
+    traces = [N * (w * t).sum().item() for t, w, _ in runs]
+    with torch.no_grad():
+        loss = sum(next_token_loss(model, *b).item() * b[0].numel() for b in batches) / sum(b[0].numel() for b in batches)
+    return {"loss": loss, "parameters": N, "top": [value for value, _ in largest], "least": least[0],
+            "residual": max(r for _, r in [*largest, least]), "trace": statistics.mean(traces),
+            "trace_se": statistics.stdev(traces) / math.sqrt(probes) if probes > 1 else math.nan,
+            "rms": math.sqrt(statistics.mean((w * t.square()).sum().item() for t, w, _ in runs)),
+            "ritz": [(t, w) for t, w, _ in runs]}
+
+
+def density(ritz, x, sigma: float):
+    """The density of eigenvalues at x (n,), each seen as a normal of standard deviation sigma: stochastic Lanczos
+    quadrature (Lin, Saad & Yang 2016; for networks Ghorbani et al. 2019, arXiv 1901.10159). Its integral is 1."""
+    normal = [(w * torch.exp(-0.5 * ((x[:, None] - t) / sigma) ** 2)).sum(1) for t, w in ritz]
+    return torch.stack(normal).mean(0) / (sigma * math.sqrt(2 * math.pi))
+
+
+def run_checkpoints(names) -> list[str]:
+    """Files as they are; of a run's folder its step-*.pt (train.py's --keep_checkpoints), or else its ckpt.pt."""
+    found = []
+    for name in names:
+        found += sorted(map(str, Path(name).glob("step-*.pt"))) or [str(Path(name, "ckpt.pt"))] if Path(name).is_dir() else [name]
+    return found
+
+
+def curvature_command(a) -> str:
+    """A row a checkpoint; where the folders are NAME-SEED, also each NAME's eigenvalues over those of the first NAME at
+    the same step and seed."""
+    if min(a.tokens, a.steps, a.probes, a.micro_batch, a.top) < 1:
+        raise BadInput("--tokens, --steps, --probes, --top and --micro_batch have to be at least 1")
+    rows, found, dtype = [], [], {"fp32": torch.float32, "fp64": torch.float64}[a.dtype]
+    names = run_checkpoints(a.checkpoints)
+    with tqdm(total=len(names) * a.probes * a.steps, unit="product", disable=None) as progress:
+        for name in names:
+            model, enc = open_model(name, a.device, dtype)
+            step = load_checkpoint(name)["step"] if Path(name).is_file() else 0
+            ids, T = torch.tensor(read_ids(a.text, enc, a.tokens), device=a.device), model.config.block_size
+            rows_of_text = (len(ids) - 1) // T
+            if rows_of_text < 1:
+                raise BadInput(f"--text={a.text} --tokens={a.tokens}: {len(ids) - 1} tokens; a context of {T} is needed")
+            n = rows_of_text * T
+            batches = list(zip(ids[:n].view(-1, T).split(a.micro_batch), ids[1:n + 1].view(-1, T).split(a.micro_batch)))
+            s = spectrum(model, batches, a.steps, a.probes, a.seed, a.top, progress)
+            found.append((name, step, s))
+            rows.append(" | ".join([f"| {name}", f"{step}", f"{s['loss']:.4f}", ", ".join(f"{v:.4g}" for v in s["top"]),
+                                    f"{s['least']:.4g}", f"{s['top'][0] / abs(s['least']):.3g}", f"{s['residual']:.1g}",
+                                    f"{s['trace']:.4g} ± {s['trace_se']:.2g}", f"{s['rms']:.3g}"]) + " |")
+    lines = [f"{n:,} tokens, {s['parameters']:,} parameters, {a.dtype}", "",
+             "| checkpoint | step | loss | largest eigenvalues | most negative | their ratio | error below | trace | rms |",
+             "|---" * 9 + "|", *rows]
+    groups = {}  # {(name, step): {seed: spectrum}}
+    for name, step, s in found:
+        group, _, seed = Path(name).parent.name.rpartition("-")
+        groups.setdefault((group, step), {})[seed] = s
+    first = next(iter(groups))[0]
+    if all(group for group, _ in groups) and len({group for group, _ in groups}) > 1:
+        lines += ["", f"| over {first} | step | seeds | largest eigenvalue | most negative | their ratio | trace |", "|---" * 7 + "|"]
+        for (group, step), by_seed in groups.items():
+            pairs = [(s, groups[first, step][seed]) for seed, s in by_seed.items() if seed in groups.get((first, step), {})]
+            if group != first and pairs:
+                ratios = [[s["top"][0] / r["top"][0], s["least"] / r["least"], s["trace"] / r["trace"]] for s, r in pairs]
+                big, small, trace = zip(*ratios)
+                lines.append(" | ".join([f"| {group}", f"{step}", f"{len(pairs)}", mean_sd(big, 3), mean_sd(small, 3),
+                                         mean_sd([b / m for b, m in zip(big, small)], 3), mean_sd(trace, 3)]) + " |")
+    if a.plot:
+        plot_spectra(found, a.plot)
+    return "\n".join(lines)
+
+
+def plot_spectra(found, path: str):
+    """Density of eigenvalues by checkpoint; beside it the extreme ones over steps, a line for each run, if there are
+    several steps."""
+    pyplot = plotting(path)
+    runs = {}
+    for name, step, s in found:
+        runs.setdefault(str(Path(name).parent), []).append((step, s["top"][0], s["least"]))
+    along = any(len(lines) > 1 for lines in runs.values())
+    figure, axes = pyplot.subplots(1, 1 + along, figsize=(6 + 5 * along, 4), layout="constrained", squeeze=False)
+    low, high = min(s["least"] for _, _, s in found), max(s["top"][0] for _, _, s in found)
+    margin = 0.05 * (high - low)
+    x = torch.linspace(low - margin, high + margin, 2000, dtype=torch.float64)
+    for name, step, s in found:
+        label = f"{Path(name).parent.name} step {step}" if len(found) <= 12 else None
+        axes[0, 0].semilogy(x, density(s["ritz"], x, 0.01 * (high - low)), label=label)
+    axes[0, 0].set(xlabel="eigenvalue", ylabel="density", title="Hessian of the loss", ylim=(1e-10, None))
+    axes[0, 0].legend(fontsize="small") if len(found) <= 12 else None
+    if along:
+        for i, (run, lines) in enumerate(runs.items()):
+            steps, top, least = zip(*sorted(lines))
+            axes[0, 1].plot(steps, top, "o-", color=f"C{i}", label=f"{Path(run).name}, largest")
+            axes[0, 1].plot(steps, least, "o--", color=f"C{i}", label=f"{Path(run).name}, most negative")
+        axes[0, 1].set(xlabel="step", ylabel="eigenvalue", title="sharpness along training", yscale="symlog")
+        axes[0, 1].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Tables over runs
 
 
@@ -356,6 +540,9 @@ def plot_sweep(runs, piece: str, path: str):
     figure.savefig(path, dpi=120)
 
 
+COMMANDS = {"curvature": curvature_command}
+
+
 def main(argv):
     parser = argparse.ArgumentParser(prog="probes.py", description="Measure models, and make tables and pictures of runs.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -372,6 +559,18 @@ def main(argv):
     p.add_argument("--skip_first", action="store_true", help="leave the first position of each context out")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--plot", default="", help="also draw the profile over depth to this file")
+    h = commands.add_parser("curvature", help="extreme eigenvalues and density of the loss' Hessian")
+    h.add_argument("checkpoints", nargs="+", help="checkpoints, or folders of runs (--keep_checkpoints keeps them all)")
+    h.add_argument("--text", required=True, help="a text file to take the loss on")
+    h.add_argument("--tokens", type=int, default=4096, help="how many of its tokens")
+    h.add_argument("--steps", type=int, default=64, help="Hessian-vector products from each random vector")
+    h.add_argument("--probes", type=int, default=2, help="random vectors")
+    h.add_argument("--top", type=int, default=3, help="how many of the largest eigenvalues are shown")
+    h.add_argument("--micro_batch", type=int, default=8, help="sequences differentiated at a time")
+    h.add_argument("--dtype", default="fp32", choices=("fp32", "fp64"))
+    h.add_argument("--seed", type=int, default=0, help="of the random vectors")
+    h.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    h.add_argument("--plot", default="", help="also draw the density to this file")
     a = parser.parse_args(argv)
     if getattr(a, "plot", ""):
         plotting(a.plot)
@@ -379,6 +578,8 @@ def main(argv):
         print(compare(a.runs))
     elif a.command == "linearity":
         print(linearity_command(a))
+    elif a.command in COMMANDS:
+        print(COMMANDS[a.command](a))
     else:
         print(sweep(a.runs, a.piece))
         if a.plot:
