@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from model import BadInput, command, load_checkpoint, model_from_checkpoint, tokenizer_from_dict
+from model import GPT, BadInput, Cache, command, load_checkpoint, model_from_checkpoint, tokenizer_from_dict
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Linearity
@@ -341,7 +341,7 @@ def curvature_command(a) -> str:
             found.append((name, step, s))
             rows.append(" | ".join([f"| {name}", f"{step}", f"{s['loss']:.4f}", ", ".join(f"{v:.4g}" for v in s["top"]),
                                     f"{s['least']:.4g}", f"{s['top'][0] / abs(s['least']):.3g}", f"{s['residual']:.1g}",
-                                    f"{s['trace']:.4g} ± {s['trace_se']:.2g}", f"{s['rms']:.3g}"]) + " |")
+                                    f"{s['trace']:.4g}" + (f" ± {s['trace_se']:.2g}" if a.probes > 1 else ""), f"{s['rms']:.3g}"]) + " |")
     lines = [f"{n:,} tokens, {s['parameters']:,} parameters, {a.dtype}", "",
              "| checkpoint | step | loss | largest eigenvalues | most negative | their ratio | error below | trace | rms |",
              "|---" * 9 + "|", *rows]
@@ -389,6 +389,209 @@ def plot_spectra(found, path: str):
         axes[0, 1].set(xlabel="step", ylabel="eigenvalue", title="sharpness along training", yscale="symlog")
         axes[0, 1].legend(fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Downstream
+
+TASK_FIELDS = (("ctx", "endings", "label"), ("context", "choices", "label"), ("sentence_good", "sentence_bad"))
+
+
+def read_task(path) -> list[tuple[str, list[str], int]]:
+    """(context, choices, number of the right one) of each line of a file of JSON objects: HellaSwag's ctx, endings,
+    label; context, choices, label; or BLiMP's sentence_good, sentence_bad, which is two choices without a context.
+    Texts are taken as they stand. Raises BadInput with the file and the line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"--task={path}: cannot be read as UTF-8 text ({e})") from None
+    items = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+
+        def need(ok, why):
+            if not ok:
+                raise BadInput(f"--task={path}, line {number}: {why}")
+
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as e:
+            need(False, f"not JSON ({e})")
+        need(isinstance(record, dict), "not a JSON object")
+        names = max(TASK_FIELDS, key=lambda names: sum(n in record for n in names if n != "label"))
+        for n in names:
+            need(n in record, f"no field `{n}`; the fields {', or '.join(', '.join(f) for f in TASK_FIELDS)} are needed")
+        context, choices, label = ("", [record[n] for n in names], 0) if len(names) == 2 else [record[n] for n in names]
+        need(isinstance(context, str), f"`{names[0]}` is no text")
+        need(isinstance(choices, list) and len(choices) > 1 and all(isinstance(t, str) and t.strip() for t in choices),
+             f"`{names[1]}`: two texts or more are needed" if len(names) == 3 else "two sentences are needed")
+        label = int(label) if isinstance(label, str) and label.isdecimal() else label  # HellaSwag has "3"
+        need(type(label) is int and 0 <= label < len(choices), f"`label` {label!r}: a number from 0 to {len(choices) - 1} is needed")
+        items.append((context, choices, label))
+    if not items:
+        raise BadInput(f"--task={path}: no line in it")
+    return items
+
+
+def encode_pair(enc, context: str, choice: str) -> tuple[list[int], int]:
+    """(token ids of context and choice, number of the first that is the choice's), after an end-of-text token, as every
+    document had one in training. The boundary is lm-evaluation-harness's: one space between the two, which belongs to
+    the choice, as all blanks at the end of the context do; both are encoded together, and cut where the context encoded
+    alone ends."""
+    if context and not (context[-1].isspace() or choice[0].isspace()):
+        choice = " " + choice
+    stripped = context.rstrip()
+    whole = enc.encode_ordinary(context + choice)
+    start = len(enc.encode_ordinary(stripped))
+    return [enc.eot_token, *whole], 1 + min(start, len(whole) - 1)
+
+
+def cut_to(length: int, ids, start: int):
+    """The end of a sequence that is longer than `length`: (ids, start), with start below 1 where it does not hold all of
+    the choice and a token before it."""
+    gone = max(0, len(ids) - length)
+    return ids[gone:], start - gone
+
+
+def rows_of(cache: Cache, rows) -> Cache:
+    """A cache for these rows, in this order and as often as they stand there."""
+    picked = Cache()
+    picked.length = cache.length
+    for name in ("k", "v", "conv", "state"):
+        kept = getattr(cache, name)
+        setattr(picked, name, None if kept is None else kept[rows])
+    return picked
+
+
+@torch.no_grad()
+def log_likelihoods(model, items, batch_tokens=8192, progress=None) -> list[list[float]]:
+    """Of every sequence of every item, the sum over tokens i >= start of log p(token i | tokens before it), in nats.
+
+    items: lists of sequences (token ids, start), 1 <= start < len(ids) <= block_size + 1. What the sequences of an item
+    have in common before their starts, a long context with several endings, goes through the model once, and its
+    caches serve all of them: items with contexts of about one length together, all cut at the shortest, so that no
+    filling stands before a token. The rest goes in order of length, filled up at the end, where a causal model does
+    not see it; the head runs only where a token is scored."""
+    V, device = model.config.vocab_size, next(model.parameters()).device
+    totals = [[0.0] * len(item) for item in items]
+    common = [min(start for _, start in item) - 1 for item in items]  # the last context token's state is needed
+    for i, item in enumerate(items):
+        if len(item) < 2 or not isinstance(model, GPT) or any(ids[:common[i]] != item[0][0][:common[i]] for ids, _ in item):
+            common[i] = 0
+    order = sorted(range(len(items)), key=lambda i: -common[i])
+    while order:
+        longest, n = common[order[0]], 1
+        if longest < 8:  # does not pay
+            n = len(order)
+        while n < len(order) and common[order[n]] >= 0.75 * longest and (n + 1) * longest <= batch_tokens:
+            n += 1
+        group, order = order[:n], order[n:]
+        P, caches = common[group[-1]] if longest >= 8 else 0, None
+        if P:
+            caches = [Cache() for _ in model.blocks]
+            model.trunk(torch.tensor([items[i][0][0][:P] for i in group], device=device), caches=caches)
+        rows = sorted(((len(ids) - 1 - P, g, k, i) for g, i in enumerate(group) for k, (ids, _) in enumerate(items[i])),
+                      reverse=True)
+        while rows:
+            width = rows[0][0]
+            n = max(1, batch_tokens // width)
+            batch, rows = rows[:n], rows[n:]
+            idx, picked = torch.zeros(len(batch), width, dtype=torch.int64), []  # (row, place, token) of what is scored
+            for row, (size, _, k, i) in enumerate(batch):
+                ids, start = items[i][k]
+                idx[row, :size] = torch.tensor(ids[P:-1])
+                picked += [(row, t - 1 - P, ids[t]) for t in range(start, len(ids))]
+            chosen = torch.tensor([g for _, g, _, _ in batch], device=device)
+            idx, (at, place, token) = idx.to(device), torch.tensor(picked, device=device).T
+            x, _ = model.trunk(idx, **({"caches": [rows_of(c, chosen) for c in caches]} if P else {}))
+            scored = []
+            for some, ids in zip(x[at, place].split(1024), token.split(1024)):  # not all logits at once
+                logits = model.head(model.norm(some))[:, :V]
+                scored.append(-F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, ids, reduction="none"))
+            sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, at.cpu(), torch.cat(scored).double().cpu())
+            for total, (_, _, k, i) in zip(sums.tolist(), batch):
+                totals[i][k] = total
+            if progress:
+                progress.update(len(batch))
+    return totals
+
+
+def right(scores, label: int) -> tuple[float, bool]:
+    """(1 if the label's score is the highest, its share of 1 in a tie, else 0; whether there is a tie at the top).
+    Scores that differ by less than 1e-5 of themselves, which is rounding, are equal."""
+    best = max(scores)
+    top = [k for k, s in enumerate(scores) if best - s <= 1e-5 * abs(best)]
+    return (1 / len(top) if label in top else 0.0), len(top) > 1
+
+
+def evaluate_task(model, enc, task, batch_tokens=8192, progress=None) -> dict:
+    """Multiple choice over (context, choices, label): `sum` and `per_character`, the accuracies by summed
+    log-likelihood and by that over the characters of the choice (the harness's acc and acc_norm), with standard errors
+    *_se and *_ties, items with several best choices; chance; items; cut: of these, those that lost the beginning of
+    their context, as they are longer than the model's; left_out: further ones, where a choice alone is longer. scores:
+    each item's log-likelihoods in nats, None where left out."""
+    limit = model.config.block_size + 1 if getattr(model, "has_attention", True) else math.inf
+    items, cut = [], 0
+    for context, choices, _ in task:
+        whole = [encode_pair(enc, context, choice) for choice in choices]
+        item = [cut_to(limit, *pair) for pair in whole] if limit < math.inf else whole
+        items.append(item if all(start >= 1 for _, start in item) else None)
+        cut += items[-1] is not None and any(len(ids) > limit for ids, _ in whole)
+    kept = [i for i, item in enumerate(items) if item]
+    found = dict(zip(kept, log_likelihoods(model, [items[i] for i in kept], batch_tokens, progress)))
+    out = {"items": len(kept), "cut": cut, "left_out": len(items) - len(kept), "scores": [found.get(i) for i in range(len(items))],
+           "chance": statistics.mean(1 / len(task[i][1]) for i in kept) if kept else math.nan}
+    for name, size in (("sum", lambda choice: 1), ("per_character", len)):
+        results = [right([s / size(c) for s, c in zip(found[i], task[i][1])], task[i][2]) for i in kept]
+        got = [credit for credit, _ in results]
+        out |= {name: statistics.mean(got) if got else math.nan, f"{name}_ties": sum(tie for _, tie in results),
+                f"{name}_se": statistics.stdev(got) / math.sqrt(len(got)) if len(got) > 1 else math.nan}
+    return out
+
+
+def evaluate_text(model, enc, ids, n_bytes: int, stride: int, batch_tokens=8192, progress=None) -> dict:
+    """nats, mean per token of a text of n_bytes, with nats_se over windows; perplexity; bits_per_byte; tokens.
+    ids: its tokens after an end-of-text token. Every window of block_size inputs scores its last `stride` tokens."""
+    T = model.config.block_size
+    windows = [cut_to(T + 1, ids[:min(begin + stride, len(ids))], begin) for begin in range(1, len(ids), stride)]
+    totals = [total for total, in log_likelihoods(model, [[w] for w in windows], batch_tokens, progress)]
+    means = [-total / (len(w) - start) for total, (w, start) in zip(totals, windows)]
+    nats = -sum(totals) / (len(ids) - 1)
+    return {"tokens": len(ids) - 1, "nats": nats, "perplexity": math.exp(nats), "bits_per_byte": -sum(totals) / math.log(2) / n_bytes,
+            "nats_se": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan}
+
+
+def eval_command(a) -> str:
+    if not (a.task or a.text):
+        raise BadInput("eval: --task=FILE.jsonl or --text=FILE is needed")
+    tasks = [(path, read_task(path)[:a.items or None]) for path in a.task]
+    model, enc = open_model(a.checkpoint, a.device, getattr(torch, a.dtype))
+    stride = a.stride or model.config.block_size
+    if not (0 < stride <= model.config.block_size and a.batch_tokens > 0 and a.items >= 0):
+        raise BadInput(f"--stride={a.stride} --batch_tokens={a.batch_tokens} --items={a.items}: a stride from 1 to the context of "
+                       f"{model.config.block_size}, a batch of at least 1, and items not negative are needed")
+    lines, done = [], []
+    for path, task in tasks:
+        with tqdm(total=sum(len(choices) for _, choices, _ in task), unit="text", desc=Path(path).name, disable=None) as progress:
+            done.append((Path(path).stem, evaluate_task(model, enc, task, a.batch_tokens, progress)))
+    if done:
+        lines += ["| task | items | accuracy by sum, % | per character, % | chance | ties | context cut | left out |", "|---" * 8 + "|"]
+        lines += [f"| {name} | {r['items']:,} | {100 * r['sum']:.2f} ± {100 * r['sum_se']:.2f} | {100 * r['per_character']:.2f} ± "
+                  f"{100 * r['per_character_se']:.2f} | {100 * r['chance']:.1f} | {r['sum_ties']}, {r['per_character_ties']} | {r['cut']} | "
+                  f"{r['left_out']} |" for name, r in done]
+        if len(done) > 1:
+            lines.append(f"| mean | {sum(r['items'] for _, r in done):,} | {100 * statistics.mean(r['sum'] for _, r in done):.2f} | "
+                         f"{100 * statistics.mean(r['per_character'] for _, r in done):.2f} | | | | |")
+    if a.text:
+        ids = read_ids(a.text, enc, a.tokens)
+        if len(ids) < 2:
+            raise BadInput(f"--text={a.text}: no text in it")
+        with tqdm(total=-(-(len(ids) - 1) // stride), unit="window", desc=Path(a.text).name, disable=None) as progress:
+            r = evaluate_text(model, enc, ids, len(enc.decode_bytes(ids[1:])), stride, a.batch_tokens, progress)
+        lines += [f"{a.text}: {r['nats']:.4f} ± {r['nats_se']:.4f} nats per token, perplexity {r['perplexity']:.3f}, "
+                  f"{r['bits_per_byte']:.4f} bits per byte, over {r['tokens']:,} tokens"]
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -540,7 +743,7 @@ def plot_sweep(runs, piece: str, path: str):
     figure.savefig(path, dpi=120)
 
 
-COMMANDS = {"curvature": curvature_command}
+COMMANDS = {"curvature": curvature_command, "eval": eval_command}
 
 
 def main(argv):
@@ -571,6 +774,17 @@ def main(argv):
     h.add_argument("--seed", type=int, default=0, help="of the random vectors")
     h.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     h.add_argument("--plot", default="", help="also draw the density to this file")
+    e = commands.add_parser("eval", help="accuracy on multiple choice and minimal pairs; perplexity of a text")
+    e.add_argument("checkpoint")
+    e.add_argument("--task", nargs="+", default=[], help="files of JSON lines: ctx, endings, label; context, choices, label; or "
+                   "sentence_good, sentence_bad")
+    e.add_argument("--items", type=int, default=0, help="how many items of each file; 0: all")
+    e.add_argument("--text", default="", help="a text file to take the perplexity of")
+    e.add_argument("--tokens", type=int, default=0, help="how many of its tokens; 0: all")
+    e.add_argument("--stride", type=int, default=0, help="tokens from window to window; 0: the whole context, without overlap")
+    e.add_argument("--batch_tokens", type=int, default=8192, help="tokens in one forward pass")
+    e.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
+    e.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args(argv)
     if getattr(a, "plot", ""):
         plotting(a.plot)

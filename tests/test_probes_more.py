@@ -144,3 +144,167 @@ def test_curvature_along_runs(tiny, tmp_path, capsys):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(BadInput, match="a context of 32 is needed"):
         probes.main(["curvature", str(tmp_path / "let-0"), f"--text={tmp_path / 'text.txt'}", "--tokens=9"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Downstream
+
+WORDS = "the cat sat on a mat and then it ran to see some old red dogs that were not there before noon".split()
+
+
+def handwritten() -> list[dict]:
+    """20 items of all three forms, contexts of 0 to 30 words, two to five choices, some alike, some longer than others."""
+    items = []
+    for i in range(8):
+        context = " ".join(WORDS[j % 20] for j in range(i, 5 * i))
+        items.append({"ctx": context, "endings": [" ".join(WORDS[k:k + n]) for k, n in ((i, 2), (i + 3, 7), (2, 1), (9, i + 1))],
+                      "label": str(i % 4)})
+    for i in range(6):
+        items.append({"context": f"Question {i}: where did the old cat run?\nAnswer:" + "  " * (i % 2),
+                      "choices": ["home", "to the red mat", "not there", "nowhere, it sat"][:2 + i % 3], "label": i % 2})
+    for i in range(6):
+        items.append({"sentence_good": " ".join(WORDS[i:i + 6]) + ".", "sentence_bad": " ".join(WORDS[i:i + 6][::-1]) + "."})
+    return items
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    path = tmp_path_factory.mktemp("task") / "task.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, handwritten())))
+    return probes.read_task(path)
+
+
+@pytest.fixture(scope="module")
+def enc():
+    text = "Question 1: where did the old cat run?\nAnswer: " + " ".join(WORDS + WORDS[::-1] + WORDS[::2]) + " nowhere, home."
+    return train_module.tokenizer_from_dict(train_module.make_tokenizer("bpe", train_module.train_bpe([text] * 2, 300), train_module.PATTERN))
+
+
+def reader(**kw):
+    return tiny_model(**{**dict(vocab_size=301, block_size=256, n_layer=2), **kw})
+
+
+def one_by_one(logits_of, enc, task):
+    """[[log-likelihood of each choice]] by a loop over logits, one sequence per forward pass, the boundary found here."""
+    totals = []
+    for context, choices, _ in task:
+        totals.append([])
+        for choice in choices:
+            text = context + ("" if not context or context.endswith(" ") else " ") + choice
+            n = len(enc.encode_ordinary(context.rstrip(" ")))
+            ids = [enc.eot_token] + enc.encode_ordinary(text)
+            log_p = logits_of(torch.tensor([ids]))[0].double().log_softmax(-1)
+            totals[-1].append(sum(log_p[t - 1, ids[t]].item() for t in range(1 + n, len(ids))))
+    return totals
+
+
+@torch.no_grad()
+def test_scores_are_those_of_a_loop_over_the_logits_of_transformers(task, enc):
+    from test_model import hf_twin
+    model = reader(mlp="swiglu")
+    twin = hf_twin(model)
+    expected = one_by_one(lambda idx: twin(idx).logits, enc, task)
+    got = probes.evaluate_task(model, enc, task)
+    assert len(task) == 20 and got["items"] == 20 and got["cut"] == got["left_out"] == 0
+    for ours, theirs in zip(got["scores"], expected):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-4)
+    by_sum = [max(range(len(s)), key=s.__getitem__) == label for s, (_, _, label) in zip(expected, task)]
+    each = [[s / len(c) for s, c in zip(scores, choices)] for scores, (_, choices, _) in zip(expected, task)]
+    by_length = [max(range(len(s)), key=s.__getitem__) == label for s, (_, _, label) in zip(each, task)]
+    assert by_sum != by_length
+    assert got["sum"] == pytest.approx(sum(by_sum) / 20) and got["per_character"] == pytest.approx(sum(by_length) / 20)
+    assert got["sum_se"] == pytest.approx(torch.tensor(by_sum).double().std().item() / 20**0.5)
+    assert got["chance"] == pytest.approx((8 / 4 + 2 * (1 / 2 + 1 / 3 + 1 / 4) + 6 / 2) / 20)
+
+
+@pytest.mark.parametrize("kind", ["attention", "mamba2", "hybrid", "experts"])
+@torch.no_grad()
+def test_order_batch_size_and_filling_do_not_change_a_score(task, enc, kind):
+    model = reader(**{**MIXERS[kind], "ssm_head_dim": 16, "d_state": 8, "chunk_size": 7})
+    expected = one_by_one(lambda idx: model(idx)[0], enc, task)
+    for batch_tokens, order in ((1, 1), (100, -1), (10**6, 1), (10**6, -1)):
+        got = probes.evaluate_task(model, enc, task[::order], batch_tokens)["scores"][::order]
+        for ours, theirs in zip(got, expected):
+            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-4)
+
+
+def test_shared_contexts_go_through_the_model_once(enc, monkeypatch):
+    task = [("the cat sat on a mat and then it ran to see some old red dogs " * (2 + i % 2), ["home", "there", "not there"], 0)
+            for i in range(6)]
+    model, seen = reader(), []
+    trunk = model.trunk
+    monkeypatch.setattr(model, "trunk", lambda idx, **kw: seen.append(idx.numel()) or trunk(idx, **kw))
+    probes.evaluate_task(model, enc, task)
+    whole = sum(len(probes.encode_pair(enc, context, choice)[0]) for context, choices, _ in task for choice in choices)
+    assert sum(seen) < 0.6 * whole
+
+
+def test_the_boundary_between_context_and_choice(enc):
+    for context, choice, ours in (("the cat", "sat", " sat"), ("the cat ", "sat", " sat"), ("the cat", " sat", " sat"),
+                                  ("the cat\n", "sat", "\nsat"), ("", "sat", "sat")):
+        ids, start = probes.encode_pair(enc, context, choice)
+        assert ids[0] == enc.eot_token and enc.decode(ids[start:]) == ours and enc.decode(ids[1:start]) == context.rstrip()
+
+
+def test_ties_share_the_point_and_are_counted(enc):
+    model = reader()
+    task = [("the cat", ["sat on a", "sat on a", "the mat of the red red red dogs"], k) for k in range(3)]
+    got = probes.evaluate_task(model, enc, task)
+    top = [0.0, 0.0, 1.0] if got["scores"][0][2] > got["scores"][0][0] else [0.5, 0.5, 0.0]
+    assert got["sum"] == pytest.approx(sum(top) / 3) and got["sum_ties"] == (3 if top[0] else 0)
+    assert probes.right([-3.0, -3.0, -5.0, -3.0], 3) == (pytest.approx(1 / 3), True)
+    assert probes.right([-3.0, -2.9999, -5.0], 1) == (1.0, False) and probes.right([-3.0, -3.0 + 1e-7], 0) == (0.5, True)
+
+
+@torch.no_grad()
+def test_long_contexts_lose_their_beginning_and_are_counted(enc):
+    model, text = reader(block_size=16), " ".join(WORDS)
+    task = [(text, ["home", "there"], 0), ("the cat", ["sat", "ran"], 1), ("the", ["sat", text], 0)]
+    got = probes.evaluate_task(model, enc, task)
+    assert (got["items"], got["cut"], got["left_out"]) == (2, 1, 1) and got["scores"][2] is None
+    for k, choice in enumerate(task[0][1]):
+        ids, n = enc.encode_ordinary(f"{text} {choice}"), len(enc.encode_ordinary(f" {choice}"))
+        log_p = model(torch.tensor([ids[-17:-1]]))[0][0].log_softmax(-1)
+        assert got["scores"][0][k] == pytest.approx(sum(log_p[t, ids[-17:][t + 1]].item() for t in range(16 - n, 16)), rel=1e-5)
+    long = probes.evaluate_task(reader(block_size=16, mixer="mamba2", ssm_head_dim=16), enc, task)
+    assert (long["items"], long["cut"], long["left_out"]) == (3, 0, 0), "a state space has no longest context"
+
+
+@pytest.mark.parametrize("line, why", [
+    ('{"ctx": "a", "label": 1}', "no field `endings`"), ('{"sentence_good": "a"}', "no field `sentence_bad`"),
+    ('{"a": 1}', "no field `ctx`"), ('{"ctx": "a", "endings": ["b", "c"], "label": 2}', "`label` 2: a number from 0 to 1"),
+    ('{"ctx": "a", "endings": ["b", "c"], "label": ""}', "`label` ''"), ('{"ctx": "a", "endings": ["b"], "label": 0}', "two texts"),
+    ('{"context": "a", "choices": "bc", "label": 0}', "two texts"), ('{"context": 1, "choices": ["b", "c"], "label": 0}', "no text"),
+    ("[1]", "not a JSON object"), ('{"ctx', "not JSON"), ("", "no line in it")])
+def test_a_task_that_is_none_is_refused_by_line(tmp_path, line, why):
+    good = '{"sentence_good": "a b", "sentence_bad": "b a"}\n\n' if line else ""
+    (tmp_path / "t.jsonl").write_text(good + line)
+    with pytest.raises(BadInput, match=(r"t\.jsonl, line 3: " if line else "") + ".*" + why.replace("[", r"\[")):
+        probes.read_task(tmp_path / "t.jsonl")
+
+
+@pytest.mark.parametrize("stride", [32, 10])
+@torch.no_grad()
+def test_perplexity_reads_every_token_once_with_the_context_of_its_window(enc, stride):
+    model, text = reader(block_size=32), " ".join(WORDS * 7) + "."
+    ids = [enc.eot_token] + enc.encode_ordinary(text)
+    total = 0.0
+    for t in range(1, len(ids)):  # the window that scores t ends at the next multiple of the stride
+        end = min(-(-t // stride) * stride, len(ids) - 1)
+        log_p = model(torch.tensor([ids[max(0, end - 32):t]]))[0][0, -1].log_softmax(-1)
+        total -= log_p[ids[t]].item()
+    got = probes.evaluate_text(model, enc, ids, len(text.encode()), stride, batch_tokens=64)
+    assert got["tokens"] == len(ids) - 1 and got["nats"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+    assert got["perplexity"] == pytest.approx(math.exp(total / (len(ids) - 1)), rel=1e-4)
+    assert got["bits_per_byte"] == pytest.approx(total / math.log(2) / len(text.encode()), rel=1e-5)
+
+
+def test_a_run_is_evaluated_from_the_command_line(tiny, tmp_path, capsys):
+    result = train_module.train(tiny(steps=3))
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, handwritten())))
+    (tmp_path / "text.txt").write_text("def alpha(beta):\n    return 1\n" * 20)
+    probes.main(["eval", result["checkpoint"], f"--task={tmp_path / 'a.jsonl'}", f"--text={tmp_path / 'text.txt'}", "--device=cpu"])
+    out = capsys.readouterr().out
+    assert "| a | 1" in out and "bits per byte, over 600 tokens" in out
+    with pytest.raises(BadInput, match="--task=FILE.jsonl or --text=FILE"):
+        probes.main(["eval", result["checkpoint"]])
