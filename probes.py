@@ -21,6 +21,7 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -392,6 +393,145 @@ def plot_spectra(found, path: str):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Scale
+
+
+def matrix_scales(model, own=None) -> list[dict]:
+    """Of every logical matrix: block (0: embedding and head), piece, name of its parameter, rms of W and rms_effective of
+    W~, the norms of the multipliers' paper; rows: RMS of each row of W~ over the matrix' mean of those, rows of zeros
+    left out; spread: the standard deviation of their logarithms. own: {parameter: W} where it is not W~."""
+    from optim import flat, logical_pieces
+    params, found = dict(model.named_parameters()), []
+    for name, pieces in logical_pieces(model).items():
+        if name not in params:  # a tied head
+            continue
+        sizes = [n for _, n in pieces]
+        block = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
+        W = (own or {}).get(name, params[name]).detach()
+        for (piece, _), w, effective in zip(pieces, flat(W).split(sizes), flat(params[name].detach()).split(sizes)):
+            norms = effective.float().square().mean(1).sqrt()
+            norms = norms[norms > 0] / norms[norms > 0].mean()
+            found.append({"block": block, "piece": piece, "name": name, "rms": w.float().square().mean().sqrt().item(),
+                          "rms_effective": effective.float().square().mean().sqrt().item(), "rows": norms,
+                          "spread": norms.log().std().item() if len(norms) > 1 else 0.0, "shape": tuple(w.shape)})
+    return found
+
+
+def brownian_motion(lrs, decay: float, make_optimizer, shape, seed=0):
+    """RMS ||W|| after each step when an optimizer that starts from W = 0 sees nothing but N(0, 1) noise for gradients: the
+    paper's Adam Brownian motion (section 3), under the learning rates lrs and the weight decay. (steps + 1,), float64.
+
+    With decoupled decay W_t = a_t W_0 + W'_t, W' the motion from 0 and a_t the product of 1 - lr decay: from W_0 it is
+    sqrt(a_t^2 ||W_0||^2 + ||W'_t||^2). make_optimizer: parameters -> torch.optim.Optimizer."""
+    W, generator = torch.nn.Parameter(torch.zeros(shape)), torch.Generator().manual_seed(seed)
+    optimizer, path = make_optimizer([W]), [0.0]
+    for lr in lrs:
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = lr, decay
+        W.grad = torch.randn(shape, generator=generator)
+        optimizer.step()
+        path.append(W.detach().square().mean().sqrt().item())
+    return torch.tensor(path, dtype=torch.float64)
+
+
+def noise_curves(config: dict, model, lrs) -> dict[str, tuple]:
+    """By piece, (W'_t, a_t) of brownian_motion under the flags of a run (`config`, of its checkpoint) and its learning
+    rates: with its own optimizer, AdamW or Muon. (Muon's motion over its update's scale depends on a matrix' shape by
+    its aspect ratio alone, so that a matrix of that ratio and 64 at its longer side stands for it.)"""
+    from optim import Muon, flat, logical_pieces, module_of, muon_scale
+
+    def factor(flag, module):
+        named = dict(part.split("=") for part in config.get(flag, "").split(",") if part)
+        return float(named.get(module, 1.0))
+
+    lrs, params, curves, seen = torch.as_tensor(lrs, dtype=torch.float64), dict(model.named_parameters()), {}, {}
+    for name, pieces in logical_pieces(model).items():
+        for piece, rows in pieces if name in params else ():
+            if piece in curves:
+                continue
+            module = module_of(piece)
+            free = piece == "embed"  # of weight decay
+            decay = 0.0 if free else config["weight_decay"] * factor("module_decay", module)
+            peak = factor("module_lr", module) * (config["embedding_lr"] if free and not config["tie_embeddings"] else 1.0)
+            if config["optimizer"] == "muon" and piece not in ("embed", "head"):
+                true, longer = (rows, flat(params[name]).shape[1]), 64
+                shape = tuple(max(1, round(n * longer / max(true))) for n in true)
+                kind = config["muon_scale"]
+                size = muon_scale(*true, kind) / max(true) ** 0.5 / (muon_scale(*shape, kind) / max(shape) ** 0.5)
+                make = lambda p: Muon(p, momentum=config["momentum"], coefficients=config["muon_coefficients"], scale=kind,
+                                      normuon=config["normuon"], dtype=torch.float32, pieces=[(shape[0],) * 4])
+                shape, kind = (4, *shape), ("muon", shape)
+            else:
+                make = lambda p: torch.optim.AdamW(p, betas=(config["beta1"], config["beta2"]), eps=1e-10)
+                shape, kind, size = (4096,), ("adamw",), 1.0
+            key = (kind, decay, peak)
+            if key not in seen:
+                seen[key] = brownian_motion((lrs * peak).tolist(), decay, make, shape)
+            shrink = torch.cat((torch.ones(1, dtype=torch.float64), (1 - lrs * peak * decay).cumprod(0)))
+            curves[piece] = (size * seen[key], shrink)
+    return curves
+
+
+def norms_command(a) -> str:
+    """RMS of W and W~ by matrix and block, row spread, and, where the run's metrics lie beside the checkpoint, the RMS
+    that noise alone would have given W by now."""
+    path = Path(a.run, "ckpt.pt") if Path(a.run).is_dir() else Path(a.run)
+    model, _ = open_model(str(path), "cpu")
+    ckpt = load_checkpoint(path) if path.is_file() else {}
+    found = matrix_scales(model, ckpt.get("multipliers"))
+    curves, lines, steps = {}, [], ckpt.get("step", 0)
+    if steps and (path.parent / "metrics.jsonl").exists():
+        lines = [line for line in read_metrics(path.parent) if line["step"] <= steps]
+        logged = [(line["step"] - 1, line["lr"]) for line in lines if "lr" in line]
+        lines = [line for line in lines if "weights" in line]
+        if logged and lines and lines[0]["step"] == 0:
+            lrs = np.interp(range(steps), *zip(*logged))
+            curves = {piece: torch.sqrt((shrink * lines[0]["weights"][piece]["rms"]) ** 2 + noise**2)
+                      for piece, (noise, shrink) in noise_curves(ckpt["config"], model, lrs).items()}
+    out = [f"{path}" + (f", step {steps}" if steps else "") + "; rows: RMS of W~'s rows over their mean, 5 %, 95 % and spread", "",
+           "| block | matrix | shape | RMS W | RMS W~ | by noise alone | W over noise | rows 5 % | rows 95 % | spread |", "|---" * 10 + "|"]
+    for m in sorted(found, key=lambda m: m["block"] or (math.inf if m["piece"] == "head" else 0)):
+        noise = curves[m["piece"]][-1].item() if m["piece"] in curves else math.nan
+        low, high = torch.quantile(m["rows"][:100_000], torch.tensor([0.05, 0.95])).tolist() if len(m["rows"]) else (math.nan,) * 2
+        out.append(f"| {m['block'] or ''} | {m['piece']} | {m['shape'][0]} x {m['shape'][1]} | {m['rms']:.4f} | {m['rms_effective']:.4f} | "
+                   + (f"{noise:.4f} | {m['rms'] / noise:.2f}" if m["piece"] in curves else " | ")
+                   + f" | {low:.2f} | {high:.2f} | {m['spread']:.3f} |")
+    if a.plot:
+        plot_norms(found, curves, lines, a.plot)
+    return "\n".join(out)
+
+
+def plot_norms(found, curves, lines, path: str):
+    """RMS W and W~ over steps beside what noise alone gives, a panel a kind of matrix; last the histogram of row norms."""
+    pyplot = plotting(path)
+    pieces = [piece for piece in dict.fromkeys(m["piece"] for m in found) if piece in curves]
+    columns = min(4, len(pieces) + 1)
+    figure, axes = pyplot.subplots(-(-(len(pieces) + 1) // columns), columns, squeeze=False, layout="constrained",
+                                   figsize=(3.4 * columns, 2.8 * -(-(len(pieces) + 1) // columns)))
+    for axis, piece in zip(axes.flat, pieces):
+        at = [line["step"] for line in lines]
+        for key, label, style in (("rms", "W", "o-"), ("rms_effective", "W~", "s--")):
+            axis.plot(at, [line["weights"][piece][key] for line in lines], style, ms=3, label=label)
+        axis.plot(curves[piece], "k:", label="noise alone")
+        axis.set(title=piece, ylim=(0, None))
+    if pieces:
+        axes.flat[0].legend(fontsize="small")
+        axes[0, 0].set(ylabel="RMS", xlabel="step")
+    histogram, bins = axes.flat[len(pieces)], np.logspace(-1, 1, 81)  # the paper's axis
+    kinds = {}
+    for m in found:
+        if m["block"] and m["piece"] in ("q", "k", "v", "gate", "up", "z", "x"):  # what reads the stream, as its figure 3
+            kinds.setdefault({"gate": "mlp", "up": "mlp", "z": "ssm", "x": "ssm"}.get(m["piece"], "attention"), []).append(m["rows"])
+    for kind, rows in kinds.items():
+        histogram.hist(torch.cat(rows).clamp(0.1, 10).numpy(), bins, histtype="step", density=True, label=kind)
+    histogram.set(xscale="log", xlabel="row norm of W~ over its matrix' mean", title="rows of all blocks", yticks=[])
+    histogram.legend(fontsize="small")
+    for axis in axes.flat[len(pieces) + 1:]:
+        axis.remove()
+    figure.savefig(path, dpi=120)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Downstream
 
 TASK_FIELDS = (("ctx", "endings", "label"), ("context", "choices", "label"), ("sentence_good", "sentence_bad"))
@@ -598,9 +738,8 @@ def eval_command(a) -> str:
 # Tables over runs
 
 
-def read_evaluations(run) -> list[dict]:
-    """The lines of a run's metrics.jsonl that hold an evaluation. A run that stopped before its last step, as a
-    diverged one does, has an infinite loss in the last."""
+def read_metrics(run) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
     path, lines = Path(run) / "metrics.jsonl", []
     try:
         for text in path.read_text().splitlines():
@@ -612,9 +751,15 @@ def read_evaluations(run) -> list[dict]:
                 raise
     except (OSError, ValueError) as e:
         raise BadInput(f"{path}: not the metrics of a run ({e})") from None
-    lines = [line for line in lines if isinstance(line, dict) and "val_loss" in line]
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def read_evaluations(run) -> list[dict]:
+    """The lines of a run's metrics.jsonl that hold an evaluation. A run that stopped before its last step, as a
+    diverged one does, has an infinite loss in the last."""
+    lines = [line for line in read_metrics(run) if "val_loss" in line]
     if not lines:
-        raise BadInput(f"{path}: no evaluation in it")
+        raise BadInput(f"{Path(run) / 'metrics.jsonl'}: no evaluation in it")
     config = Path(run) / "config.json"
     if config.exists() and lines[-1]["step"] < json.loads(config.read_text())["steps"]:
         lines[-1] = {**lines[-1], "val_loss": math.inf, "bits_per_byte": math.inf}
@@ -743,7 +888,63 @@ def plot_sweep(runs, piece: str, path: str):
     figure.savefig(path, dpi=120)
 
 
-COMMANDS = {"curvature": curvature_command, "eval": eval_command}
+def plot_runs(runs, path: str) -> str:
+    """Held-out loss over steps, tokens, FLOPs and seconds, and, where runs have them, cosine(T, M) and the drift of the
+    multipliers: mean and band of ± one standard deviation over seeds. Folders NAME-SEED are one line a NAME; any other
+    name is a line of its own."""
+    pyplot, groups = plotting(path), {}
+    for run in runs:
+        name, _, seed = Path(run).resolve().name.rpartition("-")
+        groups.setdefault(name if name and seed.isdecimal() else Path(run).resolve().name, []).append(read_metrics(run))
+    if not any("val_loss" in line for group in groups.values() for lines in group for line in lines):
+        raise BadInput(f"{runs[0]}: no evaluation in its metrics.jsonl")
+
+    def series(group, value):
+        """(lines' means by step, means, sds) of what value(line) gives, over the seeds that have it."""
+        by_step = {}
+        for line in (line for lines in group for line in lines):
+            if "step" in line and (v := value(line)) is not None and math.isfinite(v):
+                by_step.setdefault(line["step"], []).append((line, v))
+        at = [{k: statistics.mean(line[k] for line, _ in found) for k in ("step", "tokens", "flops", "seconds") if k in found[0][0]}
+              for _, found in sorted(by_step.items())]
+        values = [[v for _, v in found] for _, found in sorted(by_step.items())]
+        return at, [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+
+    pairs = sorted({pair for group in groups.values() for lines in group for line in lines for pair in line.get("drift", ())})
+    panels = [("held-out loss, nats", x, [("", lambda line: line.get("val_loss"))]) for x in ("step", "tokens", "flops", "seconds")]
+    if any("let_cosine" in line for group in groups.values() for lines in group for line in lines):
+        panels.append(("cosine(T, M)", "step", [("", lambda line: line.get("let_cosine"))]))
+    if pairs:
+        panels.append(("multiplier drift, log of the ratio", "step", [
+            (pair, lambda line, pair=pair: line.get("drift", {}).get(pair)) for pair in pairs]))
+    columns = 2 if len(panels) == 4 else 3
+    figure, axes = pyplot.subplots(2, columns, figsize=(4.6 * columns, 7.2), layout="constrained")
+    for axis, (title, x, lines) in zip(axes.flat, panels):
+        start = []  # the loss after a tenth of each run: what lies above is the fall from ln V, which would flatten the rest
+        for i, (name, group) in enumerate(groups.items()):
+            for (pair, value), style in zip(lines, ("-", "--", ":", "-.")):
+                at, mean, sd = series(group, value)
+                xs = [point.get(x, math.nan) for point in at]
+                if not xs:
+                    continue
+                axis.plot(xs, mean, style, color=f"C{i}", marker="o" if len(xs) < 15 else None, ms=3,
+                          label=" ".join(filter(None, (name if len(group) == 1 else f"{name} ({len(group)} seeds)", pair))))
+                axis.fill_between(xs, [m - s for m, s in zip(mean, sd)], [m + s for m, s in zip(mean, sd)], color=f"C{i}", alpha=0.2, lw=0)
+                start += [m + s for point, m, s in zip(at, mean, sd) if point["step"] >= 0.1 * at[-1]["step"]][:1]
+        axis.set(title=title if x == "step" else None, xlabel={"step": "steps", "flops": "FLOPs"}.get(x, x), ylabel=title)
+        if title.startswith("held-out") and start:
+            axis.set_ylim(top=max(start))
+        axis.grid(alpha=0.3)
+        if x == "step":
+            axis.legend(fontsize="small")
+    for axis in axes.flat[len(panels):]:
+        axis.remove()
+    figure.savefig(path, dpi=120)
+    return path
+
+
+COMMANDS = {"curvature": curvature_command, "norms": norms_command, "eval": eval_command,
+            "plot": lambda a: plot_runs(a.runs, a.plot)}
 
 
 def main(argv):
@@ -774,6 +975,9 @@ def main(argv):
     h.add_argument("--seed", type=int, default=0, help="of the random vectors")
     h.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     h.add_argument("--plot", default="", help="also draw the density to this file")
+    n = commands.add_parser("norms", help="norms of W and W~ by matrix and block, against those of pure noise")
+    n.add_argument("run", help="a run's folder, or a checkpoint")
+    n.add_argument("--plot", default="", help="also draw them over steps, and the rows' histogram, to this file")
     e = commands.add_parser("eval", help="accuracy on multiple choice and minimal pairs; perplexity of a text")
     e.add_argument("checkpoint")
     e.add_argument("--task", nargs="+", default=[], help="files of JSON lines: ctx, endings, label; context, choices, label; or "
@@ -785,6 +989,9 @@ def main(argv):
     e.add_argument("--batch_tokens", type=int, default=8192, help="tokens in one forward pass")
     e.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
     e.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    r = commands.add_parser("plot", help="losses, cosine(T, M) and multiplier drift of runs in one picture")
+    r.add_argument("runs", nargs="+", help="folders of runs; those named NAME-SEED are one line with a band")
+    r.add_argument("-o", "--plot", default="runs.png", help="file to draw to")
     a = parser.parse_args(argv)
     if getattr(a, "plot", ""):
         plotting(a.plot)
