@@ -454,17 +454,14 @@ def noise_curves(config: dict, model, lrs) -> dict[str, tuple]:
             decay = 0.0 if free else config["weight_decay"] * factor("module_decay", module)
             peak = factor("module_lr", module) * (config["embedding_lr"] if free and not config["tie_embeddings"] else 1.0)
             if config["optimizer"] == "muon" and piece not in ("embed", "head"):
-                true, longer = (rows, flat(params[name]).shape[1]), 64
-                shape = tuple(max(1, round(n * longer / max(true))) for n in true)
-                kind = config["muon_scale"]
-                size = muon_scale(*true, kind) / max(true) ** 0.5 / (muon_scale(*shape, kind) / max(shape) ** 0.5)
-                make = lambda p: Muon(p, momentum=config["momentum"], coefficients=config["muon_coefficients"], scale=kind,
-                                      normuon=config["normuon"], dtype=torch.float32, pieces=[(shape[0],) * 4])
-                shape, kind = (4, *shape), ("muon", shape)
+                true, scale = (rows, flat(params[name]).shape[1]), config["muon_scale"]
+                stand_in = tuple(max(1, round(64 * n / max(true))) for n in true)
+                size = muon_scale(*true, scale) / max(true) ** 0.5 / (muon_scale(*stand_in, scale) / 8)
+                make, shape = lambda p: Muon(p, momentum=config["momentum"], coefficients=config["muon_coefficients"], scale=scale,
+                                             normuon=config["normuon"], dtype=torch.float32), (4, *stand_in)
             else:
-                make = lambda p: torch.optim.AdamW(p, betas=(config["beta1"], config["beta2"]), eps=1e-10)
-                shape, kind, size = (4096,), ("adamw",), 1.0
-            key = (kind, decay, peak)
+                make, shape, size = lambda p: torch.optim.AdamW(p, betas=(config["beta1"], config["beta2"]), eps=1e-10), (4096,), 1.0
+            key = (shape, decay, peak)
             if key not in seen:
                 seen[key] = brownian_motion((lrs * peak).tolist(), decay, make, shape)
             shrink = torch.cat((torch.ones(1, dtype=torch.float64), (1 - lrs * peak * decay).cumprod(0)))
@@ -935,6 +932,7 @@ def plot_runs(runs, path: str) -> str:
         if title.startswith("held-out") and start:
             axis.set_ylim(top=max(start))
         axis.grid(alpha=0.3)
+        axis.ticklabel_format(axis="x", scilimits=(-3, 5))
         if x == "step":
             axis.legend(fontsize="small")
     for axis in axes.flat[len(panels):]:
