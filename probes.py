@@ -215,8 +215,11 @@ def plotting(path: str):
 
 def open_model(name, device="cpu", dtype=torch.float32):
     """(model in eval mode, its tiktoken.Encoding) of a checkpoint of ours, or of what teacher.load_pretrained reads."""
-    ckpt = load_checkpoint(name)
-    return model_from_checkpoint(ckpt, device).eval().to(dtype), tokenizer_from_dict(ckpt["tokenizer"])
+    from teacher import load_pretrained
+    model, tokenizer = load_pretrained(name, device, dtype, flag="")
+    for p in model.parameters():  # not the tables of rotary positions
+        p.data = p.data.to(dtype)
+    return model, tokenizer_from_dict(tokenizer)
 
 
 def read_ids(path, enc, tokens=0) -> list[int]:
@@ -402,11 +405,13 @@ def matrix_scales(model, own=None) -> list[dict]:
     left out; spread: the standard deviation of their logarithms. own: {parameter: W} where it is not W~."""
     from optim import flat, logical_pieces
     params, found = dict(model.named_parameters()), []
-    for name, pieces in logical_pieces(model).items():
+    made = logical_pieces(model) if isinstance(model, GPT) else {
+        n: [(n.split(".")[-2], len(p))] for n, p in params.items() if p.ndim == 2}
+    for name, pieces in made.items():
         if name not in params:  # a tied head
             continue
-        sizes = [n for _, n in pieces]
-        block = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
+        sizes, numbers = [n for _, n in pieces], [part for part in name.split(".") if part.isdecimal()]
+        block = int(numbers[0]) + 1 if numbers else 0
         W = (own or {}).get(name, params[name]).detach()
         for (piece, _), w, effective in zip(pieces, flat(W).split(sizes), flat(params[name].detach()).split(sizes)):
             norms = effective.float().square().mean(1).sqrt()
@@ -502,7 +507,7 @@ def plot_norms(found, curves, lines, path: str):
     """RMS W and W~ over steps beside what noise alone gives, a panel a kind of matrix; last the histogram of row norms."""
     pyplot = plotting(path)
     pieces = [piece for piece in dict.fromkeys(m["piece"] for m in found) if piece in curves]
-    columns = min(4, len(pieces) + 1)
+    columns = math.ceil(math.sqrt(len(pieces) + 1))
     figure, axes = pyplot.subplots(-(-(len(pieces) + 1) // columns), columns, squeeze=False, layout="constrained",
                                    figsize=(3.4 * columns, 2.8 * -(-(len(pieces) + 1) // columns)))
     for axis, piece in zip(axes.flat, pieces):
@@ -885,6 +890,19 @@ def plot_sweep(runs, piece: str, path: str):
     figure.savefig(path, dpi=120)
 
 
+def over_seeds(group, value) -> tuple[list[dict], list[float], list[float]]:
+    """What value(line) gives, by step, over the runs of a group (lists of lines) where it is a finite number: (where: step,
+    tokens, flops and seconds, which differ between seeds, as means; means; standard deviations, 0 of a single one)."""
+    by_step = {}
+    for line in (line for lines in group for line in lines):
+        if "step" in line and (v := value(line)) is not None and math.isfinite(v):
+            by_step.setdefault(line["step"], []).append((line, v))
+    found = [found for _, found in sorted(by_step.items())]
+    at = [{k: statistics.mean(line.get(k, math.nan) for line, _ in lines) for k in ("step", "tokens", "flops", "seconds")} for lines in found]
+    values = [[v for _, v in lines] for lines in found]
+    return at, [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+
+
 def plot_runs(runs, path: str) -> str:
     """Held-out loss over steps, tokens, FLOPs and seconds, and, where runs have them, cosine(T, M) and the drift of the
     multipliers: mean and band of ± one standard deviation over seeds. Folders NAME-SEED are one line a NAME; any other
@@ -895,17 +913,6 @@ def plot_runs(runs, path: str) -> str:
         groups.setdefault(name if name and seed.isdecimal() else Path(run).resolve().name, []).append(read_metrics(run))
     if not any("val_loss" in line for group in groups.values() for lines in group for line in lines):
         raise BadInput(f"{runs[0]}: no evaluation in its metrics.jsonl")
-
-    def series(group, value):
-        """(lines' means by step, means, sds) of what value(line) gives, over the seeds that have it."""
-        by_step = {}
-        for line in (line for lines in group for line in lines):
-            if "step" in line and (v := value(line)) is not None and math.isfinite(v):
-                by_step.setdefault(line["step"], []).append((line, v))
-        at = [{k: statistics.mean(line[k] for line, _ in found) for k in ("step", "tokens", "flops", "seconds") if k in found[0][0]}
-              for _, found in sorted(by_step.items())]
-        values = [[v for _, v in found] for _, found in sorted(by_step.items())]
-        return at, [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
 
     pairs = sorted({pair for group in groups.values() for lines in group for line in lines for pair in line.get("drift", ())})
     panels = [("held-out loss, nats", x, [("", lambda line: line.get("val_loss"))]) for x in ("step", "tokens", "flops", "seconds")]
@@ -920,8 +927,8 @@ def plot_runs(runs, path: str) -> str:
         start = []  # the loss after a tenth of each run: what lies above is the fall from ln V, which would flatten the rest
         for i, (name, group) in enumerate(groups.items()):
             for (pair, value), style in zip(lines, ("-", "--", ":", "-.")):
-                at, mean, sd = series(group, value)
-                xs = [point.get(x, math.nan) for point in at]
+                at, mean, sd = over_seeds(group, value)
+                xs = [point[x] for point in at]
                 if not xs:
                     continue
                 axis.plot(xs, mean, style, color=f"C{i}", marker="o" if len(xs) < 15 else None, ms=3,

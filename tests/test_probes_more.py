@@ -308,3 +308,114 @@ def test_a_run_is_evaluated_from_the_command_line(tiny, tmp_path, capsys):
     assert "| a | 1" in out and "bits per byte, over 600 tokens" in out
     with pytest.raises(BadInput, match="--task=FILE.jsonl or --text=FILE"):
         probes.main(["eval", result["checkpoint"]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scale
+
+
+def test_scales_by_block_pool_to_those_that_a_run_logs():
+    from optim import Multipliers, weight_scales
+    model = tiny_model(n_layer=3, mlp="swiglu")
+    multipliers = Multipliers(model)
+    with torch.no_grad():
+        for v in multipliers.parameters():
+            v.uniform_(0.5, 2.0)
+    multipliers.fold()
+    found, logged = probes.matrix_scales(model, multipliers.state_dict()), weight_scales(model, multipliers)["weights"]
+    assert {m["piece"] for m in found} == logged.keys() and len(found) == 3 * 7 + 2
+    for piece, expected in logged.items():
+        mine = [m for m in found if m["piece"] == piece]
+        assert [m["block"] for m in mine] == ([1, 2, 3] if len(mine) == 3 else [0])
+        for key in ("rms", "rms_effective"):
+            assert math.sqrt(sum(m[key] ** 2 for m in mine) / len(mine)) == pytest.approx(expected[key], rel=1e-5)
+        assert torch.cat([m["rows"] for m in mine]).log().std().item() == pytest.approx(expected["spread"], rel=1e-4)
+    q = next(m for m in found if m["piece"] == "q" and m["block"] == 2)
+    W, name = multipliers.W[q["name"]], q["name"]
+    assert name == "blocks.1.mixer.qkv.weight" and q["rms"] == pytest.approx(W[:32].square().mean().sqrt().item())
+    assert q["rms"] != pytest.approx(q["rms_effective"])
+
+
+def config_of(**kw):
+    return {**vars(train_module.Config()), **kw}
+
+
+def test_adam_brownian_motion_is_that_of_a_plain_loop_and_comes_to_its_equilibrium():
+    """From RMS 0.3 under a falling rate, by hand; and at a constant rate 0.71 sqrt(lr / decay), by the random-walk balance."""
+    model, steps, decay = tiny_model(), 150, 1.0
+    lrs = [0.02 * (1 - t / 200) for t in range(steps)]
+    noise, shrink = probes.noise_curves(config_of(optimizer="adamw", weight_decay=decay, module_lr="mlp=0.5"), model, lrs)["up"]
+    g = torch.Generator().manual_seed(1)
+    w, m, v, seen = 0.3 * torch.randn(20_000, generator=g), 0.0, 0.0, [0.3]
+    for t, lr in enumerate(lrs, 1):
+        grad = torch.randn(20_000, generator=g)
+        m, v = 0.9 * m + 0.1 * grad, 0.95 * v + 0.05 * grad**2
+        w = (1 - 0.5 * lr * decay) * w - 0.5 * lr * (m / (1 - 0.9**t)) / (v / (1 - 0.95**t)).sqrt()
+        seen.append(w.square().mean().sqrt().item())
+    curve = torch.sqrt((0.3 * shrink) ** 2 + noise**2)
+    assert len(curve) == steps + 1
+    torch.testing.assert_close(curve, torch.tensor(seen).double(), rtol=0.04, atol=0)
+    adamw = lambda p: torch.optim.AdamW(p, betas=(0.9, 0.95))
+    path = probes.brownian_motion([0.01] * 1500, 1.0, adamw, (2000,))
+    assert 0.65 < path[-500:].mean().item() / 0.1 < 0.72
+
+
+@pytest.mark.parametrize("scale", ["match_rms_adamw", "original", "spectral"])
+def test_a_small_matrix_stands_for_a_large_one_under_muon(scale):
+    from optim import Muon
+    model = tiny_model(n_embd=96, n_layer=1, mlp="relu2")  # up is (384, 96)
+    lrs = [0.01] * 40
+    noise, _ = probes.noise_curves(config_of(muon_scale=scale, weight_decay=0.5), model, lrs)["up"]
+    true = probes.brownian_motion(lrs, 0.5, lambda p: Muon(p, scale=scale, dtype=torch.float32), (384, 96), seed=5)
+    torch.testing.assert_close(noise[5:], true[5:], rtol=0.05, atol=0)
+
+
+def test_norms_of_a_run_and_of_a_checkpoint_alone(tiny, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    result = train_module.train(tiny(steps=6, multipliers="vector", module_lr="mlp=0.5"))
+    probes.main(["norms", result["out_dir"], f"--plot={tmp_path / 'n.png'}"])
+    rows = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[2] for row in rows] == ["embed", *["q", "k", "v", "o", "up", "down"] * 2, "head"]
+    state = load_checkpoint(result["checkpoint"])
+    o = state["multipliers"]["blocks.1.mixer.o.weight"].square().mean().sqrt().item()
+    assert float(rows[10][4]) == pytest.approx(o, abs=1e-4) and 0.3 < float(rows[10][7]) < 2
+    assert (tmp_path / "n.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "alone.pt").write_bytes((tmp_path / "run" / "ckpt.pt").read_bytes())
+    probes.main(["norms", str(tmp_path / "alone.pt")])
+    alone = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[:6] + row[8:] for row in alone] == [row[:6] + row[8:] for row in rows] and not any(row[6] for row in alone)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_means_over_seeds_by_hand():
+    group = [[{"step": 0, "tokens": 0, "flops": 0, "seconds": 0, "val_loss": 5.0}, {"step": 5, "lr": 1},
+              {"step": 10, "tokens": 20, "flops": 30, "seconds": 2.0, "val_loss": 3.0}],
+             [{"step": 0, "tokens": 0, "flops": 0, "seconds": 0, "val_loss": 5.0},
+              {"step": 10, "tokens": 20, "flops": 30, "seconds": 4.0, "val_loss": 2.0},
+              {"step": 20, "tokens": 40, "flops": 60, "seconds": 6.0, "val_loss": math.inf}]]
+    at, mean, sd = probes.over_seeds(group, lambda line: line.get("val_loss"))
+    assert at == [{"step": 0, "tokens": 0, "flops": 0, "seconds": 0}, {"step": 10, "tokens": 20, "flops": 30, "seconds": 3.0}]
+    assert mean == [5.0, 2.5] and sd == pytest.approx([0.0, 0.5**0.5])
+
+
+def test_runs_of_every_kind_are_drawn(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **kw: drawn.append(kw.get("label")))
+    monkeypatch.setattr(Axes, "legend", lambda self, **kw: None)
+    line = {"flops": 1.0, "seconds": 1.0, "tokens": 1, "bits_per_byte": 1.0}
+    for name, extra in (("a-0", {}), ("a-1", {}), ("3", {"let_cosine": 0.5}), ("b-x", {"drift": {"v/o": 0.1, "up/down": 0.2}})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps({**line, **extra, "step": s, "val_loss": 3.0 - s}) + "\n" for s in (0, 1)))
+    probes.main(["plot", *(str(tmp_path / name) for name in ("a-0", "a-1", "3", "b-x")), "-o", str(tmp_path / "p.png")])
+    assert drawn == ["a (2 seeds)", "3", "b-x"] * 4 + ["3", "b-x up/down", "b-x v/o"]
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "3" / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(BadInput, match="no evaluation"):
+        probes.main(["plot", str(tmp_path / "3")])
+    with pytest.raises(BadInput, match="ends in .png"):
+        probes.main(["plot", str(tmp_path / "a-0"), "-o", "x.txt"])
