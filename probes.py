@@ -441,8 +441,8 @@ def brownian_motion(lrs, decay: float, make_optimizer, shape, seed=0):
 
 def noise_curves(config: dict, model, lrs) -> dict[str, tuple]:
     """By piece, (W'_t, a_t) of brownian_motion under the flags of a run (`config`, of its checkpoint) and its learning
-    rates: with its own optimizer, AdamW or Muon. (Muon's motion over its update's scale depends on a matrix' shape by
-    its aspect ratio alone, so that a matrix of that ratio and 64 at its longer side stands for it.)"""
+    rates: with its own optimizer, AdamW or Muon. (Muon's motion, over the scale of its update, hardly depends on a
+    matrix' size at a given ratio of its sides: for one beyond 128 a smaller one stands in, right to some 5 %.)"""
     from optim import Muon, flat, logical_pieces, module_of, muon_scale
 
     def factor(flag, module):
@@ -460,12 +460,13 @@ def noise_curves(config: dict, model, lrs) -> dict[str, tuple]:
             peak = factor("module_lr", module) * (config["embedding_lr"] if free and not config["tie_embeddings"] else 1.0)
             if config["optimizer"] == "muon" and piece not in ("embed", "head"):
                 true, scale = (rows, flat(params[name]).shape[1]), config["muon_scale"]
-                stand_in = tuple(max(1, round(64 * n / max(true))) for n in true)
-                size = muon_scale(*true, scale) / max(true) ** 0.5 / (muon_scale(*stand_in, scale) / 8)
-                make, shape = lambda p: Muon(p, momentum=config["momentum"], coefficients=config["muon_coefficients"], scale=scale,
-                                             normuon=config["normuon"], dtype=torch.float32), (4, *stand_in)
+                shape = tuple(max(1, round(n * min(1, 128 / max(true)))) for n in true)
+                size = muon_scale(*true, scale) / max(true) ** 0.5 / (muon_scale(*shape, scale) / max(shape) ** 0.5)
+                make = lambda p: Muon(p, momentum=config["momentum"], coefficients=config["muon_coefficients"],
+                                      scale=config["muon_scale"], normuon=config["normuon"], dtype=torch.float32)
             else:
-                make, shape, size = lambda p: torch.optim.AdamW(p, betas=(config["beta1"], config["beta2"]), eps=1e-10), (4096,), 1.0
+                make = lambda p: torch.optim.AdamW(p, betas=(config["beta1"], config["beta2"]), eps=1e-10)
+                shape, size = (4096,), 1.0
             key = (shape, decay, peak)
             if key not in seen:
                 seen[key] = brownian_motion((lrs * peak).tolist(), decay, make, shape)

@@ -367,7 +367,7 @@ def test_a_small_matrix_stands_for_a_large_one_under_muon(scale):
     lrs = [0.01] * 40
     noise, _ = probes.noise_curves(config_of(muon_scale=scale, weight_decay=0.5), model, lrs)["up"]
     true = probes.brownian_motion(lrs, 0.5, lambda p: Muon(p, scale=scale, dtype=torch.float32), (384, 96), seed=5)
-    torch.testing.assert_close(noise[5:], true[5:], rtol=0.05, atol=0)
+    torch.testing.assert_close(noise[5:], true[5:], rtol=0.08, atol=0)
 
 
 def test_norms_of_a_run_and_of_a_checkpoint_alone(tiny, tmp_path, capsys):
