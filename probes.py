@@ -214,12 +214,15 @@ def plotting(path: str):
 
 
 def open_model(name, device="cpu", dtype=torch.float32):
-    """(model in eval mode, its tiktoken.Encoding) of a checkpoint of ours, or of what teacher.load_pretrained reads."""
-    from teacher import load_pretrained
-    model, tokenizer = load_pretrained(name, device, dtype, flag="")
+    """(model in eval mode, its tiktoken.Encoding, the checkpoint) of a checkpoint of ours, or of anything that
+    teacher.load_pretrained reads, and then an empty checkpoint."""
+    from teacher import is_checkpoint, load_pretrained
+    ckpt = load_checkpoint(name) if is_checkpoint(name) else {}
+    model, tokenizer = ((model_from_checkpoint(ckpt, device).eval(), ckpt["tokenizer"]) if ckpt else
+                        load_pretrained(name, device, dtype, flag=""))
     for p in model.parameters():  # not the tables of rotary positions
         p.data = p.data.to(dtype)
-    return model, tokenizer_from_dict(tokenizer)
+    return model, tokenizer_from_dict(tokenizer), ckpt
 
 
 def read_ids(path, enc, tokens=0) -> list[int]:
@@ -258,7 +261,7 @@ def hessian_product(model, batches):
 
 
 def lanczos(product, v, steps: int):
-    """Eigenvalues of a symmetric matrix, known by its products with vectors, as far as `steps` products from v show them.
+    """Eigenvalues of a symmetric matrix, known by its products with vectors, as far as `steps` products from v show.
 
     Builds an orthonormal basis of v, H v, H^2 v, ... and the tridiagonal matrix T of H in it; every new vector is
     orthogonalised against all before, twice, as rounding would else give copies of what has converged. Memory: steps
@@ -283,7 +286,7 @@ def lanczos(product, v, steps: int):
     return theta, S[0].square(), beta[-1] * S[-1].abs()
 
 
-def spectrum(model, batches, steps=64, probes=2, seed=0, top=3, progress=None) -> dict:
+def spectrum(model, batches, steps=32, probes=2, seed=0, top=3, progress=None) -> dict:
     """What Lanczos from so many random vectors of signs shows of the Hessian (hessian_product) of a model.
 
     loss in nats; top: its largest eigenvalues, falling, and least, its most negative one, each the extreme over the
@@ -301,9 +304,9 @@ def spectrum(model, batches, steps=64, probes=2, seed=0, top=3, progress=None) -
     least = min((t[0].item(), r[0].item()) for t, _, r in runs)
     traces = [N * (w * t).sum().item() for t, w, _ in runs]
     with torch.no_grad():
-        loss = sum(next_token_loss(model, *b).item() * b[0].numel() for b in batches) / sum(b[0].numel() for b in batches)
-    return {"loss": loss, "parameters": N, "top": [value for value, _ in largest], "least": least[0],
-            "residual": max(r for _, r in [*largest, least]), "trace": statistics.mean(traces),
+        losses = [(next_token_loss(model, *b).item(), b[0].numel()) for b in batches]
+    return {"loss": sum(x * n for x, n in losses) / sum(n for _, n in losses), "parameters": N,
+            "top": [value for value, _ in largest], "least": least[0], "residual": max(r for _, r in [*largest, least]), "trace": statistics.mean(traces),
             "trace_se": statistics.stdev(traces) / math.sqrt(probes) if probes > 1 else math.nan,
             "rms": math.sqrt(statistics.mean((w * t.square()).sum().item() for t, w, _ in runs)),
             "ritz": [(t, w) for t, w, _ in runs]}
@@ -317,10 +320,11 @@ def density(ritz, x, sigma: float):
 
 
 def run_checkpoints(names) -> list[str]:
-    """Files as they are; of a run's folder its step-*.pt (train.py's --keep_checkpoints), or else its ckpt.pt."""
+    """Of a run's folder its step-*.pt (train.py's --keep_checkpoints), or else its ckpt.pt; other names as they are."""
     found = []
     for name in names:
-        found += sorted(map(str, Path(name).glob("step-*.pt"))) or [str(Path(name, "ckpt.pt"))] if Path(name).is_dir() else [name]
+        kept = sorted(map(str, Path(name).glob("step-*.pt")))
+        found += kept or [str(Path(name, "ckpt.pt")) if Path(name, "ckpt.pt").exists() else name]
     return found
 
 
@@ -333,19 +337,19 @@ def curvature_command(a) -> str:
     names = run_checkpoints(a.checkpoints)
     with tqdm(total=len(names) * a.probes * a.steps, unit="product", disable=None) as progress:
         for name in names:
-            model, enc = open_model(name, a.device, dtype)
-            step = load_checkpoint(name)["step"] if Path(name).is_file() else 0
-            ids, T = torch.tensor(read_ids(a.text, enc, a.tokens), device=a.device), model.config.block_size
-            rows_of_text = (len(ids) - 1) // T
-            if rows_of_text < 1:
-                raise BadInput(f"--text={a.text} --tokens={a.tokens}: {len(ids) - 1} tokens; a context of {T} is needed")
-            n = rows_of_text * T
-            batches = list(zip(ids[:n].view(-1, T).split(a.micro_batch), ids[1:n + 1].view(-1, T).split(a.micro_batch)))
+            model, enc, ckpt = open_model(name, a.device, dtype)
+            T = min(model.config.block_size, a.tokens)
+            ids = torch.tensor(read_ids(a.text, enc, a.tokens), device=a.device)
+            n = (len(ids) - 1) // T * T
+            if n == 0:
+                raise BadInput(f"--text={a.text}: {len(ids) - 1} tokens; a context of {T} is needed")
+            batches = list(zip(*(t.view(-1, T).split(a.micro_batch) for t in (ids[:n], ids[1:n + 1]))))
             s = spectrum(model, batches, a.steps, a.probes, a.seed, a.top, progress)
-            found.append((name, step, s))
-            rows.append(" | ".join([f"| {name}", f"{step}", f"{s['loss']:.4f}", ", ".join(f"{v:.4g}" for v in s["top"]),
-                                    f"{s['least']:.4g}", f"{s['top'][0] / abs(s['least']):.3g}", f"{s['residual']:.1g}",
-                                    f"{s['trace']:.4g}" + (f" ± {s['trace_se']:.2g}" if a.probes > 1 else ""), f"{s['rms']:.3g}"]) + " |")
+            found.append((name, ckpt.get("step", 0), s))
+            rows.append(" | ".join((
+                f"| {name}", f"{ckpt.get('step', '')}", f"{s['loss']:.4f}", ", ".join(f"{v:.4g}" for v in s["top"]),
+                f"{s['least']:.4g}", f"{s['top'][0] / abs(s['least']):.3g}", f"{s['residual']:.1g}",
+                f"{s['trace']:.4g}" + (f" ± {s['trace_se']:.2g}" if a.probes > 1 else ""), f"{s['rms']:.3g}")) + " |")
     lines = [f"{n:,} tokens, {s['parameters']:,} parameters, {a.dtype}", "",
              "| checkpoint | step | loss | largest eigenvalues | most negative | their ratio | error below | trace | rms |",
              "|---" * 9 + "|", *rows]
@@ -355,14 +359,17 @@ def curvature_command(a) -> str:
         groups.setdefault((group, step), {})[seed] = s
     first = next(iter(groups))[0]
     if all(group for group, _ in groups) and len({group for group, _ in groups}) > 1:
-        lines += ["", f"| over {first} | step | seeds | largest eigenvalue | most negative | their ratio | trace |", "|---" * 7 + "|"]
+        lines += ["", f"| over {first} | step | seeds | largest eigenvalue | most negative | their ratio | trace |",
+                  "|---" * 7 + "|"]
         for (group, step), by_seed in groups.items():
-            pairs = [(s, groups[first, step][seed]) for seed, s in by_seed.items() if seed in groups.get((first, step), {})]
+            same = groups.get((first, step), {})
+            pairs = [(s, same[seed]) for seed, s in by_seed.items() if seed in same]
             if group != first and pairs:
-                ratios = [[s["top"][0] / r["top"][0], s["least"] / r["least"], s["trace"] / r["trace"]] for s, r in pairs]
-                big, small, trace = zip(*ratios)
-                lines.append(" | ".join([f"| {group}", f"{step}", f"{len(pairs)}", mean_sd(big, 3), mean_sd(small, 3),
-                                         mean_sd([b / m for b, m in zip(big, small)], 3), mean_sd(trace, 3)]) + " |")
+                big, small, trace = zip(*((s["top"][0] / r["top"][0], s["least"] / r["least"], s["trace"] / r["trace"])
+                                          for s, r in pairs))
+                both = [b / m for b, m in zip(big, small)]
+                lines.append(" | ".join((f"| {group}", f"{step}", f"{len(pairs)}", *(
+                    mean_sd(values, 3) for values in (big, small, both, trace)))) + " |")
     if a.plot:
         plot_spectra(found, a.plot)
     return "\n".join(lines)
@@ -400,8 +407,8 @@ def plot_spectra(found, path: str):
 
 
 def matrix_scales(model, own=None) -> list[dict]:
-    """Of every logical matrix: block (0: embedding and head), piece, name of its parameter, rms of W and rms_effective of
-    W~, the norms of the multipliers' paper; rows: RMS of each row of W~ over the matrix' mean of those, rows of zeros
+    """Of every logical matrix: block (0: embedding and head), piece, name of its parameter, rms of W and rms_effective
+    of W~, the norms of the multipliers' paper; rows: RMS of each row of W~ over the matrix' mean of those, rows of zeros
     left out; spread: the standard deviation of their logarithms. own: {parameter: W} where it is not W~."""
     from optim import flat, logical_pieces
     params, found = dict(model.named_parameters()), []
@@ -423,8 +430,8 @@ def matrix_scales(model, own=None) -> list[dict]:
 
 
 def brownian_motion(lrs, decay: float, make_optimizer, shape, seed=0):
-    """RMS ||W|| after each step when an optimizer that starts from W = 0 sees nothing but N(0, 1) noise for gradients: the
-    paper's Adam Brownian motion (section 3), under the learning rates lrs and the weight decay. (steps + 1,), float64.
+    """RMS ||W|| after each step when an optimizer that starts from W = 0 sees nothing but N(0, 1) noise for gradients:
+    the paper's Adam Brownian motion (section 3), under the learning rates lrs and the weight decay. (steps + 1,), float64.
 
     With decoupled decay W_t = a_t W_0 + W'_t, W' the motion from 0 and a_t the product of 1 - lr decay: from W_0 it is
     sqrt(a_t^2 ||W_0||^2 + ||W'_t||^2). make_optimizer: parameters -> torch.optim.Optimizer."""
@@ -457,7 +464,8 @@ def noise_curves(config: dict, model, lrs) -> dict[str, tuple]:
             module = module_of(piece)
             free = piece == "embed"  # of weight decay
             decay = 0.0 if free else config["weight_decay"] * factor("module_decay", module)
-            peak = factor("module_lr", module) * (config["embedding_lr"] if free and not config["tie_embeddings"] else 1.0)
+            own = free and not config["tie_embeddings"]
+            peak = factor("module_lr", module) * (config["embedding_lr"] if own else 1.0)
             if config["optimizer"] == "muon" and piece not in ("embed", "head"):
                 true, scale = (rows, flat(params[name]).shape[1]), config["muon_scale"]
                 shape = tuple(max(1, round(n * min(1, 128 / max(true)))) for n in true)
@@ -479,8 +487,8 @@ def norms_command(a) -> str:
     """RMS of W and W~ by matrix and block, row spread, and, where the run's metrics lie beside the checkpoint, the RMS
     that noise alone would have given W by now."""
     path = Path(a.run, "ckpt.pt") if Path(a.run).is_dir() else Path(a.run)
-    model, _ = open_model(str(path), "cpu")
-    ckpt = load_checkpoint(path) if path.is_file() else {}
+    path = path if path.exists() else Path(a.run)  # a folder of transformers
+    model, _, ckpt = open_model(str(path))
     found = matrix_scales(model, ckpt.get("multipliers"))
     curves, lines, steps = {}, [], ckpt.get("step", 0)
     if steps and (path.parent / "metrics.jsonl").exists():
@@ -491,21 +499,23 @@ def norms_command(a) -> str:
             lrs = np.interp(range(steps), *zip(*logged))
             curves = {piece: torch.sqrt((shrink * lines[0]["weights"][piece]["rms"]) ** 2 + noise**2)
                       for piece, (noise, shrink) in noise_curves(ckpt["config"], model, lrs).items()}
-    out = [f"{path}" + (f", step {steps}" if steps else "") + "; rows: RMS of W~'s rows over their mean, 5 %, 95 % and spread", "",
-           "| block | matrix | shape | RMS W | RMS W~ | by noise alone | W over noise | rows 5 % | rows 95 % | spread |", "|---" * 10 + "|"]
+    out = [f"{path}, step {steps}; rows: RMS of W~'s rows over their mean, 5 %, 95 % and spread of the logarithm", "",
+           "| block | matrix | shape | RMS W | RMS W~ | noise alone | W over noise | rows 5 % | rows 95 % | spread |",
+           "|---" * 10 + "|"]
     for m in sorted(found, key=lambda m: m["block"] or (math.inf if m["piece"] == "head" else 0)):
-        noise = curves[m["piece"]][-1].item() if m["piece"] in curves else math.nan
-        low, high = torch.quantile(m["rows"][:100_000], torch.tensor([0.05, 0.95])).tolist() if len(m["rows"]) else (math.nan,) * 2
-        out.append(f"| {m['block'] or ''} | {m['piece']} | {m['shape'][0]} x {m['shape'][1]} | {m['rms']:.4f} | {m['rms_effective']:.4f} | "
-                   + (f"{noise:.4f} | {m['rms'] / noise:.2f}" if m["piece"] in curves else " | ")
-                   + f" | {low:.2f} | {high:.2f} | {m['spread']:.3f} |")
+        noise = curves[m["piece"]][-1].item() if m["piece"] in curves else None
+        low, high = np.quantile(m["rows"].numpy(), (0.05, 0.95)) if len(m["rows"]) else (1.0, 1.0)
+        out.append(" | ".join((
+            f"| {m['block'] or ''}", m["piece"], "{} x {}".format(*m["shape"]), f"{m['rms']:.4f}",
+            f"{m['rms_effective']:.4f}", *((f"{noise:.4f}", f"{m['rms'] / noise:.2f}") if noise else ("", "")), f"{low:.2f}", f"{high:.2f}",
+            f"{m['spread']:.3f}")) + " |")
     if a.plot:
         plot_norms(found, curves, lines, a.plot)
     return "\n".join(out)
 
 
 def plot_norms(found, curves, lines, path: str):
-    """RMS W and W~ over steps beside what noise alone gives, a panel a kind of matrix; last the histogram of row norms."""
+    """RMS W and W~ over steps beside what noise alone gives, a panel a kind of matrix; last, the rows' histogram."""
     pyplot = plotting(path)
     pieces = [piece for piece in dict.fromkeys(m["piece"] for m in found) if piece in curves]
     columns = math.ceil(math.sqrt(len(pieces) + 1))
@@ -523,8 +533,9 @@ def plot_norms(found, curves, lines, path: str):
     histogram, bins = axes.flat[len(pieces)], np.logspace(-1, 1, 81)  # the paper's axis
     kinds = {}
     for m in found:
-        if m["block"] and m["piece"] in ("q", "k", "v", "gate", "up", "z", "x"):  # what reads the stream, as its figure 3
-            kinds.setdefault({"gate": "mlp", "up": "mlp", "z": "ssm", "x": "ssm"}.get(m["piece"], "attention"), []).append(m["rows"])
+        if m["block"] and m["piece"] in ("q", "k", "v", "gate", "up", "z", "x"):  # what reads the stream, as there
+            kind = {"gate": "mlp", "up": "mlp", "z": "ssm", "x": "ssm"}.get(m["piece"], "attention")
+            kinds.setdefault(kind, []).append(m["rows"])
     for kind, rows in kinds.items():
         histogram.hist(torch.cat(rows).clamp(0.1, 10).numpy(), bins, histtype="step", density=True, label=kind)
     histogram.set(xscale="log", xlabel="row norm of W~ over its matrix' mean", title="rows of all blocks", yticks=[])
@@ -545,7 +556,7 @@ def read_task(path) -> list[tuple[str, list[str], int]]:
     label; context, choices, label; or BLiMP's sentence_good, sentence_bad, which is two choices without a context.
     Texts are taken as they stand. Raises BadInput with the file and the line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines cuts at more
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f"--task={path}: cannot be read as UTF-8 text ({e})") from None
     items = []
@@ -570,7 +581,8 @@ def read_task(path) -> list[tuple[str, list[str], int]]:
         need(isinstance(choices, list) and len(choices) > 1 and all(isinstance(t, str) and t.strip() for t in choices),
              f"`{names[1]}`: two texts or more are needed" if len(names) == 3 else "two sentences are needed")
         label = int(label) if isinstance(label, str) and label.isdecimal() else label  # HellaSwag has "3"
-        need(type(label) is int and 0 <= label < len(choices), f"`label` {label!r}: a number from 0 to {len(choices) - 1} is needed")
+        need(type(label) is int and 0 <= label < len(choices),
+             f"`label` {label!r}: a number from 0 to {len(choices) - 1} is needed")
         items.append((context, choices, label))
     if not items:
         raise BadInput(f"--task={path}: no line in it")
@@ -591,8 +603,8 @@ def encode_pair(enc, context: str, choice: str) -> tuple[list[int], int]:
 
 
 def cut_to(length: int, ids, start: int):
-    """The end of a sequence that is longer than `length`: (ids, start), with start below 1 where it does not hold all of
-    the choice and a token before it."""
+    """The end of a sequence that is longer than `length`: (ids, start), with start below 1 where it does not hold all
+    of the choice and a token before it."""
     gone = max(0, len(ids) - length)
     return ids[gone:], start - gone
 
@@ -620,7 +632,8 @@ def log_likelihoods(model, items, batch_tokens=8192, progress=None) -> list[list
     totals = [[0.0] * len(item) for item in items]
     common = [min(start for _, start in item) - 1 for item in items]  # the last context token's state is needed
     for i, item in enumerate(items):
-        if len(item) < 2 or not isinstance(model, GPT) or any(ids[:common[i]] != item[0][0][:common[i]] for ids, _ in item):
+        same = all(ids[:common[i]] == item[0][0][:common[i]] for ids, _ in item)
+        if len(item) < 2 or not same or not isinstance(model, GPT):
             common[i] = 0
     order = sorted(range(len(items)), key=lambda i: -common[i])
     while order:
@@ -651,8 +664,9 @@ def log_likelihoods(model, items, batch_tokens=8192, progress=None) -> list[list
             scored = []
             for some, ids in zip(x[at, place].split(1024), token.split(1024)):  # not all logits at once
                 logits = model.head(model.norm(some))[:, :V]
-                scored.append(-F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, ids, reduction="none"))
-            sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, at.cpu(), torch.cat(scored).double().cpu())
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                scored.append(-F.cross_entropy(logits, ids, reduction="none").double().cpu())
+            sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, at.cpu(), torch.cat(scored))
             for total, (_, _, k, i) in zip(sums.tolist(), batch):
                 totals[i][k] = total
             if progress:
@@ -683,7 +697,8 @@ def evaluate_task(model, enc, task, batch_tokens=8192, progress=None) -> dict:
         cut += items[-1] is not None and any(len(ids) > limit for ids, _ in whole)
     kept = [i for i, item in enumerate(items) if item]
     found = dict(zip(kept, log_likelihoods(model, [items[i] for i in kept], batch_tokens, progress)))
-    out = {"items": len(kept), "cut": cut, "left_out": len(items) - len(kept), "scores": [found.get(i) for i in range(len(items))],
+    out = {"items": len(kept), "cut": cut, "left_out": len(items) - len(kept),
+           "scores": [found.get(i) for i in range(len(items))],
            "chance": statistics.mean(1 / len(task[i][1]) for i in kept) if kept else math.nan}
     for name, size in (("sum", lambda choice: 1), ("per_character", len)):
         results = [right([s / size(c) for s, c in zip(found[i], task[i][1])], task[i][2]) for i in kept]
@@ -693,7 +708,7 @@ def evaluate_task(model, enc, task, batch_tokens=8192, progress=None) -> dict:
     return out
 
 
-def evaluate_text(model, enc, ids, n_bytes: int, stride: int, batch_tokens=8192, progress=None) -> dict:
+def evaluate_text(model, ids, n_bytes: int, stride: int, batch_tokens=8192, progress=None) -> dict:
     """nats, mean per token of a text of n_bytes, with nats_se over windows; perplexity; bits_per_byte; tokens.
     ids: its tokens after an end-of-text token. Every window of block_size inputs scores its last `stride` tokens."""
     T = model.config.block_size
@@ -701,7 +716,8 @@ def evaluate_text(model, enc, ids, n_bytes: int, stride: int, batch_tokens=8192,
     totals = [total for total, in log_likelihoods(model, [[w] for w in windows], batch_tokens, progress)]
     means = [-total / (len(w) - start) for total, (w, start) in zip(totals, windows)]
     nats = -sum(totals) / (len(ids) - 1)
-    return {"tokens": len(ids) - 1, "nats": nats, "perplexity": math.exp(nats), "bits_per_byte": -sum(totals) / math.log(2) / n_bytes,
+    return {"tokens": len(ids) - 1, "nats": nats, "perplexity": math.exp(nats),
+            "bits_per_byte": -sum(totals) / math.log(2) / n_bytes,
             "nats_se": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan}
 
 
@@ -709,29 +725,32 @@ def eval_command(a) -> str:
     if not (a.task or a.text):
         raise BadInput("eval: --task=FILE.jsonl or --text=FILE is needed")
     tasks = [(path, read_task(path)[:a.items or None]) for path in a.task]
-    model, enc = open_model(a.checkpoint, a.device, getattr(torch, a.dtype))
+    model, enc, _ = open_model(a.checkpoint, a.device, getattr(torch, a.dtype))
     stride = a.stride or model.config.block_size
     if not (0 < stride <= model.config.block_size and a.batch_tokens > 0 and a.items >= 0):
-        raise BadInput(f"--stride={a.stride} --batch_tokens={a.batch_tokens} --items={a.items}: a stride from 1 to the context of "
-                       f"{model.config.block_size}, a batch of at least 1, and items not negative are needed")
+        raise BadInput(f"--stride={a.stride} --batch_tokens={a.batch_tokens} --items={a.items}: a stride from 1 to the "
+                       f"context of {model.config.block_size}, a batch of at least 1 and items not negative are needed")
     lines, done = [], []
     for path, task in tasks:
-        with tqdm(total=sum(len(choices) for _, choices, _ in task), unit="text", desc=Path(path).name, disable=None) as progress:
+        texts = sum(len(choices) for _, choices, _ in task)
+        with tqdm(total=texts, unit="text", desc=Path(path).name, disable=None) as progress:
             done.append((Path(path).stem, evaluate_task(model, enc, task, a.batch_tokens, progress)))
     if done:
-        lines += ["| task | items | accuracy by sum, % | per character, % | chance | ties | context cut | left out |", "|---" * 8 + "|"]
-        lines += [f"| {name} | {r['items']:,} | {100 * r['sum']:.2f} ± {100 * r['sum_se']:.2f} | {100 * r['per_character']:.2f} ± "
-                  f"{100 * r['per_character_se']:.2f} | {100 * r['chance']:.1f} | {r['sum_ties']}, {r['per_character_ties']} | {r['cut']} | "
-                  f"{r['left_out']} |" for name, r in done]
-        if len(done) > 1:
-            lines.append(f"| mean | {sum(r['items'] for _, r in done):,} | {100 * statistics.mean(r['sum'] for _, r in done):.2f} | "
-                         f"{100 * statistics.mean(r['per_character'] for _, r in done):.2f} | | | | |")
+        lines += ["| task | items | accuracy by sum, % | per character, % | chance | ties | context cut | left out |",
+                  "|---" * 8 + "|"]
+    for name, r in done:
+        accuracies = [f"{100 * r[key]:.2f} ± {100 * r[f'{key}_se']:.2f}" for key in ("sum", "per_character")]
+        lines.append(" | ".join((f"| {name}", f"{r['items']:,}", *accuracies, f"{100 * r['chance']:.1f}",
+                                 f"{r['sum_ties']}, {r['per_character_ties']}", f"{r['cut']}", f"{r['left_out']}")) + " |")
+    if len(done) > 1:
+        means = [f"{100 * statistics.mean(r[key] for _, r in done):.2f}" for key in ("sum", "per_character", "chance")]
+        lines.append(" | ".join(("| mean", f"{sum(r['items'] for _, r in done):,}", *means, "", "", "")) + " |")
     if a.text:
         ids = read_ids(a.text, enc, a.tokens)
         if len(ids) < 2:
             raise BadInput(f"--text={a.text}: no text in it")
-        with tqdm(total=-(-(len(ids) - 1) // stride), unit="window", desc=Path(a.text).name, disable=None) as progress:
-            r = evaluate_text(model, enc, ids, len(enc.decode_bytes(ids[1:])), stride, a.batch_tokens, progress)
+        with tqdm(total=-(-(len(ids) - 1) // stride), unit="window", disable=None) as progress:
+            r = evaluate_text(model, ids, len(enc.decode_bytes(ids[1:])), stride, a.batch_tokens, progress)
         lines += [f"{a.text}: {r['nats']:.4f} ± {r['nats_se']:.4f} nats per token, perplexity {r['perplexity']:.3f}, "
                   f"{r['bits_per_byte']:.4f} bits per byte, over {r['tokens']:,} tokens"]
     return "\n".join(lines)
@@ -892,14 +911,15 @@ def plot_sweep(runs, piece: str, path: str):
 
 
 def over_seeds(group, value) -> tuple[list[dict], list[float], list[float]]:
-    """What value(line) gives, by step, over the runs of a group (lists of lines) where it is a finite number: (where: step,
-    tokens, flops and seconds, which differ between seeds, as means; means; standard deviations, 0 of a single one)."""
+    """What value(line) gives, by step, over the runs of a group (lists of lines) where it is a finite number: (step,
+    tokens, flops and seconds there, means over the seeds; its means; its standard deviations, 0 of a single one)."""
     by_step = {}
     for line in (line for lines in group for line in lines):
         if "step" in line and (v := value(line)) is not None and math.isfinite(v):
             by_step.setdefault(line["step"], []).append((line, v))
     found = [found for _, found in sorted(by_step.items())]
-    at = [{k: statistics.mean(line.get(k, math.nan) for line, _ in lines) for k in ("step", "tokens", "flops", "seconds")} for lines in found]
+    at = [{k: statistics.mean(line.get(k, math.nan) for line, _ in lines) for k in ("step", "tokens", "flops", "seconds")}
+          for lines in found]
     values = [[v for _, v in lines] for lines in found]
     return at, [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
 
@@ -912,12 +932,14 @@ def plot_runs(runs, path: str) -> str:
     for run in runs:
         name, _, seed = Path(run).resolve().name.rpartition("-")
         groups.setdefault(name if name and seed.isdecimal() else Path(run).resolve().name, []).append(read_metrics(run))
-    if not any("val_loss" in line for group in groups.values() for lines in group for line in lines):
+    every = [line for group in groups.values() for lines in group for line in lines]
+    if not any("val_loss" in line for line in every):
         raise BadInput(f"{runs[0]}: no evaluation in its metrics.jsonl")
 
-    pairs = sorted({pair for group in groups.values() for lines in group for line in lines for pair in line.get("drift", ())})
-    panels = [("held-out loss, nats", x, [("", lambda line: line.get("val_loss"))]) for x in ("step", "tokens", "flops", "seconds")]
-    if any("let_cosine" in line for group in groups.values() for lines in group for line in lines):
+    pairs = sorted({pair for line in every for pair in line.get("drift", ())})
+    panels = [("held-out loss, nats", x, [("", lambda line: line.get("val_loss"))])
+              for x in ("step", "tokens", "flops", "seconds")]
+    if any("let_cosine" in line for line in every):
         panels.append(("cosine(T, M)", "step", [("", lambda line: line.get("let_cosine"))]))
     if pairs:
         panels.append(("multiplier drift, log of the ratio", "step", [
@@ -925,16 +947,17 @@ def plot_runs(runs, path: str) -> str:
     columns = 2 if len(panels) == 4 else 3
     figure, axes = pyplot.subplots(2, columns, figsize=(4.6 * columns, 7.2), layout="constrained")
     for axis, (title, x, lines) in zip(axes.flat, panels):
-        start = []  # the loss after a tenth of each run: what lies above is the fall from ln V, which would flatten the rest
+        start = []  # the losses after a tenth of each run; above is the fall from ln V, which would flatten the rest
         for i, (name, group) in enumerate(groups.items()):
             for (pair, value), style in zip(lines, ("-", "--", ":", "-.")):
                 at, mean, sd = over_seeds(group, value)
                 xs = [point[x] for point in at]
                 if not xs:
                     continue
-                axis.plot(xs, mean, style, color=f"C{i}", marker="o" if len(xs) < 15 else None, ms=3,
-                          label=" ".join(filter(None, (name if len(group) == 1 else f"{name} ({len(group)} seeds)", pair))))
-                axis.fill_between(xs, [m - s for m, s in zip(mean, sd)], [m + s for m, s in zip(mean, sd)], color=f"C{i}", alpha=0.2, lw=0)
+                label = name + (f" ({len(group)} seeds)" if len(group) > 1 else "") + (f" {pair}" if pair else "")
+                axis.plot(xs, mean, style, color=f"C{i}", marker="o" if len(xs) < 15 else None, ms=3, label=label)
+                low, high = ([m + sign * s for m, s in zip(mean, sd)] for sign in (-1, 1))
+                axis.fill_between(xs, low, high, color=f"C{i}", alpha=0.2, lw=0)
                 start += [m + s for point, m, s in zip(at, mean, sd) if point["step"] >= 0.1 * at[-1]["step"]][:1]
         axis.set(title=title if x == "step" else None, xlabel={"step": "steps", "flops": "FLOPs"}.get(x, x), ylabel=title)
         if title.startswith("held-out") and start:
@@ -972,8 +995,8 @@ def main(argv):
     h = commands.add_parser("curvature", help="extreme eigenvalues and density of the loss' Hessian")
     h.add_argument("checkpoints", nargs="+", help="checkpoints, or folders of runs (--keep_checkpoints keeps them all)")
     h.add_argument("--text", required=True, help="a text file to take the loss on")
-    h.add_argument("--tokens", type=int, default=4096, help="how many of its tokens")
-    h.add_argument("--steps", type=int, default=64, help="Hessian-vector products from each random vector")
+    h.add_argument("--tokens", type=int, default=2048, help="how many of its tokens")
+    h.add_argument("--steps", type=int, default=32, help="Hessian-vector products from each random vector")
     h.add_argument("--probes", type=int, default=2, help="random vectors")
     h.add_argument("--top", type=int, default=3, help="how many of the largest eigenvalues are shown")
     h.add_argument("--micro_batch", type=int, default=8, help="sequences differentiated at a time")
@@ -986,12 +1009,12 @@ def main(argv):
     n.add_argument("--plot", default="", help="also draw them over steps, and the rows' histogram, to this file")
     e = commands.add_parser("eval", help="accuracy on multiple choice and minimal pairs; perplexity of a text")
     e.add_argument("checkpoint")
-    e.add_argument("--task", nargs="+", default=[], help="files of JSON lines: ctx, endings, label; context, choices, label; or "
-                   "sentence_good, sentence_bad")
+    e.add_argument("--task", nargs="+", default=[], help="files of JSON lines: ctx, endings, label; context, choices, "
+                   "label; or sentence_good, sentence_bad")
     e.add_argument("--items", type=int, default=0, help="how many items of each file; 0: all")
     e.add_argument("--text", default="", help="a text file to take the perplexity of")
     e.add_argument("--tokens", type=int, default=0, help="how many of its tokens; 0: all")
-    e.add_argument("--stride", type=int, default=0, help="tokens from window to window; 0: the whole context, without overlap")
+    e.add_argument("--stride", type=int, default=0, help="tokens from window to window; 0: a context, no overlap")
     e.add_argument("--batch_tokens", type=int, default=8192, help="tokens in one forward pass")
     e.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
     e.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -10,7 +10,7 @@ from conftest import tiny_model
 
 import probes
 import train as train_module
-from model import GPT, BadInput, ModelConfig, load_checkpoint
+from model import BadInput, load_checkpoint
 from probes import density, hessian_product, lanczos, spectrum
 
 torch.set_num_threads(1)
@@ -142,8 +142,9 @@ def test_curvature_along_runs(tiny, tmp_path, capsys):
     ratio = float(lines[3][4].split(",")[0]) / float(lines[1][4].split(",")[0])
     assert lines[6][1:4] == ["let", "2", "1"] and float(lines[6][4]) == pytest.approx(ratio, rel=2e-3)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(BadInput, match="a context of 32 is needed"):
-        probes.main(["curvature", str(tmp_path / "let-0"), f"--text={tmp_path / 'text.txt'}", "--tokens=9"])
+    (tmp_path / "text.txt").write_text("short")
+    with pytest.raises(BadInput, match="5 tokens; a context of 32 is needed"):
+        probes.main(["curvature", str(tmp_path / "let-0"), f"--text={tmp_path / 'text.txt'}"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -200,14 +201,16 @@ def one_by_one(logits_of, enc, task):
 
 @torch.no_grad()
 def test_scores_are_those_of_a_loop_over_the_logits_of_transformers(task, enc):
+    from teacher import HFModel
     from test_model import hf_twin
     model = reader(mlp="swiglu")
     twin = hf_twin(model)
     expected = one_by_one(lambda idx: twin(idx).logits, enc, task)
     got = probes.evaluate_task(model, enc, task)
     assert len(task) == 20 and got["items"] == 20 and got["cut"] == got["left_out"] == 0
-    for ours, theirs in zip(got["scores"], expected):
-        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-4)
+    wrapped = probes.evaluate_task(HFModel(twin, 301), enc, task)  # has another way through log_likelihoods
+    for ours, others, theirs in zip(got["scores"], wrapped["scores"], expected):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-4) and others == pytest.approx(theirs, rel=1e-5, abs=1e-4)
     by_sum = [max(range(len(s)), key=s.__getitem__) == label for s, (_, _, label) in zip(expected, task)]
     each = [[s / len(c) for s, c in zip(scores, choices)] for scores, (_, choices, _) in zip(expected, task)]
     by_length = [max(range(len(s)), key=s.__getitem__) == label for s, (_, _, label) in zip(each, task)]
@@ -293,7 +296,7 @@ def test_perplexity_reads_every_token_once_with_the_context_of_its_window(enc, s
         end = min(-(-t // stride) * stride, len(ids) - 1)
         log_p = model(torch.tensor([ids[max(0, end - 32):t]]))[0][0, -1].log_softmax(-1)
         total -= log_p[ids[t]].item()
-    got = probes.evaluate_text(model, enc, ids, len(text.encode()), stride, batch_tokens=64)
+    got = probes.evaluate_text(model, ids, len(text.encode()), stride, batch_tokens=64)
     assert got["tokens"] == len(ids) - 1 and got["nats"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
     assert got["perplexity"] == pytest.approx(math.exp(total / (len(ids) - 1)), rel=1e-4)
     assert got["bits_per_byte"] == pytest.approx(total / math.log(2) / len(text.encode()), rel=1e-5)
