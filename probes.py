@@ -1,6 +1,10 @@
 """probes.py: what can be measured on trained models and read from their runs; and the linearity regulariser.
 
     python probes.py linearity runs/1/ckpt.pt --text notes.txt --plot=profile.png        # how linear is each block?
+    python probes.py curvature runs/plain-? runs/let-? --text notes.txt      # extreme eigenvalues of the loss' Hessian
+    python probes.py norms runs/1 --plot=norms.png              # how large each matrix is, and would be by noise alone
+    python probes.py eval runs/1/ckpt.pt --task hellaswag.jsonl --text notes.txt      # accuracy; perplexity
+    python probes.py plot runs/plain-? runs/let-? -o runs.png   # losses, cosine(T, M), drift of multipliers
     python probes.py compare runs/plain-? runs/let-?            # folders NAME-SEED; the first NAME is the reference
     python probes.py sweep runs/fixed@*-? runs/scalar@*-? --piece=head --plot=sweep.png        # folders NAME@X-SEED
 
@@ -10,6 +14,9 @@ predicts a block's output from its input, over many tokens.
 Names and symbols
     X, Y        (n, d) states of n tokens before and after a block, each column centred; D = Y - X, what the block adds
     full, free  1 - min_A ||X A - Y||^2 / ||Y||^2, and the same with D in place of Y (residual-free)
+    H           the Hessian of the mean loss; N parameters; sharpness: its largest eigenvalue
+    theta       Ritz values: eigenvalues of H as Lanczos sees them
+    W, W~       a weight matrix as the optimizer moves it, and as the model uses it (optim.py)
     run         a folder that train.py wrote; its metrics.jsonl is what is read here
     seed        what follows the last dash of its name; runs that differ in it alone are one row of a table
     x           of a sweep: the number between @ and the seed, such as a factor on a learning rate
