@@ -1,6 +1,10 @@
 """probes.py: what can be measured on trained models and read from their runs; and the linearity regulariser.
 
     python probes.py linearity runs/1/ckpt.pt --text notes.txt --plot=profile.png        # how linear is each block?
+    python probes.py curvature runs/plain-? runs/let-? --text notes.txt      # extreme eigenvalues of the loss' Hessian
+    python probes.py norms runs/1 --plot=norms.png              # how large each matrix is, and would be by noise alone
+    python probes.py eval runs/1/ckpt.pt --task hellaswag.jsonl --text notes.txt      # accuracy; perplexity
+    python probes.py plot runs/plain-? runs/let-? -o runs.png   # losses, cosine(T, M), drift of multipliers
     python probes.py compare runs/plain-? runs/let-?            # folders NAME-SEED; the first NAME is the reference
     python probes.py sweep runs/fixed@*-? runs/scalar@*-? --piece=head --plot=sweep.png        # folders NAME@X-SEED
 
@@ -10,6 +14,9 @@ predicts a block's output from its input, over many tokens.
 Names and symbols
     X, Y        (n, d) states of n tokens before and after a block, each column centred; D = Y - X, what the block adds
     full, free  1 - min_A ||X A - Y||^2 / ||Y||^2, and the same with D in place of Y (residual-free)
+    H           the Hessian of the mean loss; N parameters; sharpness: its largest eigenvalue
+    theta       Ritz values: eigenvalues of H as Lanczos sees them
+    W, W~       a weight matrix as the optimizer moves it, and as the model uses it (optim.py)
     run         a folder that train.py wrote; its metrics.jsonl is what is read here
     seed        what follows the last dash of its name; runs that differ in it alone are one row of a table
     x           of a sweep: the number between @ and the seed, such as a factor on a learning rate
@@ -21,11 +28,13 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from model import BadInput, command, load_checkpoint, model_from_checkpoint, tokenizer_from_dict
+from model import GPT, BadInput, Cache, command, load_checkpoint, model_from_checkpoint, tokenizer_from_dict
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Linearity
@@ -208,12 +217,558 @@ def plotting(path: str):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Curvature
+
+
+def open_model(name, device="cpu", dtype=torch.float32):
+    """(model in eval mode, its tiktoken.Encoding, the checkpoint) of a checkpoint of ours, or of anything that
+    teacher.load_pretrained reads, and then an empty checkpoint."""
+    from teacher import is_checkpoint, load_pretrained
+    ckpt = load_checkpoint(name) if is_checkpoint(name) else {}
+    model, tokenizer = ((model_from_checkpoint(ckpt, device).eval(), ckpt["tokenizer"]) if ckpt else
+                        load_pretrained(name, device, dtype, flag=""))
+    for p in model.parameters():  # not the tables of rotary positions
+        p.data = p.data.to(dtype)
+    return model, tokenizer_from_dict(tokenizer), ckpt
+
+
+def read_ids(path, enc, tokens=0) -> list[int]:
+    """The first `tokens` (0: all) of a text file after an end-of-text token, as in training."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"--text={path}: cannot be read as UTF-8 text ({e})") from None
+    return [enc.eot_token, *enc.encode_ordinary(text)[:tokens or None]]
+
+
+def next_token_loss(model, idx, targets):
+    """What model(idx, targets) gives, mean nats, in a form that has second derivatives: all logits at once, and
+    attention as plain products. idx, targets: (B, T)."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten())
+
+
+def hessian_product(model, batches):
+    """The function v -> H v of the Hessian H of the mean loss over the tokens of `batches`, pairs of (B, T) ids, with
+    respect to all parameters, joined into one vector (N,): H v = d/dw (dL/dw . v) (Pearlmutter 1994). Where the router
+    of a mixture of experts would change its mind there is no second derivative; H is that of the choice made."""
+    params, tokens = list(model.parameters()), sum(idx.numel() for idx, _ in batches)
+    sizes = [p.numel() for p in params]
+
+    def product(v):
+        total = torch.zeros_like(v)
+        for idx, targets in batches:
+            gradient = torch.autograd.grad(next_token_loss(model, idx, targets), params, create_graph=True)
+            along = sum((g * part.view_as(g)).sum() for g, part in zip(gradient, v.split(sizes)))
+            parts = torch.autograd.grad(along, params, materialize_grads=True)
+            total += torch.cat([h.flatten() for h in parts]) * (idx.numel() / tokens)
+        return total
+
+    return product
+
+
+def lanczos(product, v, steps: int):
+    """Eigenvalues of a symmetric matrix, known by its products with vectors, as far as `steps` products from v show.
+
+    Builds an orthonormal basis of v, H v, H^2 v, ... and the tridiagonal matrix T of H in it; every new vector is
+    orthogonalised against all before, twice, as rounding would else give copies of what has converged. Memory: steps
+    vectors. Returns three float64 vectors (m,), m <= steps: eigenvalues of T (Ritz values, rising), of which the
+    extreme ones come to those of H first; their weights, the squared first components of T's eigenvectors: sum_i w_i
+    theta_i^k = v^T H^k v / v^T v for all k < 2 m (Gauss quadrature); and for each how far, at most, the nearest
+    eigenvalue of H lies."""
+    Q, alpha, beta = v.new_empty(steps, len(v)), [], []
+    Q[0] = v / v.norm()
+    for k in range(steps):
+        w = product(Q[k])
+        alpha.append((w @ Q[k]).item())
+        for _ in range(2):
+            w = w - (Q[:k + 1] @ w) @ Q[:k + 1]
+        beta.append(w.norm().item())
+        if k + 1 == steps or beta[-1] <= 100 * torch.finfo(v.dtype).eps * max(map(abs, alpha + beta)):
+            break  # all that v reaches has been seen
+        Q[k + 1] = w / beta[-1]
+    T = torch.tensor(alpha, dtype=torch.float64).diag()
+    T += sum(torch.tensor(beta[:-1], dtype=torch.float64).diag(side) for side in (1, -1)) if len(beta) > 1 else 0
+    theta, S = torch.linalg.eigh(T)
+    return theta, S[0].square(), beta[-1] * S[-1].abs()
+
+
+def spectrum(model, batches, steps=32, probes=2, seed=0, top=3, progress=None) -> dict:
+    """What Lanczos from so many random vectors of signs shows of the Hessian (hessian_product) of a model.
+
+    loss in nats; top: its largest eigenvalues, falling, and least, its most negative one, each the extreme over the
+    vectors (a Ritz value never lies beyond its eigenvalue), with `residual`, the largest bound on their error; trace,
+    and trace_se over the vectors; rms, the root mean square of all N eigenvalues; ritz: [(values, weights)], from which
+    density() is made. In the dtype of the model."""
+    params = list(model.requires_grad_(True).parameters())
+    N, runs = sum(p.numel() for p in params), []
+    product, generator = hessian_product(model, batches), torch.Generator().manual_seed(seed)
+    for _ in range(probes):
+        v = (torch.randint(2, (N,), generator=generator) * 2 - 1).to(params[0])
+        runs.append(lanczos(lambda u: (progress and progress.update(), product(u))[1], v, steps))
+    largest = [max((t[-1 - k].item(), r[-1 - k].item()) for t, _, r in runs if k < len(t))
+               for k in range(min(top, max(len(t) for t, _, _ in runs)))]
+    least = min((t[0].item(), r[0].item()) for t, _, r in runs)
+    traces = [N * (w * t).sum().item() for t, w, _ in runs]
+    with torch.no_grad():
+        losses = [(next_token_loss(model, *b).item(), b[0].numel()) for b in batches]
+    return {"loss": sum(x * n for x, n in losses) / sum(n for _, n in losses), "parameters": N,
+            "top": [value for value, _ in largest], "least": least[0], "residual": max(r for _, r in [*largest, least]), "trace": statistics.mean(traces),
+            "trace_se": statistics.stdev(traces) / math.sqrt(probes) if probes > 1 else math.nan,
+            "rms": math.sqrt(statistics.mean((w * t.square()).sum().item() for t, w, _ in runs)),
+            "ritz": [(t, w) for t, w, _ in runs]}
+
+
+def density(ritz, x, sigma: float):
+    """The density of eigenvalues at x (n,), each seen as a normal of standard deviation sigma: stochastic Lanczos
+    quadrature (Lin, Saad & Yang 2016; for networks Ghorbani et al. 2019, arXiv 1901.10159). Its integral is 1."""
+    normal = [(w * torch.exp(-0.5 * ((x[:, None] - t) / sigma) ** 2)).sum(1) for t, w in ritz]
+    return torch.stack(normal).mean(0) / (sigma * math.sqrt(2 * math.pi))
+
+
+def run_checkpoints(names) -> list[str]:
+    """Of a run's folder its step-*.pt (train.py's --keep_checkpoints), or else its ckpt.pt; other names as they are."""
+    found = []
+    for name in names:
+        kept = sorted(map(str, Path(name).glob("step-*.pt")))
+        found += kept or [str(Path(name, "ckpt.pt")) if Path(name, "ckpt.pt").exists() else name]
+    return found
+
+
+def curvature_command(a) -> str:
+    """A row a checkpoint; where the folders are NAME-SEED, also each NAME's eigenvalues over those of the first NAME at
+    the same step and seed."""
+    if min(a.tokens, a.steps, a.probes, a.micro_batch, a.top) < 1:
+        raise BadInput("--tokens, --steps, --probes, --top and --micro_batch have to be at least 1")
+    rows, found, dtype = [], [], {"fp32": torch.float32, "fp64": torch.float64}[a.dtype]
+    names = run_checkpoints(a.checkpoints)
+    with tqdm(total=len(names) * a.probes * a.steps, unit="product", disable=None) as progress:
+        for name in names:
+            model, enc, ckpt = open_model(name, a.device, dtype)
+            T = min(model.config.block_size, a.tokens)
+            ids = torch.tensor(read_ids(a.text, enc, a.tokens), device=a.device)
+            n = (len(ids) - 1) // T * T
+            if n == 0:
+                raise BadInput(f"--text={a.text}: {len(ids) - 1} tokens; a context of {T} is needed")
+            batches = list(zip(*(t.view(-1, T).split(a.micro_batch) for t in (ids[:n], ids[1:n + 1]))))
+            s = spectrum(model, batches, a.steps, a.probes, a.seed, a.top, progress)
+            found.append((name, ckpt.get("step", 0), s))
+            rows.append(" | ".join((
+                f"| {name}", f"{ckpt.get('step', '')}", f"{s['loss']:.4f}", ", ".join(f"{v:.4g}" for v in s["top"]),
+                f"{s['least']:.4g}", f"{s['top'][0] / abs(s['least']):.3g}", f"{s['residual']:.1g}",
+                f"{s['trace']:.4g}" + (f" ± {s['trace_se']:.2g}" if a.probes > 1 else ""), f"{s['rms']:.3g}")) + " |")
+    lines = [f"{n:,} tokens, {s['parameters']:,} parameters, {a.dtype}", "",
+             "| checkpoint | step | loss | largest eigenvalues | most negative | their ratio | error below | trace | rms |",
+             "|---" * 9 + "|", *rows]
+    groups = {}  # {(name, step): {seed: spectrum}}
+    for name, step, s in found:
+        group, _, seed = Path(name).parent.name.rpartition("-")
+        groups.setdefault((group, step), {})[seed] = s
+    first = next(iter(groups))[0]
+    if all(group for group, _ in groups) and len({group for group, _ in groups}) > 1:
+        lines += ["", f"| over {first} | step | seeds | largest eigenvalue | most negative | their ratio | trace |",
+                  "|---" * 7 + "|"]
+        for (group, step), by_seed in groups.items():
+            same = groups.get((first, step), {})
+            pairs = [(s, same[seed]) for seed, s in by_seed.items() if seed in same]
+            if group != first and pairs:
+                big, small, trace = zip(*((s["top"][0] / r["top"][0], s["least"] / r["least"], s["trace"] / r["trace"])
+                                          for s, r in pairs))
+                both = [b / m for b, m in zip(big, small)]
+                lines.append(" | ".join((f"| {group}", f"{step}", f"{len(pairs)}", *(
+                    mean_sd(values, 3) for values in (big, small, both, trace)))) + " |")
+    if a.plot:
+        plot_spectra(found, a.plot)
+    return "\n".join(lines)
+
+
+def plot_spectra(found, path: str):
+    """Density of eigenvalues by checkpoint; beside it the extreme ones over steps, a line for each run, if there are
+    several steps."""
+    pyplot = plotting(path)
+    runs = {}
+    for name, step, s in found:
+        runs.setdefault(str(Path(name).parent), []).append((step, s["top"][0], s["least"]))
+    along = any(len(lines) > 1 for lines in runs.values())
+    figure, axes = pyplot.subplots(1, 1 + along, figsize=(6 + 5 * along, 4), layout="constrained", squeeze=False)
+    low, high = min(s["least"] for _, _, s in found), max(s["top"][0] for _, _, s in found)
+    margin = 0.05 * (high - low)
+    x = torch.linspace(low - margin, high + margin, 2000, dtype=torch.float64)
+    for name, step, s in found:
+        label = f"{Path(name).parent.name} step {step}" if len(found) <= 12 else None
+        axes[0, 0].semilogy(x, density(s["ritz"], x, 0.01 * (high - low)), label=label)
+    axes[0, 0].set(xlabel="eigenvalue", ylabel="density", title="Hessian of the loss", ylim=(1e-10, None))
+    axes[0, 0].legend(fontsize="small") if len(found) <= 12 else None
+    if along:
+        for i, (run, lines) in enumerate(runs.items()):
+            steps, top, least = zip(*sorted(lines))
+            axes[0, 1].plot(steps, top, "o-", color=f"C{i}", label=f"{Path(run).name}, largest")
+            axes[0, 1].plot(steps, least, "o--", color=f"C{i}", label=f"{Path(run).name}, most negative")
+        axes[0, 1].set(xlabel="step", ylabel="eigenvalue", title="sharpness along training", yscale="symlog")
+        axes[0, 1].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scale
+
+
+def matrix_scales(model, own=None) -> list[dict]:
+    """Of every logical matrix: block (0: embedding and head), piece, name of its parameter, rms of W and rms_effective
+    of W~, the norms of the multipliers' paper; rows: RMS of each row of W~ over the matrix' mean of those, rows of zeros
+    left out; spread: the standard deviation of their logarithms. own: {parameter: W} where it is not W~."""
+    from optim import flat, logical_pieces
+    params, found = dict(model.named_parameters()), []
+    made = logical_pieces(model) if isinstance(model, GPT) else {
+        n: [(n.split(".")[-2], len(p))] for n, p in params.items() if p.ndim == 2}
+    for name, pieces in made.items():
+        if name not in params:  # a tied head
+            continue
+        sizes, numbers = [n for _, n in pieces], [part for part in name.split(".") if part.isdecimal()]
+        block = int(numbers[0]) + 1 if numbers else 0
+        W = (own or {}).get(name, params[name]).detach()
+        for (piece, _), w, effective in zip(pieces, flat(W).split(sizes), flat(params[name].detach()).split(sizes)):
+            norms = effective.float().square().mean(1).sqrt()
+            norms = norms[norms > 0] / norms[norms > 0].mean()
+            found.append({"block": block, "piece": piece, "name": name, "rms": w.float().square().mean().sqrt().item(),
+                          "rms_effective": effective.float().square().mean().sqrt().item(), "rows": norms,
+                          "spread": norms.log().std().item() if len(norms) > 1 else 0.0, "shape": tuple(w.shape)})
+    return found
+
+
+def brownian_motion(lrs, decay: float, make_optimizer, shape, seed=0):
+    """RMS ||W|| after each step when an optimizer that starts from W = 0 sees nothing but N(0, 1) noise for gradients:
+    the paper's Adam Brownian motion (section 3), under the learning rates lrs and the weight decay. (steps + 1,), float64.
+
+    With decoupled decay W_t = a_t W_0 + W'_t, W' the motion from 0 and a_t the product of 1 - lr decay: from W_0 it is
+    sqrt(a_t^2 ||W_0||^2 + ||W'_t||^2). make_optimizer: parameters -> torch.optim.Optimizer."""
+    W, generator = torch.nn.Parameter(torch.zeros(shape)), torch.Generator().manual_seed(seed)
+    optimizer, path = make_optimizer([W]), [0.0]
+    for lr in lrs:
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = lr, decay
+        W.grad = torch.randn(shape, generator=generator)
+        optimizer.step()
+        path.append(W.detach().square().mean().sqrt().item())
+    return torch.tensor(path, dtype=torch.float64)
+
+
+def noise_curves(config: dict, model, lrs) -> dict[str, tuple]:
+    """By piece, (W'_t, a_t) of brownian_motion under the flags of a run (`config`, of its checkpoint) and its learning
+    rates: with its own optimizer, AdamW or Muon. (Muon's motion, over the scale of its update, hardly depends on a
+    matrix' size at a given ratio of its sides: for one beyond 128 a smaller one stands in, right to some 5 %.)"""
+    from optim import Muon, flat, logical_pieces, module_of, muon_scale
+
+    def factor(flag, module):
+        named = dict(part.split("=") for part in config.get(flag, "").split(",") if part)
+        return float(named.get(module, 1.0))
+
+    lrs, params, curves, seen = torch.as_tensor(lrs, dtype=torch.float64), dict(model.named_parameters()), {}, {}
+    for name, pieces in logical_pieces(model).items():
+        for piece, rows in pieces if name in params else ():
+            if piece in curves:
+                continue
+            module = module_of(piece)
+            free = piece == "embed"  # of weight decay
+            decay = 0.0 if free else config["weight_decay"] * factor("module_decay", module)
+            own = free and not config["tie_embeddings"]
+            peak = factor("module_lr", module) * (config["embedding_lr"] if own else 1.0)
+            if config["optimizer"] == "muon" and piece not in ("embed", "head"):
+                true, scale = (rows, flat(params[name]).shape[1]), config["muon_scale"]
+                shape = tuple(max(1, round(n * min(1, 128 / max(true)))) for n in true)
+                size = muon_scale(*true, scale) / max(true) ** 0.5 / (muon_scale(*shape, scale) / max(shape) ** 0.5)
+                make = lambda p: Muon(p, momentum=config["momentum"], coefficients=config["muon_coefficients"],
+                                      scale=config["muon_scale"], normuon=config["normuon"], dtype=torch.float32)
+            else:
+                make = lambda p: torch.optim.AdamW(p, betas=(config["beta1"], config["beta2"]), eps=1e-10)
+                shape, size = (4096,), 1.0
+            key = (shape, decay, peak)
+            if key not in seen:
+                seen[key] = brownian_motion((lrs * peak).tolist(), decay, make, shape)
+            shrink = torch.cat((torch.ones(1, dtype=torch.float64), (1 - lrs * peak * decay).cumprod(0)))
+            curves[piece] = (size * seen[key], shrink)
+    return curves
+
+
+def norms_command(a) -> str:
+    """RMS of W and W~ by matrix and block, row spread, and, where the run's metrics lie beside the checkpoint, the RMS
+    that noise alone would have given W by now."""
+    path = Path(a.run, "ckpt.pt") if Path(a.run).is_dir() else Path(a.run)
+    path = path if path.exists() else Path(a.run)  # a folder of transformers
+    model, _, ckpt = open_model(str(path))
+    found = matrix_scales(model, ckpt.get("multipliers"))
+    curves, lines, steps = {}, [], ckpt.get("step", 0)
+    if steps and (path.parent / "metrics.jsonl").exists():
+        lines = [line for line in read_metrics(path.parent) if line["step"] <= steps]
+        logged = [(line["step"] - 1, line["lr"]) for line in lines if "lr" in line]
+        lines = [line for line in lines if "weights" in line]
+        if logged and lines and lines[0]["step"] == 0:
+            lrs = np.interp(range(steps), *zip(*logged))
+            curves = {piece: torch.sqrt((shrink * lines[0]["weights"][piece]["rms"]) ** 2 + noise**2)
+                      for piece, (noise, shrink) in noise_curves(ckpt["config"], model, lrs).items()}
+    out = [f"{path}, step {steps}; rows: RMS of W~'s rows over their mean, 5 %, 95 % and spread of the logarithm", "",
+           "| block | matrix | shape | RMS W | RMS W~ | noise alone | W over noise | rows 5 % | rows 95 % | spread |",
+           "|---" * 10 + "|"]
+    for m in sorted(found, key=lambda m: m["block"] or (math.inf if m["piece"] == "head" else 0)):
+        noise = curves[m["piece"]][-1].item() if m["piece"] in curves else None
+        low, high = np.quantile(m["rows"].numpy(), (0.05, 0.95)) if len(m["rows"]) else (1.0, 1.0)
+        out.append(" | ".join((
+            f"| {m['block'] or ''}", m["piece"], "{} x {}".format(*m["shape"]), f"{m['rms']:.4f}",
+            f"{m['rms_effective']:.4f}", *((f"{noise:.4f}", f"{m['rms'] / noise:.2f}") if noise else ("", "")), f"{low:.2f}", f"{high:.2f}",
+            f"{m['spread']:.3f}")) + " |")
+    if a.plot:
+        plot_norms(found, curves, lines, a.plot)
+    return "\n".join(out)
+
+
+def plot_norms(found, curves, lines, path: str):
+    """RMS W and W~ over steps beside what noise alone gives, a panel a kind of matrix; last, the rows' histogram."""
+    pyplot = plotting(path)
+    pieces = [piece for piece in dict.fromkeys(m["piece"] for m in found) if piece in curves]
+    columns = math.ceil(math.sqrt(len(pieces) + 1))
+    figure, axes = pyplot.subplots(-(-(len(pieces) + 1) // columns), columns, squeeze=False, layout="constrained",
+                                   figsize=(3.4 * columns, 2.8 * -(-(len(pieces) + 1) // columns)))
+    for axis, piece in zip(axes.flat, pieces):
+        at = [line["step"] for line in lines]
+        for key, label, style in (("rms", "W", "o-"), ("rms_effective", "W~", "s--")):
+            axis.plot(at, [line["weights"][piece][key] for line in lines], style, ms=3, label=label)
+        axis.plot(curves[piece], "k:", label="noise alone")
+        axis.set(title=piece, ylim=(0, None))
+    if pieces:
+        axes.flat[0].legend(fontsize="small")
+        axes[0, 0].set(ylabel="RMS", xlabel="step")
+    histogram, bins = axes.flat[len(pieces)], np.logspace(-1, 1, 81)  # the paper's axis
+    kinds = {}
+    for m in found:
+        if m["block"] and m["piece"] in ("q", "k", "v", "gate", "up", "z", "x"):  # what reads the stream, as there
+            kind = {"gate": "mlp", "up": "mlp", "z": "ssm", "x": "ssm"}.get(m["piece"], "attention")
+            kinds.setdefault(kind, []).append(m["rows"])
+    for kind, rows in kinds.items():
+        histogram.hist(torch.cat(rows).clamp(0.1, 10).numpy(), bins, histtype="step", density=True, label=kind)
+    histogram.set(xscale="log", xlabel="row norm of W~ over its matrix' mean", title="rows of all blocks", yticks=[])
+    histogram.legend(fontsize="small")
+    for axis in axes.flat[len(pieces) + 1:]:
+        axis.remove()
+    figure.savefig(path, dpi=120)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Downstream
+
+TASK_FIELDS = (("ctx", "endings", "label"), ("context", "choices", "label"), ("sentence_good", "sentence_bad"))
+
+
+def read_task(path) -> list[tuple[str, list[str], int]]:
+    """(context, choices, number of the right one) of each line of a file of JSON objects: HellaSwag's ctx, endings,
+    label; context, choices, label; or BLiMP's sentence_good, sentence_bad, which is two choices without a context.
+    Texts are taken as they stand. Raises BadInput with the file and the line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines cuts at more
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"--task={path}: cannot be read as UTF-8 text ({e})") from None
+    items = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+
+        def need(ok, why):
+            if not ok:
+                raise BadInput(f"--task={path}, line {number}: {why}")
+
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as e:
+            need(False, f"not JSON ({e})")
+        need(isinstance(record, dict), "not a JSON object")
+        names = max(TASK_FIELDS, key=lambda names: sum(n in record for n in names if n != "label"))
+        for n in names:
+            need(n in record, f"no field `{n}`; the fields {', or '.join(', '.join(f) for f in TASK_FIELDS)} are needed")
+        context, choices, label = ("", [record[n] for n in names], 0) if len(names) == 2 else [record[n] for n in names]
+        need(isinstance(context, str), f"`{names[0]}` is no text")
+        need(isinstance(choices, list) and len(choices) > 1 and all(isinstance(t, str) and t.strip() for t in choices),
+             f"`{names[1]}`: two texts or more are needed" if len(names) == 3 else "two sentences are needed")
+        label = int(label) if isinstance(label, str) and label.isdecimal() else label  # HellaSwag has "3"
+        need(type(label) is int and 0 <= label < len(choices),
+             f"`label` {label!r}: a number from 0 to {len(choices) - 1} is needed")
+        items.append((context, choices, label))
+    if not items:
+        raise BadInput(f"--task={path}: no line in it")
+    return items
+
+
+def encode_pair(enc, context: str, choice: str) -> tuple[list[int], int]:
+    """(token ids of context and choice, number of the first that is the choice's), after an end-of-text token, as every
+    document had one in training. The boundary is lm-evaluation-harness's: one space between the two, which belongs to
+    the choice, as all blanks at the end of the context do; both are encoded together, and cut where the context encoded
+    alone ends."""
+    if context and not (context[-1].isspace() or choice[0].isspace()):
+        choice = " " + choice
+    stripped = context.rstrip()
+    whole = enc.encode_ordinary(context + choice)
+    start = len(enc.encode_ordinary(stripped))
+    return [enc.eot_token, *whole], 1 + min(start, len(whole) - 1)
+
+
+def cut_to(length: int, ids, start: int):
+    """The end of a sequence that is longer than `length`: (ids, start), with start below 1 where it does not hold all
+    of the choice and a token before it."""
+    gone = max(0, len(ids) - length)
+    return ids[gone:], start - gone
+
+
+def rows_of(cache: Cache, rows) -> Cache:
+    """A cache for these rows, in this order and as often as they stand there."""
+    picked = Cache()
+    picked.length = cache.length
+    for name in ("k", "v", "conv", "state"):
+        kept = getattr(cache, name)
+        setattr(picked, name, None if kept is None else kept[rows])
+    return picked
+
+
+@torch.no_grad()
+def log_likelihoods(model, items, batch_tokens=8192, progress=None) -> list[list[float]]:
+    """Of every sequence of every item, the sum over tokens i >= start of log p(token i | tokens before it), in nats.
+
+    items: lists of sequences (token ids, start), 1 <= start < len(ids) <= block_size + 1. What the sequences of an item
+    have in common before their starts, a long context with several endings, goes through the model once, and its
+    caches serve all of them: items with contexts of about one length together, all cut at the shortest, so that no
+    filling stands before a token. The rest goes in order of length, filled up at the end, where a causal model does
+    not see it; the head runs only where a token is scored."""
+    V, device = model.config.vocab_size, next(model.parameters()).device
+    totals = [[0.0] * len(item) for item in items]
+    common = [min(start for _, start in item) - 1 for item in items]  # the last context token's state is needed
+    for i, item in enumerate(items):
+        same = all(ids[:common[i]] == item[0][0][:common[i]] for ids, _ in item)
+        if len(item) < 2 or not same or not isinstance(model, GPT):
+            common[i] = 0
+    order = sorted(range(len(items)), key=lambda i: -common[i])
+    while order:
+        longest, n = common[order[0]], 1
+        if longest < 8:  # does not pay
+            n = len(order)
+        while n < len(order) and common[order[n]] >= 0.75 * longest and (n + 1) * longest <= batch_tokens:
+            n += 1
+        group, order = order[:n], order[n:]
+        P, caches = common[group[-1]] if longest >= 8 else 0, None
+        if P:
+            caches = [Cache() for _ in model.blocks]
+            model.trunk(torch.tensor([items[i][0][0][:P] for i in group], device=device), caches=caches)
+        rows = sorted(((len(ids) - 1 - P, g, k, i) for g, i in enumerate(group) for k, (ids, _) in enumerate(items[i])),
+                      reverse=True)
+        while rows:
+            width = rows[0][0]
+            n = max(1, batch_tokens // width)
+            batch, rows = rows[:n], rows[n:]
+            idx, picked = torch.zeros(len(batch), width, dtype=torch.int64), []  # (row, place, token) of what is scored
+            for row, (size, _, k, i) in enumerate(batch):
+                ids, start = items[i][k]
+                idx[row, :size] = torch.tensor(ids[P:-1])
+                picked += [(row, t - 1 - P, ids[t]) for t in range(start, len(ids))]
+            chosen = torch.tensor([g for _, g, _, _ in batch], device=device)
+            idx, (at, place, token) = idx.to(device), torch.tensor(picked, device=device).T
+            x, _ = model.trunk(idx, **({"caches": [rows_of(c, chosen) for c in caches]} if P else {}))
+            scored = []
+            for some, ids in zip(x[at, place].split(1024), token.split(1024)):  # not all logits at once
+                logits = model.head(model.norm(some))[:, :V]
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                scored.append(-F.cross_entropy(logits, ids, reduction="none").double().cpu())
+            sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, at.cpu(), torch.cat(scored))
+            for total, (_, _, k, i) in zip(sums.tolist(), batch):
+                totals[i][k] = total
+            if progress:
+                progress.update(len(batch))
+    return totals
+
+
+def right(scores, label: int) -> tuple[float, bool]:
+    """(1 if the label's score is the highest, its share of 1 in a tie, else 0; whether there is a tie at the top).
+    Scores that differ by less than 1e-5 of themselves, which is rounding, are equal."""
+    best = max(scores)
+    top = [k for k, s in enumerate(scores) if best - s <= 1e-5 * abs(best)]
+    return (1 / len(top) if label in top else 0.0), len(top) > 1
+
+
+def evaluate_task(model, enc, task, batch_tokens=8192, progress=None) -> dict:
+    """Multiple choice over (context, choices, label): `sum` and `per_character`, the accuracies by summed
+    log-likelihood and by that over the characters of the choice (the harness's acc and acc_norm), with standard errors
+    *_se and *_ties, items with several best choices; chance; items; cut: of these, those that lost the beginning of
+    their context, as they are longer than the model's; left_out: further ones, where a choice alone is longer. scores:
+    each item's log-likelihoods in nats, None where left out."""
+    limit = model.config.block_size + 1 if getattr(model, "has_attention", True) else math.inf
+    items, cut = [], 0
+    for context, choices, _ in task:
+        whole = [encode_pair(enc, context, choice) for choice in choices]
+        item = [cut_to(limit, *pair) for pair in whole] if limit < math.inf else whole
+        items.append(item if all(start >= 1 for _, start in item) else None)
+        cut += items[-1] is not None and any(len(ids) > limit for ids, _ in whole)
+    kept = [i for i, item in enumerate(items) if item]
+    found = dict(zip(kept, log_likelihoods(model, [items[i] for i in kept], batch_tokens, progress)))
+    out = {"items": len(kept), "cut": cut, "left_out": len(items) - len(kept),
+           "scores": [found.get(i) for i in range(len(items))],
+           "chance": statistics.mean(1 / len(task[i][1]) for i in kept) if kept else math.nan}
+    for name, size in (("sum", lambda choice: 1), ("per_character", len)):
+        results = [right([s / size(c) for s, c in zip(found[i], task[i][1])], task[i][2]) for i in kept]
+        got = [credit for credit, _ in results]
+        out |= {name: statistics.mean(got) if got else math.nan, f"{name}_ties": sum(tie for _, tie in results),
+                f"{name}_se": statistics.stdev(got) / math.sqrt(len(got)) if len(got) > 1 else math.nan}
+    return out
+
+
+def evaluate_text(model, ids, n_bytes: int, stride: int, batch_tokens=8192, progress=None) -> dict:
+    """nats, mean per token of a text of n_bytes, with nats_se over windows; perplexity; bits_per_byte; tokens.
+    ids: its tokens after an end-of-text token. Every window of block_size inputs scores its last `stride` tokens."""
+    T = model.config.block_size
+    windows = [cut_to(T + 1, ids[:min(begin + stride, len(ids))], begin) for begin in range(1, len(ids), stride)]
+    totals = [total for total, in log_likelihoods(model, [[w] for w in windows], batch_tokens, progress)]
+    means = [-total / (len(w) - start) for total, (w, start) in zip(totals, windows)]
+    nats = -sum(totals) / (len(ids) - 1)
+    return {"tokens": len(ids) - 1, "nats": nats, "perplexity": math.exp(nats),
+            "bits_per_byte": -sum(totals) / math.log(2) / n_bytes,
+            "nats_se": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan}
+
+
+def eval_command(a) -> str:
+    if not (a.task or a.text):
+        raise BadInput("eval: --task=FILE.jsonl or --text=FILE is needed")
+    tasks = [(path, read_task(path)[:a.items or None]) for path in a.task]
+    model, enc, _ = open_model(a.checkpoint, a.device, getattr(torch, a.dtype))
+    stride = a.stride or model.config.block_size
+    if not (0 < stride <= model.config.block_size and a.batch_tokens > 0 and a.items >= 0):
+        raise BadInput(f"--stride={a.stride} --batch_tokens={a.batch_tokens} --items={a.items}: a stride from 1 to the "
+                       f"context of {model.config.block_size}, a batch of at least 1 and items not negative are needed")
+    lines, done = [], []
+    for path, task in tasks:
+        texts = sum(len(choices) for _, choices, _ in task)
+        with tqdm(total=texts, unit="text", desc=Path(path).name, disable=None) as progress:
+            done.append((Path(path).stem, evaluate_task(model, enc, task, a.batch_tokens, progress)))
+    if done:
+        lines += ["| task | items | accuracy by sum, % | per character, % | chance | ties | context cut | left out |",
+                  "|---" * 8 + "|"]
+    for name, r in done:
+        accuracies = [f"{100 * r[key]:.2f} ± {100 * r[f'{key}_se']:.2f}" for key in ("sum", "per_character")]
+        lines.append(" | ".join((f"| {name}", f"{r['items']:,}", *accuracies, f"{100 * r['chance']:.1f}",
+                                 f"{r['sum_ties']}, {r['per_character_ties']}", f"{r['cut']}", f"{r['left_out']}")) + " |")
+    if len(done) > 1:
+        means = [f"{100 * statistics.mean(r[key] for _, r in done):.2f}" for key in ("sum", "per_character", "chance")]
+        lines.append(" | ".join(("| mean", f"{sum(r['items'] for _, r in done):,}", *means, "", "", "")) + " |")
+    if a.text:
+        ids = read_ids(a.text, enc, a.tokens)
+        if len(ids) < 2:
+            raise BadInput(f"--text={a.text}: no text in it")
+        with tqdm(total=-(-(len(ids) - 1) // stride), unit="window", disable=None) as progress:
+            r = evaluate_text(model, ids, len(enc.decode_bytes(ids[1:])), stride, a.batch_tokens, progress)
+        lines += [f"{a.text}: {r['nats']:.4f} ± {r['nats_se']:.4f} nats per token, perplexity {r['perplexity']:.3f}, "
+                  f"{r['bits_per_byte']:.4f} bits per byte, over {r['tokens']:,} tokens"]
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Tables over runs
 
 
-def read_evaluations(run) -> list[dict]:
-    """The lines of a run's metrics.jsonl that hold an evaluation. A run that stopped before its last step, as a
-    diverged one does, has an infinite loss in the last."""
+def read_metrics(run) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
     path, lines = Path(run) / "metrics.jsonl", []
     try:
         for text in path.read_text().splitlines():
@@ -225,9 +780,15 @@ def read_evaluations(run) -> list[dict]:
                 raise
     except (OSError, ValueError) as e:
         raise BadInput(f"{path}: not the metrics of a run ({e})") from None
-    lines = [line for line in lines if isinstance(line, dict) and "val_loss" in line]
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def read_evaluations(run) -> list[dict]:
+    """The lines of a run's metrics.jsonl that hold an evaluation. A run that stopped before its last step, as a
+    diverged one does, has an infinite loss in the last."""
+    lines = [line for line in read_metrics(run) if "val_loss" in line]
     if not lines:
-        raise BadInput(f"{path}: no evaluation in it")
+        raise BadInput(f"{Path(run) / 'metrics.jsonl'}: no evaluation in it")
     config = Path(run) / "config.json"
     if config.exists() and lines[-1]["step"] < json.loads(config.read_text())["steps"]:
         lines[-1] = {**lines[-1], "val_loss": math.inf, "bits_per_byte": math.inf}
@@ -356,6 +917,72 @@ def plot_sweep(runs, piece: str, path: str):
     figure.savefig(path, dpi=120)
 
 
+def over_seeds(group, value) -> tuple[list[dict], list[float], list[float]]:
+    """What value(line) gives, by step, over the runs of a group (lists of lines) where it is a finite number: (step,
+    tokens, flops and seconds there, means over the seeds; its means; its standard deviations, 0 of a single one)."""
+    by_step = {}
+    for line in (line for lines in group for line in lines):
+        if "step" in line and (v := value(line)) is not None and math.isfinite(v):
+            by_step.setdefault(line["step"], []).append((line, v))
+    found = [found for _, found in sorted(by_step.items())]
+    at = [{k: statistics.mean(line.get(k, math.nan) for line, _ in lines) for k in ("step", "tokens", "flops", "seconds")}
+          for lines in found]
+    values = [[v for _, v in lines] for lines in found]
+    return at, [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+
+
+def plot_runs(runs, path: str) -> str:
+    """Held-out loss over steps, tokens, FLOPs and seconds, and, where runs have them, cosine(T, M) and the drift of the
+    multipliers: mean and band of ± one standard deviation over seeds. Folders NAME-SEED are one line a NAME; any other
+    name is a line of its own."""
+    pyplot, groups = plotting(path), {}
+    for run in runs:
+        name, _, seed = Path(run).resolve().name.rpartition("-")
+        groups.setdefault(name if name and seed.isdecimal() else Path(run).resolve().name, []).append(read_metrics(run))
+    every = [line for group in groups.values() for lines in group for line in lines]
+    if not any("val_loss" in line for line in every):
+        raise BadInput(f"{runs[0]}: no evaluation in its metrics.jsonl")
+
+    pairs = sorted({pair for line in every for pair in line.get("drift", ())})
+    panels = [("held-out loss, nats", x, [("", lambda line: line.get("val_loss"))])
+              for x in ("step", "tokens", "flops", "seconds")]
+    if any("let_cosine" in line for line in every):
+        panels.append(("cosine(T, M)", "step", [("", lambda line: line.get("let_cosine"))]))
+    if pairs:
+        panels.append(("multiplier drift, log of the ratio", "step", [
+            (pair, lambda line, pair=pair: line.get("drift", {}).get(pair)) for pair in pairs]))
+    columns = 2 if len(panels) == 4 else 3
+    figure, axes = pyplot.subplots(2, columns, figsize=(4.6 * columns, 7.2), layout="constrained")
+    for axis, (title, x, lines) in zip(axes.flat, panels):
+        start = []  # the losses after a tenth of each run; above is the fall from ln V, which would flatten the rest
+        for i, (name, group) in enumerate(groups.items()):
+            for (pair, value), style in zip(lines, ("-", "--", ":", "-.")):
+                at, mean, sd = over_seeds(group, value)
+                xs = [point[x] for point in at]
+                if not xs:
+                    continue
+                label = name + (f" ({len(group)} seeds)" if len(group) > 1 else "") + (f" {pair}" if pair else "")
+                axis.plot(xs, mean, style, color=f"C{i}", marker="o" if len(xs) < 15 else None, ms=3, label=label)
+                low, high = ([m + sign * s for m, s in zip(mean, sd)] for sign in (-1, 1))
+                axis.fill_between(xs, low, high, color=f"C{i}", alpha=0.2, lw=0)
+                start += [m + s for point, m, s in zip(at, mean, sd) if point["step"] >= 0.1 * at[-1]["step"]][:1]
+        axis.set(title=title if x == "step" else None, xlabel={"step": "steps", "flops": "FLOPs"}.get(x, x), ylabel=title)
+        if title.startswith("held-out") and start:
+            axis.set_ylim(top=max(start))
+        axis.grid(alpha=0.3)
+        axis.ticklabel_format(axis="x", scilimits=(-3, 5))
+        if x == "step":
+            axis.legend(fontsize="small")
+    for axis in axes.flat[len(panels):]:
+        axis.remove()
+    figure.savefig(path, dpi=120)
+    return path
+
+
+COMMANDS = {"curvature": curvature_command, "norms": norms_command, "eval": eval_command,
+            "plot": lambda a: plot_runs(a.runs, a.plot)}
+
+
 def main(argv):
     parser = argparse.ArgumentParser(prog="probes.py", description="Measure models, and make tables and pictures of runs.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -372,6 +999,35 @@ def main(argv):
     p.add_argument("--skip_first", action="store_true", help="leave the first position of each context out")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--plot", default="", help="also draw the profile over depth to this file")
+    h = commands.add_parser("curvature", help="extreme eigenvalues and density of the loss' Hessian")
+    h.add_argument("checkpoints", nargs="+", help="checkpoints, or folders of runs (--keep_checkpoints keeps them all)")
+    h.add_argument("--text", required=True, help="a text file to take the loss on")
+    h.add_argument("--tokens", type=int, default=2048, help="how many of its tokens")
+    h.add_argument("--steps", type=int, default=32, help="Hessian-vector products from each random vector")
+    h.add_argument("--probes", type=int, default=2, help="random vectors")
+    h.add_argument("--top", type=int, default=3, help="how many of the largest eigenvalues are shown")
+    h.add_argument("--micro_batch", type=int, default=8, help="sequences differentiated at a time")
+    h.add_argument("--dtype", default="fp32", choices=("fp32", "fp64"))
+    h.add_argument("--seed", type=int, default=0, help="of the random vectors")
+    h.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    h.add_argument("--plot", default="", help="also draw the density to this file")
+    n = commands.add_parser("norms", help="norms of W and W~ by matrix and block, against those of pure noise")
+    n.add_argument("run", help="a run's folder, or a checkpoint")
+    n.add_argument("--plot", default="", help="also draw them over steps, and the rows' histogram, to this file")
+    e = commands.add_parser("eval", help="accuracy on multiple choice and minimal pairs; perplexity of a text")
+    e.add_argument("checkpoint")
+    e.add_argument("--task", nargs="+", default=[], help="files of JSON lines: ctx, endings, label; context, choices, "
+                   "label; or sentence_good, sentence_bad")
+    e.add_argument("--items", type=int, default=0, help="how many items of each file; 0: all")
+    e.add_argument("--text", default="", help="a text file to take the perplexity of")
+    e.add_argument("--tokens", type=int, default=0, help="how many of its tokens; 0: all")
+    e.add_argument("--stride", type=int, default=0, help="tokens from window to window; 0: a context, no overlap")
+    e.add_argument("--batch_tokens", type=int, default=8192, help="tokens in one forward pass")
+    e.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
+    e.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    r = commands.add_parser("plot", help="losses, cosine(T, M) and multiplier drift of runs in one picture")
+    r.add_argument("runs", nargs="+", help="folders of runs; those named NAME-SEED are one line with a band")
+    r.add_argument("-o", "--plot", default="runs.png", help="file to draw to")
     a = parser.parse_args(argv)
     if getattr(a, "plot", ""):
         plotting(a.plot)
@@ -379,6 +1035,8 @@ def main(argv):
         print(compare(a.runs))
     elif a.command == "linearity":
         print(linearity_command(a))
+    elif a.command in COMMANDS:
+        print(COMMANDS[a.command](a))
     else:
         print(sweep(a.runs, a.piece))
         if a.plot:

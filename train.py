@@ -192,6 +192,7 @@ class Config:
     eval_every: int = flag(100, "steps between evaluations; there is always one at the end")
     log_every: int = flag(10, "steps between lines of metrics.jsonl")
     save_every: int = flag(100, "steps between checkpoints; there is always one at the end")
+    keep_checkpoints: bool = flag(False, "keep each checkpoint, as step-N.pt beside ckpt.pt: for probes.py curvature")
     seed: int = flag(0, "of the initial weights and the order of the data")
     device: str = flag("auto", "auto, cpu, cuda or mps")
     dtype: str = flag("auto", "of the matrix products: auto is bf16 where the hardware has it, else fp32",
@@ -1382,7 +1383,8 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                  "let_optimizer": let_optimizer.state_dict() if let_optimizer else None,
                  "step": step, "tokens": tokens, "flops": flops, "seconds": seconds, "best_val_loss": best,
                  "rng": torch.get_rng_state(), "provenance": provenance(devices)}
-        on_rank_0(lambda: save_checkpoint(checkpoint, state))
+        for path in [checkpoint, *([out_dir / f"step-{step:07}.pt"] if c.keep_checkpoints else [])]:
+            on_rank_0(lambda: save_checkpoint(path, state))
 
     # The loop
     stream, stopping, saved, val_loss, bpb = micro_batches(step), False, -1, math.nan, math.nan

@@ -5,7 +5,7 @@
     python tests/bench.py nanogpt --nanogpt=PATH       # against a checkout of nanoGPT, at its shape
 
 Parts: gpt (AdamW against Muon), let (a step with the teacher against one without), loss (the chunked loss against
-torch's), optim (Muon against torch's, multipliers, the split over ranks), mixers (attention against Mamba-2 by length),
+torch's), eval (multiple choice against one text per forward pass), optim (Muon against torch's, multipliers, the split over ranks), mixers (attention against Mamba-2 by length),
 nanogpt, 124m (CUDA: GPT-2's shape, compiled and eager, with MFU). The variants of a part take turns, step by step, so
 that a noisy machine slows all of them; the figure is the median over the steps. FLOPs as GPT.flops_per_token counts them.
 """
@@ -28,6 +28,7 @@ import torch.nn.functional as F  # noqa: E402
 import train as t  # noqa: E402
 from model import GPT, Cache, ModelConfig, linear_cross_entropy, ssd  # noqa: E402
 from optim import Muon, newton_schulz  # noqa: E402
+from probes import log_likelihoods  # noqa: E402
 from teacher import LET  # noqa: E402
 
 DEFAULT = t.Config()
@@ -167,6 +168,35 @@ def bench_loss(a, devices, report):
     seconds = take_turns(steps, a.seconds, devices)
     for n, s in seconds.items():
         report(name=f"loss, {n}", ms=1e3 * s, time_over_ours=s / seconds["ours"])
+
+
+def bench_eval(a, devices, report):
+    """Multiple choice of HellaSwag's shape, 64 items of 4 endings of 10 to 40 tokens after contexts of 30 to 90: batched
+    and with shared contexts, against one text and against one item (its endings filled up) per forward pass."""
+    torch.manual_seed(0)
+    c = shape_of(DEFAULT)
+    model, items = GPT(c).to(devices.device).eval(), []
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02) if p.ndim == 2 and not p.any() else None
+    for _ in range(64):
+        start, ends = int(torch.randint(30, 91, ())), torch.randint(10, 41, (4,)).tolist()
+        context = torch.randint(c.vocab_size, (start,)).tolist()
+        items.append([(context + torch.randint(c.vocab_size, (n,)).tolist(), start) for n in ends])
+
+    @torch.no_grad()
+    def plain(texts):
+        idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in texts], batch_first=True).to(devices.device)
+        log_p = model(idx)[0].log_softmax(-1)
+        return [log_p[row, range(start - 1, len(ids) - 1), ids[start:]].sum().item() for row, (ids, start) in enumerate(texts)]
+
+    ours, texts = log_likelihoods(model, items), sum(map(len, items))
+    error = max(abs(x - y) for item, scores in zip(items, ours) for x, y in zip(plain(item), scores))
+    seconds = take_turns({"batched, contexts shared": lambda: log_likelihoods(model, items),
+                          "one item a pass": lambda: [plain(item) for item in items],
+                          "one text a pass": lambda: [plain([text]) for item in items for text in item]}, a.seconds, devices, warm_up=1)
+    for n, s in seconds.items():
+        report(name=f"eval, {n}", texts_per_second=texts / s, time_over_ours=s / seconds["batched, contexts shared"],
+               largest_difference=error)
 
 
 def kept_for_backward(loss_of) -> int:
@@ -386,7 +416,7 @@ def bench_124m(a, devices, report):
             torch._dynamo.reset()
 
 
-PARTS = {"gpt": bench_gpt, "let": bench_let, "loss": bench_loss, "optim": bench_optim, "mixers": bench_mixers,
+PARTS = {"gpt": bench_gpt, "let": bench_let, "loss": bench_loss, "eval": bench_eval, "optim": bench_optim, "mixers": bench_mixers,
          "nanogpt": bench_nanogpt, "124m": bench_124m}
 
 
