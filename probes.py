@@ -1,6 +1,7 @@
 """probes.py: what can be measured on trained models and read from their runs; and the linearity regulariser.
 
     python probes.py linearity runs/1/ckpt.pt --text notes.txt --plot=profile.png        # how linear is each block?
+    python probes.py prune runs/1/ckpt.pt --text notes.txt --blocks=1,2,3        # leave blocks out, or an affine map for each
     python probes.py compare runs/plain-? runs/let-?            # folders NAME-SEED; the first NAME is the reference
     python probes.py sweep runs/fixed@*-? runs/scalar@*-? --piece=head --plot=sweep.png        # folders NAME@X-SEED
 
@@ -16,16 +17,23 @@ Names and symbols
     piece       a kind of logical matrix: q, k, v, o, gate, up, down, embed, head
 """
 import argparse
+import copy
+import itertools
 import json
 import math
+import os
+import random
 import statistics
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import BadInput, command, load_checkpoint, model_from_checkpoint, tokenizer_from_dict
+from model import (GPT, AffineBlock, BadInput, ModelConfig, command, device_exists, load_checkpoint,
+                   model_from_checkpoint, tokenizer_from_dict)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Linearity
@@ -72,7 +80,7 @@ class Moments:
     About a shift, the mean of the first tokens, which changes no score but keeps digits where a mean is large."""
 
     def __init__(self, shift_x=None, shift_y=None):
-        self.n, self.shift_x, self.shift_y, self.ratio = 0, shift_x, shift_y, 0.0
+        self.n, self.shift_x, self.shift_y, self.ratio, self.cosine = 0, shift_x, shift_y, 0.0, 0.0
 
     def add(self, x, y):
         """x, y: (tokens, d) before and after a block."""
@@ -84,6 +92,7 @@ class Moments:
             self.xx, self.xy, self.yy = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], y.shape[1]), 0.0
             self.dd, self.y2 = 0.0, 0.0
         self.ratio += ((y - x).norm(dim=1) / y.norm(dim=1).clamp(min=1e-300)).sum().item()
+        self.cosine += F.cosine_similarity(x, y, dim=1).sum().item()
         self.dd, self.y2 = self.dd + (y - x).square().sum().item(), self.y2 + y.square().sum().item()
         x, y = x - self.shift_x, y - self.shift_y
         self.n += len(x)
@@ -109,7 +118,7 @@ def linearity(fit: Moments, held_out: Moments | None = None) -> dict:
     solve is by eigenvalues of X^T X, those below d eps times the largest counted as 0: X is often rank-deficient (few
     distinct tokens). rank, n, n_over_d; ratios of what the block adds to the state after it: ratio_mean over tokens of
     the norms, ratio_rms of the Frobenius norms, ratio_centred of the centred ones, for which 1 - full = (1 - free)
-    ratio_centred^2 exactly."""
+    ratio_centred^2 exactly; cosine, the mean over tokens of that of x and y."""
     xx, xy, yy = fit.centred()
     d = len(xx)
     e, V = torch.linalg.eigh(xx)
@@ -118,14 +127,14 @@ def linearity(fit: Moments, held_out: Moments | None = None) -> dict:
     rank, n = len(e), fit.n
     dd = yy - 2 * xy.trace().item() + xx.trace().item()  # ||D||^2, as X^T D = X^T Y - X^T X
     out = {"n": n, "n_over_d": n / d, "rank": rank, "ratio_mean": fit.ratio / n, "ratio_rms": math.sqrt(fit.dd / fit.y2),
-           "ratio_centred": math.sqrt(max(dd, 0.0) / yy)}
+           "ratio_centred": math.sqrt(max(dd, 0.0) / yy), "cosine": fit.cosine / n}
     if held_out is not None:
         h_xx, h_xy, h_yy = held_out.centred(fit.x / n, fit.y / n)
         my = held_out.y / held_out.n - fit.y / n
         mx = held_out.x / held_out.n - fit.x / n
     for name, target, size in (("full", xy, yy), ("free", xy - xx, dd)):
         projected = V.mT @ target  # (rank, d)
-        score = ((projected.square().sum(1) / e).sum() / size).item() if size > 0 else math.nan
+        score = ((projected.square().sum(1) / e).sum() / size).item() if size > 1e-12 * yy else math.nan  # nothing is added
         out[name] = score
         out[f"{name}_adjusted"] = 1 - (1 - score) * (n - 1) / (n - 1 - rank) if n - 1 > rank else math.nan
         if held_out is not None:
@@ -144,7 +153,7 @@ def linearity_profile(model, batches, skip_first=False, progress=None) -> list[d
     """linearity() of every block over batches of token ids (B, T): the even ones to fit, the odd ones held out.
     skip_first: leave position 0 out, where attention parks what it has no use for, with states a hundred times as
     large."""
-    blocks = len(model.blocks)
+    blocks = model.config.n_layer
     fit, held_out = [Moments() for _ in range(blocks)], [None] * blocks
     for i, idx in enumerate(batches):
         _, states = model.trunk(idx, hidden=tuple(range(blocks + 1)))
@@ -160,23 +169,38 @@ def linearity_profile(model, batches, skip_first=False, progress=None) -> list[d
     return [{"block": k + 1, **linearity(fit[k], held_out[k])} for k in range(blocks)]
 
 
-def linearity_command(a) -> str:
-    ckpt = load_checkpoint(a.checkpoint)
-    model = model_from_checkpoint(ckpt, a.device).eval()
+def load_model(name, device):
+    """(model in eval mode, frozen, its tokenizer as a dict) of a checkpoint of ours."""
+    if not device_exists(device):
+        raise BadInput(f"--device={device}: no such device here")
+    ckpt = load_checkpoint(name)
+    return model_from_checkpoint(ckpt, device).eval().requires_grad_(False), ckpt["tokenizer"]
+
+
+def read_contexts(a, model, tokenizer, least: int):
+    """The text of --text as token ids (contexts, length): --tokens of its tokens, in whole contexts of --context. Raises
+    BadInput when it is no text, or gives fewer than `least` contexts or than four tokens a dimension of the width."""
     try:
         text = Path(a.text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f"--text={a.text}: cannot be read as UTF-8 text ({e})") from None
-    enc = tokenizer_from_dict(ckpt["tokenizer"])
-    length = model.config.block_size
-    ids = torch.tensor(enc.encode_ordinary(text)[:a.tokens or None])
-    rows = len(ids) // length
-    if rows * length < 4 * model.config.n_embd or rows < 2:
+    length = a.context or min(512, model.config.block_size)
+    if not 2 <= length <= model.config.block_size:
+        raise BadInput(f"--context={a.context}: from 2 to the model's {model.config.block_size}")
+    ids = torch.tensor(tokenizer_from_dict(tokenizer).encode_ordinary(text)[:a.tokens or None])
+    rows, width = len(ids) // length, model.config.n_embd
+    if rows < max(least, -(-4 * width // length)):
+        needed = max((least * length, f"{least} contexts"), (-(-4 * width // length) * length, "four times the width"))
         raise BadInput(f"--text={a.text} --tokens={a.tokens}: {rows * length:,} tokens in whole contexts of {length}; at least "
-                       f"{max(2 * length, 4 * model.config.n_embd):,}, four times the width, are needed")
-    ids = ids[:rows * length].view(rows, length).to(a.device)
+                       f"{needed[0]:,}, {needed[1]}, are needed")
+    return ids[:rows * length].view(rows, length).to(a.device)
+
+
+def linearity_command(a) -> str:
+    model, tokenizer = load_model(a.checkpoint, a.device)
+    ids = read_contexts(a, model, tokenizer, 2)
     with tqdm(total=ids.numel(), unit="token", disable=None) as progress:
-        profile = linearity_profile(model, ids.split(max(1, min(16, rows // 2))), a.skip_first, progress)
+        profile = linearity_profile(model, ids.split(min(16, len(ids) // 2)), a.skip_first, progress)
     keys = ("full", "full_adjusted", "full_held_out", "free", "free_adjusted", "free_held_out", "ratio_mean", "rank")
     lines = [f"{profile[0]['n']:,} tokens to fit on, {profile[0]['n_over_d']:.1f} times the width",
              "block " + " ".join(f"{k:>14}" for k in keys)]
@@ -205,6 +229,212 @@ def plotting(path: str):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     return pyplot
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pruning (section 5 of the same paper): the most linear blocks go first; better, an affine map takes a block's place; better
+# still, it is then trained to give the states of the whole model. No more than that is said. Chosen here: blocks are scored
+# once, on the whole model; none is safe but those of --protect; maps have a bias, as torch's Linear has, and take the place of
+# the residual connection too; they are fitted in depth order, each on what the maps before it hand on, to the whole model's
+# own states; distillation compares the states after each block from the first map on, each in units of its own mean square.
+
+ORDERS = ("full", "free", "cosine", "random")
+ARMS = ("remove", "replace", "distil", "distil_all")
+
+
+def prune_order(profile, order: str, protect=(), seed=0) -> list[int]:
+    """Blocks by number, the first to go first: by falling score `full` or `free`, in sample as the authors have it, by
+    falling `cosine` of the states before and after (ShortGPT's Block Influence, arXiv 2403.03853, upside down), or at
+    `random`. profile: of linearity_profile; protect: blocks that stay. A block that adds nothing goes first."""
+    blocks = [p["block"] for p in profile if p["block"] not in protect]
+    if order == "random":
+        random.Random(seed).shuffle(blocks)
+        return blocks
+    return sorted(blocks, key=lambda k: math.inf if math.isnan(profile[k - 1][order]) else profile[k - 1][order], reverse=True)
+
+
+def with_blocks(model: GPT, blocks, kinds: str) -> GPT:
+    """The model with these blocks in place of its own, shared and not copied as all else is. Settings of kinds of block that
+    are gone go back to their defaults, which is where train.py wants them."""
+    settings = {**asdict(model.config), "n_layer": len(kinds), "layer_pattern": kinds, "mixer": "attention"}
+    new = copy.copy(model)
+    new.config = ModelConfig(**{k: v for k, v in settings.items() if k not in idle_settings(kinds)})
+    new.has_attention = bool({*kinds} & {*"AH"})
+    new._modules = {**model._modules, "blocks": torch.nn.ModuleList(blocks)}
+    return new
+
+
+def idle_settings(kinds: str) -> set[str]:
+    """Flags of kinds of block that are not among these letters."""
+    ssm, experts = "d_state ssm_head_dim expand n_groups chunk_size ssm_norm", "n_experts experts_per_token expert_hidden"
+    return {*("" if {*kinds} & {*"MH"} else ssm).split(),
+            *("" if {*kinds} & {*"AH"} else f"{experts} balance_weight router_z_weight").split()}
+
+
+def remove_blocks(model: GPT, chosen) -> GPT:
+    """The model without the blocks of these numbers."""
+    left = [k for k in range(model.config.n_layer) if k + 1 not in chosen]
+    return with_blocks(model, [model.blocks[k] for k in left], "".join(model.config.kinds()[k] for k in left))
+
+
+def fit_affine(fit: Moments, held_out: Moments):
+    """(W (d, d), b (d,), ridge) of y = x + W x + b, in float64: least squares with a ridge on W, not on A = I + W, as a block
+    is near the identity: min ||X B - D||^2 + ridge ||B||^2 with B = W^T, X and D = Y - X centred.
+
+    The ridge, in units of the largest eigenvalue of X^T X, is the one of a grid that leaves the smallest error on the other
+    tokens (Moments with the same shifts). inf is on the grid: W = 0 and a constant b."""
+    xx, xy, _ = fit.centred()
+    mx, my = fit.x / fit.n, fit.y / fit.n
+    h_xx, h_xy, _ = held_out.centred(mx, my)
+    e, V = torch.linalg.eigh(xx)
+    P, Q, H = V.mT @ (xy - xx), V.mT @ (h_xy - h_xx), V.mT @ h_xx @ V  # in the axes of X^T X
+
+    def solve(ridge):
+        return P / (e.clamp(min=0) + ridge * e[-1])[:, None]
+
+    def error(ridge):  # on the other tokens, but for their ||D||^2
+        R = solve(ridge)
+        return (R * (H @ R - 2 * Q)).sum().item()
+
+    ridge = min((math.inf, *(10.0 ** -j for j in range(13))), key=error)
+    B = V @ solve(ridge)
+    mx, my = mx + fit.shift_x, my + fit.shift_y
+    return B.mT, my - mx - mx @ B, ridge
+
+
+@torch.no_grad()
+def replace_blocks(model: GPT, chosen, batches, skip_first=False) -> GPT:
+    """The model with an affine map in place of each chosen block. batches: token ids (B, T), every fourth one to tune the
+    ridge."""
+    kinds, blocks, new = [*model.config.kinds()], [*model.blocks], model
+    for k in sorted(chosen):
+        fit, held_out = Moments(), None
+        for i, idx in enumerate(batches):
+            x, y = (h[:, 1 if skip_first else 0:].flatten(0, 1) for h, _ in (
+                new.trunk(idx, blocks=k - 1), model.trunk(idx, blocks=k)))
+            if i % 4 == 3:
+                held_out = held_out or Moments(fit.shift_x, fit.shift_y)
+            (held_out if i % 4 == 3 else fit).add(x, y)
+        W, b, _ = fit_affine(fit, held_out)
+        blocks[k - 1], kinds[k - 1] = AffineBlock(model.config).to(batches[0].device), "L"
+        blocks[k - 1].affine.weight.copy_(W)
+        blocks[k - 1].affine.bias.copy_(b)
+        new = with_blocks(model, blocks, "".join(kinds))
+    return new
+
+
+def distil(model: GPT, whole: GPT, batches, steps: int, lr: float, everything=False) -> GPT:
+    """A copy of the model, of which the affine maps (or, with `everything`, all parameters) are trained by AdamW, its rate
+    falling linearly to 0, to give the whole model's states: mean over the states after the first map and after each later
+    block of ||h - h*||^2 / ||h*||^2, both norms over all tokens of the batch."""
+    model = copy.deepcopy(model).requires_grad_(everything)
+    for block in model.blocks:
+        block.requires_grad_(everything or isinstance(block, AffineBlock))
+    states = tuple(range(model.config.kinds().index("L") + 1, model.config.n_layer + 1))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.95), weight_decay=0.0)
+    for step in tqdm(range(steps), "distilling", unit="step", disable=None, leave=False):
+        idx = batches[step % len(batches)]
+        with torch.no_grad():
+            _, wanted = whole.trunk(idx, hidden=states)
+        _, found = model.trunk(idx, hidden=states)
+        loss = sum((h - h0).square().sum() / h0.square().sum() for h, h0 in zip(found, wanted)) / len(states)
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def mean_loss(model, batches) -> float:
+    """Nats per token over batches of token ids (B, T), positions 1 to T - 1 predicted from those before."""
+    losses = [(model(idx[:, :-1], idx[:, 1:])[0].item(), len(idx)) for idx in batches]
+    return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+
+
+@torch.no_grad()
+def seconds_per_pass(models, idx, rounds=9) -> list[float]:
+    """Median seconds of each model's forward pass over idx (B, T), head included. The models take turns, so that what else
+    the machine does hits all alike."""
+    times = [[] for _ in models]
+    for r in range(rounds + 1):
+        for model, seen in zip(models, times):
+            start = time.perf_counter()
+            model(idx)[0][0, 0, 0].item()  # which waits for the device
+            if r:  # the first is a warm-up
+                seen.append(time.perf_counter() - start)
+    return [statistics.median(seen) for seen in times]
+
+
+def pruned_checkpoint(ckpt: dict, model: GPT, **how) -> dict:
+    """`ckpt` with the pruned model in place of its own, at the same step; optimizers and multipliers begin anew. Flags that do
+    not fit the model are dropped, those of LET with its teacher."""
+    kinds = model.config.kinds()
+    config = {k: v for k, v in ckpt["config"].items() if k not in idle_settings(kinds) and k != "teacher" and not
+              k.startswith("let_") and (k != "linearity_from" or v < len(kinds))}
+    return {**ckpt, "model": model.state_dict(), "model_config": asdict(model.config), "optimizers": [], "multipliers": None,
+            "let": None, "let_optimizer": None, "best_val_loss": math.inf, "pruned": how,
+            "config": {**config, "n_layer": len(kinds), "layer_pattern": kinds, "mixer": "attention"}}
+
+
+def listed(text: str, flag: str, known=()) -> list:
+    """"1,2,3" as numbers from 1 on, or as names out of `known`."""
+    words = [word for word in text.split(",") if word]
+    if known and not {*words} <= {*known} or not known and not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise BadInput(f"{flag}={text}: {'out of ' + ', '.join(known) if known else 'block numbers or counts, 1 or more'}, "
+                       "separated by commas")
+    return words if known else [int(word) for word in words]
+
+
+def prune_command(a) -> str:
+    """The table of every order, number of blocks and arm that is asked for, and the best model of the most blocks written."""
+    orders, arms = listed(a.orders, "--orders", ORDERS), listed(a.arms, "--arms", ARMS)
+    counts, protect = listed(a.blocks, "--blocks"), listed(a.protect, "--protect")
+    if a.distil_steps < 1 or not 0 < a.distil_lr < math.inf:
+        raise BadInput(f"--distil_steps={a.distil_steps} --distil_lr={a.distil_lr}: both have to be positive")
+    ckpt = load_checkpoint(a.checkpoint)
+    whole, tokenizer = load_model(a.checkpoint, a.device)
+    c = whole.config
+    if any(k > c.n_layer for k in protect):
+        raise BadInput(f"--protect={a.protect}: {a.checkpoint} has blocks 1 to {c.n_layer}")
+    most = min(c.n_layer - 1, c.n_layer - len({*protect}))
+    if not (orders and arms and counts) or max(counts) > most:
+        raise BadInput(f"--blocks={a.blocks}: {a.checkpoint} has {c.n_layer} blocks, of which 1 to {most} can go")
+    ids = read_contexts(a, whole, tokenizer, 16)
+    out = Path(a.out_dir or Path(a.checkpoint).parent / "pruned") / "ckpt.pt"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    ids, judged = ids[:-(len(ids) // 4)], ids[-(len(ids) // 4):]  # the last quarter is for the losses
+    batches, judged = ids.split(min(8, len(ids) // 8)), judged.split(8)
+    profile = linearity_profile(whole, batches, a.skip_first)
+    loss = mean_loss(whole, judged)
+    made, shapes, best = [("", "whole", (), loss, whole.num_params(), c.kinds())], {c.kinds(): whole}, (math.inf,)
+    with tqdm(total=len(orders) * len(counts) * len(arms), unit="model", disable=None) as progress:
+        for order, count in itertools.product(orders, counts):
+            chosen, replaced = sorted(prune_order(profile, order, protect, a.seed)[:count]), None
+            for arm in arms:
+                if arm == "remove":
+                    model = remove_blocks(whole, chosen)
+                else:
+                    model = replaced = replaced or replace_blocks(whole, chosen, batches, a.skip_first)
+                shapes.setdefault(model.config.kinds(), model)
+                if arm.startswith("distil"):
+                    model = distil(replaced, whole, batches, a.distil_steps, a.distil_lr, arm == "distil_all")
+                loss = mean_loss(model, judged)
+                made.append((order, arm, chosen, loss, model.num_params(), model.config.kinds()))
+                if count == max(counts):
+                    best = min(best, (loss, order, arm, chosen, model), key=lambda found: found[0])
+                progress.update()
+    seconds = dict(zip(shapes, seconds_per_pass(shapes.values(), batches[0])))
+    rows = ["| order | arm | blocks | held-out nats | perplexity | parameters | of the whole | speed over the whole |",
+            "|---|---|---|---|---|---|---|---|"]
+    for order, arm, chosen, loss, n, kinds in made:
+        rows.append(f"| {order} | {arm} | {', '.join(map(str, chosen))} | {loss:.4f} | {math.exp(loss):.2f} | {n:,} | "
+                    f"{100 * n / made[0][4]:.1f} % | {seconds[c.kinds()] / seconds[kinds]:.2f} |")
+    _, order, arm, chosen, model = best
+    tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    torch.save(pruned_checkpoint(ckpt, model, source=str(a.checkpoint), order=order, arm=arm, blocks=chosen), tmp)
+    os.replace(tmp, out)
+    return "\n".join([*rows, "", f"{out}: {order}, {arm}, blocks {', '.join(map(str, chosen))}"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,10 +598,23 @@ def main(argv):
     p = commands.add_parser("linearity", help="how linear each block of a checkpoint is")
     p.add_argument("checkpoint")
     p.add_argument("--text", required=True, help="a text file to read")
-    p.add_argument("--tokens", type=int, default=40_000, help="how many of its tokens; 0: all")
-    p.add_argument("--skip_first", action="store_true", help="leave the first position of each context out")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--plot", default="", help="also draw the profile over depth to this file")
+    r = commands.add_parser("prune", help="leave the most linear blocks out, or put affine maps in their place")
+    r.add_argument("checkpoint")
+    r.add_argument("--text", required=True, help="a text file: three quarters to fit on, the last one for the losses")
+    r.add_argument("--blocks", default="1", help="how many go, such as 3, or several, such as 1,2,3")
+    r.add_argument("--orders", default="full", help=f"which go first, out of {', '.join(ORDERS)}")
+    r.add_argument("--arms", default="remove,replace,distil", help=f"out of {', '.join(ARMS)}")
+    r.add_argument("--protect", default="", help="numbers of blocks that stay, such as 1,12")
+    r.add_argument("--distil_steps", type=int, default=200)
+    r.add_argument("--distil_lr", type=float, default=1e-3)
+    r.add_argument("--seed", type=int, default=0, help="of the random order")
+    r.add_argument("--out_dir", default="", help="folder of the new checkpoint; empty: `pruned` beside the old one")
+    for x, tokens in ((p, 40_000), (r, 80_000)):
+        x.add_argument("--tokens", type=int, default=tokens, help="how many of its tokens; 0: all")
+        x.add_argument("--context", type=int, default=0, help="tokens in a context; 0: the model's, at most 512")
+        x.add_argument("--skip_first", action="store_true", help="leave the first position of each context out")
+        x.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args(argv)
     if getattr(a, "plot", ""):
         plotting(a.plot)
@@ -379,6 +622,8 @@ def main(argv):
         print(compare(a.runs))
     elif a.command == "linearity":
         print(linearity_command(a))
+    elif a.command == "prune":
+        print(prune_command(a))
     else:
         print(sweep(a.runs, a.piece))
         if a.plot:
