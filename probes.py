@@ -179,7 +179,7 @@ def load_model(name, device):
 
 def read_contexts(a, model, tokenizer, least: int):
     """The text of --text as token ids (contexts, length): --tokens of its tokens, in whole contexts of --context. Raises
-    BadInput when it is no text, or gives fewer than `least` contexts or than four tokens a dimension of the width."""
+    BadInput when it is no text, or has fewer than `least` contexts or than four tokens a dimension of the width."""
     try:
         text = Path(a.text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -191,8 +191,8 @@ def read_contexts(a, model, tokenizer, least: int):
     rows, width = len(ids) // length, model.config.n_embd
     if rows < max(least, -(-4 * width // length)):
         needed = max((least * length, f"{least} contexts"), (-(-4 * width // length) * length, "four times the width"))
-        raise BadInput(f"--text={a.text} --tokens={a.tokens}: {rows * length:,} tokens in whole contexts of {length}; at least "
-                       f"{needed[0]:,}, {needed[1]}, are needed")
+        raise BadInput(f"--text={a.text} --tokens={a.tokens}: {rows * length:,} tokens in whole contexts of {length}; at "
+                       f"least {needed[0]:,}, {needed[1]}, are needed")
     return ids[:rows * length].view(rows, length).to(a.device)
 
 
@@ -232,11 +232,12 @@ def plotting(path: str):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pruning (section 5 of the same paper): the most linear blocks go first; better, an affine map takes a block's place; better
-# still, it is then trained to give the states of the whole model. No more than that is said. Chosen here: blocks are scored
-# once, on the whole model; none is safe but those of --protect; maps have a bias, as torch's Linear has, and take the place of
-# the residual connection too; they are fitted in depth order, each on what the maps before it hand on, to the whole model's
-# own states; distillation compares the states after each block from the first map on, each in units of its own mean square.
+# Pruning (the same paper's section 5): the most linear blocks go first; better, an affine map takes a block's place;
+# better still, it is then trained to give the states of the whole model. No more than that is said. Chosen here: blocks
+# are scored once, on the whole model, and none is safe but those of --protect; maps have a bias, as torch's Linear has,
+# and take the place of the residual connection too; they are fitted in depth order, each on what the maps before it hand
+# on, to the whole model's states; distillation compares the states after the first map and after each later block, each
+# in units of its own mean square.
 
 ORDERS = ("full", "free", "cosine", "random")
 ARMS = ("remove", "replace", "distil", "distil_all")
@@ -250,12 +251,13 @@ def prune_order(profile, order: str, protect=(), seed=0) -> list[int]:
     if order == "random":
         random.Random(seed).shuffle(blocks)
         return blocks
-    return sorted(blocks, key=lambda k: math.inf if math.isnan(profile[k - 1][order]) else profile[k - 1][order], reverse=True)
+    scores = {p["block"]: math.inf if math.isnan(p[order]) else p[order] for p in profile}
+    return sorted(blocks, key=scores.get, reverse=True)
 
 
 def with_blocks(model: GPT, blocks, kinds: str) -> GPT:
-    """The model with these blocks in place of its own, shared and not copied as all else is. Settings of kinds of block that
-    are gone go back to their defaults, which is where train.py wants them."""
+    """The model with these blocks in place of its own; all parameters are shared with it, none copied. Settings of kinds
+    of block that are gone go back to their defaults, which is where train.py wants them."""
     settings = {**asdict(model.config), "n_layer": len(kinds), "layer_pattern": kinds, "mixer": "attention"}
     new = copy.copy(model)
     new.config = ModelConfig(**{k: v for k, v in settings.items() if k not in idle_settings(kinds)})
@@ -278,11 +280,11 @@ def remove_blocks(model: GPT, chosen) -> GPT:
 
 
 def fit_affine(fit: Moments, held_out: Moments):
-    """(W (d, d), b (d,), ridge) of y = x + W x + b, in float64: least squares with a ridge on W, not on A = I + W, as a block
-    is near the identity: min ||X B - D||^2 + ridge ||B||^2 with B = W^T, X and D = Y - X centred.
+    """(W (d, d), b (d,), ridge) of y = x + W x + b, in float64: least squares with a ridge on W and not on A = I + W, as
+    a block is near the identity: min ||X B - D||^2 + ridge ||B||^2 with B = W^T, X and D = Y - X centred.
 
-    The ridge, in units of the largest eigenvalue of X^T X, is the one of a grid that leaves the smallest error on the other
-    tokens (Moments with the same shifts). inf is on the grid: W = 0 and a constant b."""
+    The ridge, in units of the largest eigenvalue of X^T X, is the one of a grid that leaves the smallest error on the
+    other tokens (Moments with the same shifts). inf is on the grid: W = 0 and a constant b."""
     xx, xy, _ = fit.centred()
     mx, my = fit.x / fit.n, fit.y / fit.n
     h_xx, h_xy, _ = held_out.centred(mx, my)
@@ -304,8 +306,8 @@ def fit_affine(fit: Moments, held_out: Moments):
 
 @torch.no_grad()
 def replace_blocks(model: GPT, chosen, batches, skip_first=False) -> GPT:
-    """The model with an affine map in place of each chosen block. batches: token ids (B, T), every fourth one to tune the
-    ridge."""
+    """The model with an affine map in place of each chosen block. batches: token ids (B, T), every fourth one to tune
+    the ridge."""
     kinds, blocks, new = [*model.config.kinds()], [*model.blocks], model
     for k in sorted(chosen):
         fit, held_out = Moments(), None
@@ -331,7 +333,8 @@ def distil(model: GPT, whole: GPT, batches, steps: int, lr: float, everything=Fa
     for block in model.blocks:
         block.requires_grad_(everything or isinstance(block, AffineBlock))
     states = tuple(range(model.config.kinds().index("L") + 1, model.config.n_layer + 1))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.95), weight_decay=0.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(steps), "distilling", unit="step", disable=None, leave=False):
         idx = batches[step % len(batches)]
         with torch.no_grad():
@@ -354,8 +357,8 @@ def mean_loss(model, batches) -> float:
 
 @torch.no_grad()
 def seconds_per_pass(models, idx, rounds=9) -> list[float]:
-    """Median seconds of each model's forward pass over idx (B, T), head included. The models take turns, so that what else
-    the machine does hits all alike."""
+    """Median seconds of each model's forward pass over idx (B, T), head included. The models take turns, so that what
+    else the machine does hits all alike."""
     times = [[] for _ in models]
     for r in range(rounds + 1):
         for model, seen in zip(models, times):
@@ -367,27 +370,30 @@ def seconds_per_pass(models, idx, rounds=9) -> list[float]:
 
 
 def pruned_checkpoint(ckpt: dict, model: GPT, **how) -> dict:
-    """`ckpt` with the pruned model in place of its own, at the same step; optimizers and multipliers begin anew. Flags that do
-    not fit the model are dropped, those of LET with its teacher."""
+    """`ckpt` with the pruned model in place of its own, at the same step; optimizers and multipliers begin anew. Flags that
+    do not fit the model any more are changed: those of blocks that are gone, and numbers of blocks beyond the last."""
     kinds = model.config.kinds()
-    config = {k: v for k, v in ckpt["config"].items() if k not in idle_settings(kinds) and k != "teacher" and not
-              k.startswith("let_") and (k != "linearity_from" or v < len(kinds))}
-    return {**ckpt, "model": model.state_dict(), "model_config": asdict(model.config), "optimizers": [], "multipliers": None,
-            "let": None, "let_optimizer": None, "best_val_loss": math.inf, "pruned": how,
-            "config": {**config, "n_layer": len(kinds), "layer_pattern": kinds, "mixer": "attention"}}
+    config = {k: v for k, v in ckpt["config"].items() if k not in idle_settings(kinds)}
+    config |= {"n_layer": len(kinds), "layer_pattern": kinds, "mixer": "attention"}
+    for name, last in (("let_student_layer", len(kinds)), ("linearity_from", len(kinds) - 1)):
+        if name in config:
+            config[name] = min(config[name], last)
+    return {**ckpt, "model": model.state_dict(), "model_config": asdict(model.config), "config": config, "optimizers": [],
+            "multipliers": None, "let": None, "let_optimizer": None, "best_val_loss": math.inf, "pruned": how}
 
 
 def listed(text: str, flag: str, known=()) -> list:
     """"1,2,3" as numbers from 1 on, or as names out of `known`."""
     words = [word for word in text.split(",") if word]
-    if known and not {*words} <= {*known} or not known and not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise BadInput(f"{flag}={text}: {'out of ' + ', '.join(known) if known else 'block numbers or counts, 1 or more'}, "
-                       "separated by commas")
+    if known and not {*words} <= {*known} or not (known or all(word.isdecimal() and int(word) > 0 for word in words)):
+        what = "out of " + ", ".join(known) if known else "numbers from 1 on"
+        raise BadInput(f"{flag}={text}: {what}, separated by commas")
     return words if known else [int(word) for word in words]
 
 
 def prune_command(a) -> str:
-    """The table of every order, number of blocks and arm that is asked for, and the best model of the most blocks written."""
+    """The table of every order, number of blocks and arm that is asked for. Of the models with the most blocks gone the
+    best is written."""
     orders, arms = listed(a.orders, "--orders", ORDERS), listed(a.arms, "--arms", ARMS)
     counts, protect = listed(a.blocks, "--blocks"), listed(a.protect, "--protect")
     if a.distil_steps < 1 or not 0 < a.distil_lr < math.inf:

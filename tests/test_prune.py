@@ -261,7 +261,7 @@ RUNS = {"attention": dict(n_layer=3, multipliers="scalar", linearity="mse", line
 def test_a_pruned_checkpoint_samples_is_measured_and_trains_like_any_other(tiny, tmp_path, text, capsys, kind, arm, pattern):
     ckpt = train_module.train(tiny(**RUNS[kind]))["checkpoint"]
     before = open(ckpt, "rb").read()
-    probes.main(["prune", ckpt, f"--text={text}", "--blocks=1", f"--arms={arm}", "--orders=full,random", "--distil_steps=3",
+    probes.main(["prune", ckpt, f"--text={text}", "--blocks=1", f"--arms={arm}", "--orders=full,random", "--distil_steps=3", "--tokens=2000",
                  "--device=cpu"])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if "|" in line]
     assert [row[:2] for row in rows[2:]] == [["", "whole"], ["full", arm], ["random", arm]]
@@ -274,7 +274,7 @@ def test_a_pruned_checkpoint_samples_is_measured_and_trains_like_any_other(tiny,
     best = min(rows[3:], key=lambda row: float(row[3]))
     assert made["pruned"]["blocks"] == [int(best[2])]
     model_module.main([str(pruned), "--tokens=3", "--device=cpu"])
-    probes.main(["linearity", str(pruned), f"--text={text}", "--device=cpu"])
+    probes.main(["linearity", str(pruned), f"--text={text}", "--tokens=500", "--device=cpu"])
     evaluated = train_module.train(train_module.parse_flags([f"--resume={pruned}"]))
     assert evaluated["step"] == 10 and math.isfinite(evaluated["val_loss"])
     after = train_module.train(train_module.parse_flags([f"--resume={pruned}", "--steps=20"]))
@@ -284,18 +284,19 @@ def test_a_pruned_checkpoint_samples_is_measured_and_trains_like_any_other(tiny,
 def test_a_pruned_model_forgets_flags_of_blocks_that_it_has_not():
     model = tiny_model(**dict(SSM, layer_pattern="MA", n_layer=2, n_experts=3))
     flags = {"n_layer": 2, "layer_pattern": "MA", "mixer": "attention", "d_state": 8, "n_experts": 3, "linearity_from": 1,
-             "teacher": "auto", "let_weight": 1.0, "lr": 0.1}
-    for chosen, left in (([2], {"d_state": 8, "lr": 0.1}), ([1], {"n_experts": 3, "lr": 0.1})):
+             "balance_weight": 0.1, "let_student_layer": 2, "lr": 0.1}
+    for chosen, left in (([2], {"d_state": 8}), ([1], {"n_experts": 3, "balance_weight": 0.1})):
         pruned = remove_blocks(model, chosen)
         made = pruned_checkpoint({"config": flags}, pruned)
-        assert made["config"] == {**left, "n_layer": 1, "layer_pattern": pruned.config.kinds(), "mixer": "attention"}
+        assert made["config"] == {**left, "n_layer": 1, "layer_pattern": pruned.config.kinds(), "mixer": "attention",
+                                  "linearity_from": 0, "let_student_layer": 1, "lr": 0.1}
         assert made["model_config"]["n_experts"] == left.get("n_experts", 0)
         assert made["model_config"]["d_state"] == left.get("d_state", 64)
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--blocks=2"], "--blocks=2: .*ckpt.pt has 2 blocks, of which 1 to 1 can go"),
-    (["--blocks=0"], "--blocks=0: block numbers or counts, 1 or more"), (["--blocks=one"], "--blocks=one: "),
+    (["--blocks=0"], "--blocks=0: numbers from 1 on"), (["--blocks=one"], "--blocks=one: "),
     (["--protect=3"], "--protect=3: .*ckpt.pt has blocks 1 to 2"), (["--protect=1,2"], "2 blocks, of which 1 to 0 can go"),
     (["--orders=best"], "--orders=best: out of full, free, cosine, random"), (["--arms=cut"], "--arms=cut: out of remove"),
     (["--tokens=100"], "96 tokens in whole contexts of 32; at least 512, 16 contexts, are needed"),
