@@ -132,7 +132,8 @@ def test_a_final_layernorm_leaves_rank_d_minus_1_and_ill_conditioned_states_are_
     U = torch.linalg.svd(x - x.mean(0), full_matrices=False).U[:, :9]
     yc = y - y.mean(0)
     assert got["rank"] == 9 and got["full"] == pytest.approx(((U.mT @ yc).norm() / yc.norm()).item() ** 2, abs=1e-9)
-    x = randn(500, 10) @ torch.diag(torch.logspace(0, -6, 10, dtype=torch.float64)) @ randn(10, 10, seed=1)  # condition 1e6
+    U, turn = torch.linalg.qr(randn(500, 10)).Q, torch.linalg.qr(randn(10, 10, seed=1)).Q
+    x = U @ torch.diag(torch.logspace(0, -6, 10, dtype=torch.float64)) @ turn  # condition 1e6
     y = block(x)
     assert score(x, y)["full"] == pytest.approx(by_svd(x, y), abs=1e-9)
 
