@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (GPT, AffineBlock, BadInput, ModelConfig, command, device_exists, load_checkpoint,
-                   model_from_checkpoint, tokenizer_from_dict)
+                   tokenizer_from_dict)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Linearity
@@ -170,11 +170,12 @@ def linearity_profile(model, batches, skip_first=False, progress=None) -> list[d
 
 
 def load_model(name, device):
-    """(model in eval mode, frozen, its tokenizer as a dict) of a checkpoint of ours."""
+    """(model in eval mode, frozen, its tokenizer as a dict) of a checkpoint or of whatever else teacher.load_pretrained
+    reads."""
+    from teacher import load_pretrained  # here alone: nothing but the measuring of models needs it
     if not device_exists(device):
         raise BadInput(f"--device={device}: no such device here")
-    ckpt = load_checkpoint(name)
-    return model_from_checkpoint(ckpt, device).eval().requires_grad_(False), ckpt["tokenizer"]
+    return load_pretrained(name, device, flag="")
 
 
 def read_contexts(a, model, tokenizer, least: int):
@@ -393,13 +394,17 @@ def listed(text: str, flag: str, known=()) -> list:
 
 def prune_command(a) -> str:
     """The table of every order, number of blocks and arm that is asked for. Of the models with the most blocks gone the
-    best is written."""
+    best is written. (Of a pretrained model it can be sampled, measured and taught from; train.py has no flags for some
+    of its settings, and does not go on with it.)"""
+    from teacher import is_checkpoint
+
     orders, arms = listed(a.orders, "--orders", ORDERS), listed(a.arms, "--arms", ARMS)
     counts, protect = listed(a.blocks, "--blocks"), listed(a.protect, "--protect")
     if a.distil_steps < 1 or not 0 < a.distil_lr < math.inf:
         raise BadInput(f"--distil_steps={a.distil_steps} --distil_lr={a.distil_lr}: both have to be positive")
-    ckpt = load_checkpoint(a.checkpoint)
     whole, tokenizer = load_model(a.checkpoint, a.device)
+    if not isinstance(whole, GPT):
+        raise BadInput(f"{a.checkpoint}: its architecture is not one of model.py's, whose blocks alone can be pruned")
     c = whole.config
     if any(k > c.n_layer for k in protect):
         raise BadInput(f"--protect={a.protect}: {a.checkpoint} has blocks 1 to {c.n_layer}")
@@ -407,7 +412,11 @@ def prune_command(a) -> str:
     if not (orders and arms and counts) or max(counts) > most:
         raise BadInput(f"--blocks={a.blocks}: {a.checkpoint} has {c.n_layer} blocks, of which 1 to {most} can go")
     ids = read_contexts(a, whole, tokenizer, 16)
-    out = Path(a.out_dir or Path(a.checkpoint).parent / "pruned") / "ckpt.pt"
+    source = Path(a.checkpoint)
+    ours = is_checkpoint(source)
+    out = Path(a.out_dir or (source.parent if ours else Path("runs", source.name)) / "pruned") / "ckpt.pt"
+    if out.exists():
+        raise BadInput(f"--out_dir={out.parent}: holds a checkpoint already; name another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     ids, judged = ids[:-(len(ids) // 4)], ids[-(len(ids) // 4):]  # the last quarter is for the losses
     batches, judged = ids.split(min(8, len(ids) // 8)), judged.split(8)
@@ -440,6 +449,8 @@ def prune_command(a) -> str:
                     f"{100 * n / made[0][4]:.1f} % | {seconds[made[0][5]] / seconds[parts]:.2f} |")
     _, order, arm, chosen, model = best
     tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    ckpt = load_checkpoint(source) if ours else {"format": "nanolet-1", "tokenizer": tokenizer, "step": 0,
+                                                 "config": {**asdict(c), "optimizer": "muon"}}
     torch.save(pruned_checkpoint(ckpt, model, source=str(a.checkpoint), order=order, arm=arm, blocks=chosen), tmp)
     os.replace(tmp, out)
     return "\n".join([*rows, "", f"{out}: {order}, {arm}, blocks {', '.join(map(str, chosen))}"])
@@ -603,12 +614,13 @@ def main(argv):
     s.add_argument("runs", nargs="+", help="folders of runs, named NAME@X-SEED")
     s.add_argument("--piece", default="head", help="kind of matrix whose RMS is shown")
     s.add_argument("--plot", default="", help="also write a picture to this file")
-    p = commands.add_parser("linearity", help="how linear each block of a checkpoint is")
-    p.add_argument("checkpoint")
+    known = "a checkpoint, smollm2, a GGUF file, or a Hugging Face folder or id"
+    p = commands.add_parser("linearity", help="how linear each block of a model is")
+    p.add_argument("checkpoint", help=known)
     p.add_argument("--text", required=True, help="a text file to read")
     p.add_argument("--plot", default="", help="also draw the profile over depth to this file")
     r = commands.add_parser("prune", help="leave the most linear blocks out, or put affine maps in their place")
-    r.add_argument("checkpoint")
+    r.add_argument("checkpoint", help=known)
     r.add_argument("--text", required=True, help="a text file: three quarters to fit on, the last one for the losses")
     r.add_argument("--blocks", default="1", help="how many go, such as 3, or several, such as 1,2,3")
     r.add_argument("--orders", default="full", help=f"which go first, out of {', '.join(ORDERS)}")

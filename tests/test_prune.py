@@ -312,3 +312,47 @@ def test_what_cannot_be_pruned_is_refused_and_nothing_written(tiny, tmp_path, te
     with pytest.raises(BadInput, match=message):
         probes.main(["prune", str(folder / "ckpt.pt"), f"--text={text}", *flags])
     assert [p.name for p in folder.iterdir()] == ["ckpt.pt"]
+
+
+def test_a_folder_that_holds_a_checkpoint_is_left_alone(tiny, tmp_path, text):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "ckpt.pt").write_text("mine")
+    ckpt = train_module.train(tiny(steps=2))["checkpoint"]
+    with pytest.raises(BadInput, match="holds a checkpoint already"):
+        probes.main(["prune", ckpt, f"--text={text}", "--arms=remove", f"--out_dir={tmp_path / 'here'}", "--device=cpu"])
+    assert (tmp_path / "here" / "ckpt.pt").read_text() == "mine"
+
+
+def test_models_of_transformers_are_measured_and_ours_among_them_pruned(tmp_path, text):
+    """A Llama is our own GPT and can be pruned; a GPT-2 is not and can be measured, its text read by its own tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    shape = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token="<|endoftext|>")
+    torch.manual_seed(0)
+    for name, model in (("llama", transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))),
+                        ("gpt2", transformers.GPT2LMHeadModel(transformers.GPT2Config(
+                            vocab_size=300, n_embd=32, n_layer=3, n_head=2, n_positions=64)))):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        probes.main(["linearity", str(tmp_path / name), f"--text={text}", "--tokens=2000", "--context=32", "--device=cpu"])
+    prune = ["--blocks=1", "--arms=remove,replace", f"--text={text}", "--tokens=2000", "--context=32", "--device=cpu"]
+    probes.main(["prune", str(tmp_path / "llama"), *prune, f"--out_dir={tmp_path / 'out'}"])
+    made = model_from_checkpoint(load_checkpoint(tmp_path / "out" / "ckpt.pt")).eval()
+    assert made.config.rope_base == 10_000 and set(made.config.kinds()) <= {"A", "L"}
+    model_module.main([str(tmp_path / "out" / "ckpt.pt"), "--tokens=3", "--device=cpu"])
+    with pytest.raises(BadInput, match="not one of model.py's"):
+        probes.main(["prune", str(tmp_path / "gpt2"), *prune, f"--out_dir={tmp_path / 'out2'}"])
+    with pytest.raises(BadInput, match="the model has changed"):
+        train_module.train(train_module.parse_flags([f"--resume={tmp_path / 'out' / 'ckpt.pt'}", "--tokenizer=bytes", "--device=cpu",
+                                                     f"--data={text}", "--batch_tokens=2048"]))
+
+
+def byte_level():
+    """A byte-level BPE of the package tokenizers: all bytes, no merges but one."""
+    import tokenizers
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(letters)} | {"re": 256, "<|endoftext|>": 257}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("r", "e")]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    return made
