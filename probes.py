@@ -451,8 +451,12 @@ def prune_command(a) -> str:
     tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     ckpt = load_checkpoint(source) if ours else {"format": "nanolet-1", "tokenizer": tokenizer, "step": 0,
                                                  "config": {**asdict(c), "optimizer": "muon"}}
-    torch.save(pruned_checkpoint(ckpt, model, source=str(a.checkpoint), order=order, arm=arm, blocks=chosen), tmp)
-    os.replace(tmp, out)
+    try:
+        with open(tmp, "wb") as file:  # torch's own writer does not say when the disk is full
+            torch.save(pruned_checkpoint(ckpt, model, source=str(source), order=order, arm=arm, blocks=chosen), file)
+        os.replace(tmp, out)
+    finally:
+        tmp.unlink(missing_ok=True)
     return "\n".join([*rows, "", f"{out}: {order}, {arm}, blocks {', '.join(map(str, chosen))}"])
 
 

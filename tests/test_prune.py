@@ -324,14 +324,13 @@ def test_a_folder_that_holds_a_checkpoint_is_left_alone(tiny, tmp_path, text):
 
 
 def test_models_of_transformers_are_measured_and_ours_among_them_pruned(tmp_path, text):
-    """A Llama is our own GPT and can be pruned; a GPT-2 is not and can be measured, its text read by its own tokenizer."""
+    """A Llama is our own GPT and can be pruned; a GPT-NeoX is not and can be measured, its text read by its own tokenizer."""
     transformers = pytest.importorskip("transformers")
     shape = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token="<|endoftext|>")
     torch.manual_seed(0)
     for name, model in (("llama", transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))),
-                        ("gpt2", transformers.GPT2LMHeadModel(transformers.GPT2Config(
-                            vocab_size=300, n_embd=32, n_layer=3, n_head=2, n_positions=64)))):
+                        ("neox", transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**shape)))):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         probes.main(["linearity", str(tmp_path / name), f"--text={text}", "--tokens=2000", "--context=32", "--device=cpu"])
@@ -341,7 +340,7 @@ def test_models_of_transformers_are_measured_and_ours_among_them_pruned(tmp_path
     assert made.config.rope_base == 10_000 and set(made.config.kinds()) <= {"A", "L"}
     model_module.main([str(tmp_path / "out" / "ckpt.pt"), "--tokens=3", "--device=cpu"])
     with pytest.raises(BadInput, match="not one of model.py's"):
-        probes.main(["prune", str(tmp_path / "gpt2"), *prune, f"--out_dir={tmp_path / 'out2'}"])
+        probes.main(["prune", str(tmp_path / "neox"), *prune, f"--out_dir={tmp_path / 'out2'}"])
     with pytest.raises(BadInput, match="the model has changed"):
         train_module.train(train_module.parse_flags([f"--resume={tmp_path / 'out' / 'ckpt.pt'}", "--tokenizer=bytes", "--device=cpu",
                                                      f"--data={text}", "--batch_tokens=2048"]))
