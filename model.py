@@ -23,6 +23,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -526,7 +527,7 @@ class GPT(nn.Module):
 
     def flops_per_token(self, backward=True, head=True, blocks=None, length=None) -> int:
         """Floating-point operations per token in sequences of `length` (block_size): 2 a weight in each matrix product,
-        4 T C a block with attention (the full square, as nanoGPT and PaLM count it), the scan of Mamba-2 (see ssd), and
+        4 T H D a block with attention (the full square, as nanoGPT and PaLM count it), the scan of Mamba-2 (see ssd), and
         twice as much again for the backward pass. Of experts, those that a token goes to. The embedding is a look-up
         and costs none. So 6 N + 12 L C T for a GPT, with N without the embedding."""
         c, forward = self.config, 2 * self.head.weight.numel() if head else 0
@@ -670,10 +671,19 @@ class HFEncoding:
         self.name, self._special_tokens, self.eot_token = d["name"], d["special"], d["special"][END_OF_TEXT]
         self.all, self.ordinary = Tokenizer.from_str(d["json"]), Tokenizer.from_str(d["json"])
         self.ordinary.encode_special_tokens = True  # as any other text
-        vocab = self.all.get_vocab()
-        self.n_vocab = max(vocab.values()) + 1
-        byte_level = '"ByteLevel"' in json.dumps(json.loads(d["json"])["decoder"])
-        text_of = (lambda t: t.replace("\u0120", " ")) if byte_level else (lambda t: t.replace("\u2581", " "))
+        self.n_vocab = max(self.all.get_vocab().values()) + 1
+
+    def lengths(self):
+        """(token id, bytes of text that it stands for), of all tokens but the special ones."""
+        added = self.all.get_added_tokens_decoder()  # spelt as they are
+        byte_level = "ByteLevel" in repr(self.all.decoder)
+        for token, i in self.all.get_vocab().items():
+            if re.fullmatch("<0x[0-9A-F]{2}>", token):
+                yield i, 1
+            elif i not in added:  # a character of GPT-2's spelling is a byte; SentencePiece writes a blank as U+2581
+                yield i, len(token) if byte_level else len(token.replace("\u2581", " ").encode())
+            elif not added[i].special:
+                yield i, len(token.encode())
 
     def encode_ordinary(self, text):
         return self.ordinary.encode(text, add_special_tokens=False).ids

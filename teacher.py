@@ -104,37 +104,38 @@ def hf_names(family: str, name: str) -> tuple[str, ...]:
     return tuple(n.format(i=i[1]) for n in names) if i else names
 
 
-def config_from_hf(c: dict, vocab_size: int) -> ModelConfig | None:
-    """What transformers' configuration c (its to_dict()) is in our terms, with the first vocab_size tokens; None where
-    our layout does not express the model exactly."""
-    shared = dict(vocab_size=vocab_size, n_layer=c["num_hidden_layers"], n_embd=c["hidden_size"],
-                  tie_embeddings=c["tie_word_embeddings"])
-    if c["model_type"] == "mamba2":
-        expressed = (c["hidden_act"] == "silu" and c["use_conv_bias"] and not c["use_bias"] and c.get("rms_norm", True)
-                     and tuple(c["time_step_limit"]) == (0.0, math.inf)
-                     and c["expand"] * c["hidden_size"] == c["num_heads"] * c["head_dim"])
-        return ModelConfig(  # no attention: block_size limits nothing, and the tables of positions stay small
-            **shared, block_size=2048, n_head=1, n_kv_head=1, head_dim=2, norm_eps=c["layer_norm_epsilon"],
-            mixer="mamba2", d_state=c["state_size"], ssm_head_dim=c["head_dim"], expand=c["expand"],
-            n_groups=c["n_groups"], chunk_size=c["chunk_size"], d_conv=c["conv_kernel"]) if expressed else None
-    rope, heads, moe = c.get("rope_parameters") or {}, c.get("num_attention_heads"), c["model_type"] == "qwen3_moe"
-    if not (c["model_type"] in ("llama", "qwen3", "qwen3_moe") and c["hidden_act"] == "silu"
-            and not c.get("attention_bias") and not c.get("mlp_bias") and not c.get("use_sliding_window")
-            and rope.get("rope_type") == "default" and rope.get("partial_rotary_factor", 1.0) == 1.0
-            and (not moe or c["norm_topk_prob"] and c["decoder_sparse_step"] == 1 and not c["mlp_only_layers"])):
+def config_from_hf(c, vocab_size: int) -> ModelConfig | None:
+    """What transformers' configuration c is in our terms, with the first vocab_size tokens; None where our layout does
+    not express the model exactly."""
+    if c.model_type not in ("llama", "qwen3", "qwen3_moe", "mamba2") or c.hidden_act != "silu":
         return None
-    experts = dict(n_experts=c["num_experts"], experts_per_token=c["num_experts_per_tok"],
-                   expert_hidden=c["moe_intermediate_size"]) if moe else {}
+    shared = dict(vocab_size=vocab_size, n_layer=c.num_hidden_layers, n_embd=c.hidden_size,
+                  tie_embeddings=c.tie_word_embeddings)
+    if c.model_type == "mamba2":
+        expressed = (c.use_conv_bias and not c.use_bias and getattr(c, "rms_norm", True) and c.num_heads * c.head_dim ==
+                     c.expand * c.hidden_size and tuple(c.time_step_limit) == (0.0, math.inf))
+        return ModelConfig(  # no attention: block_size limits nothing, and the tables of positions stay small
+            **shared, block_size=2048, n_head=1, n_kv_head=1, head_dim=2, norm_eps=c.layer_norm_epsilon, mixer="mamba2",
+            d_state=c.state_size, ssm_head_dim=c.head_dim, expand=c.expand, n_groups=c.n_groups, chunk_size=c.chunk_size,
+            d_conv=c.conv_kernel) if expressed else None
+    rope, moe = c.rope_parameters, c.model_type == "qwen3_moe"
+    if (rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0
+            or any(getattr(c, name, False) for name in ("attention_bias", "mlp_bias", "use_sliding_window"))
+            or moe and not (c.norm_topk_prob and c.decoder_sparse_step == 1 and not c.mlp_only_layers)):
+        return None
+    experts = dict(n_experts=c.num_experts, experts_per_token=c.num_experts_per_tok,
+                   expert_hidden=c.moe_intermediate_size) if moe else {}
     return ModelConfig(
-        **shared, **experts, block_size=c["max_position_embeddings"], n_head=heads,
-        n_kv_head=c["num_key_value_heads"] or heads, head_dim=c.get("head_dim") or c["hidden_size"] // heads, mlp="swiglu",
-        mlp_hidden=c["intermediate_size"], qk_norm=c["model_type"] != "llama", rope_base=rope["rope_theta"],
-        norm_eps=c["rms_norm_eps"])
+        **shared, **experts, block_size=c.max_position_embeddings, n_head=c.num_attention_heads,
+        n_kv_head=c.num_key_value_heads, head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+        mlp="swiglu", mlp_hidden=c.intermediate_size, qk_norm=c.model_type != "llama", rope_base=rope["rope_theta"],
+        norm_eps=c.rms_norm_eps)
 
 
-def from_hf(config: dict, weights: dict, vocab_size: int) -> GPT | None:
-    """Our GPT with transformers' weights (its state_dict()), in their dtype; None where our layout does not express
-    the model. vocab_size: rows of the embedding that are tokens; those after them are left out."""
+def from_hf(config, weights: dict, vocab_size: int) -> GPT | None:
+    """Our GPT with the configuration and the weights (state_dict()) of a model of transformers, in their dtype; None where
+    our layout does not express the model. vocab_size: rows of the embedding that are tokens; those after them are left
+    out."""
     c = config_from_hf(config, vocab_size)
     if c is None:
         return None
@@ -144,10 +145,10 @@ def from_hf(config: dict, weights: dict, vocab_size: int) -> GPT | None:
     for name, p in model.state_dict().items():
         if name.endswith(".load"):  # a running figure of training, not a weight
             state[name] = torch.full(p.shape, 1 / c.n_experts)
-        else:
-            source = "embed.weight" if name == "head.weight" and c.tie_embeddings else name
-            state[name] = torch.cat([weights[n] for n in hf_names(family, source)])
-        for n in () if name.endswith(".load") else hf_names(family, name):
+            continue
+        tied = name == "head.weight" and c.tie_embeddings
+        state[name] = torch.cat([weights[n] for n in hf_names(family, "embed.weight" if tied else name)])
+        for n in hf_names(family, name):
             left.pop(n, None)
         if name in ("embed.weight", "head.weight"):
             rows = state[name][:vocab_size]
@@ -343,7 +344,7 @@ def gguf_tensor(shape, kind: int, data) -> torch.Tensor:
     return torch.from_numpy(np.array(numbers(data.reshape(-1, size)), np.float32).reshape(shape))
 
 
-def read_gguf(path: Path, where: str) -> tuple[dict, dict]:
+def read_gguf(path: Path, where: str) -> tuple[SimpleNamespace, dict]:
     """(configuration as transformers has it, weights by transformers' names in float32) of a Llama or Qwen3."""
     values, tensors = open_gguf(path, where)
     get, kind = values.get, values.get("general.architecture")
@@ -354,7 +355,7 @@ def read_gguf(path: Path, where: str) -> tuple[dict, dict]:
                        else "") + "; of GGUF files, Llama and Qwen3 without scaled positions, in F32, F16, Q4_1 and Q8_0, are "
                        "read here. Give the Hugging Face folder instead")
     heads, width = get(f"{kind}.attention.head_count"), get(f"{kind}.embedding_length")
-    config = dict(
+    config = SimpleNamespace(
         model_type=kind, hidden_act="silu", num_hidden_layers=get(f"{kind}.block_count"), hidden_size=width,
         intermediate_size=get(f"{kind}.feed_forward_length"), max_position_embeddings=get(f"{kind}.context_length"),
         num_attention_heads=heads, num_key_value_heads=get(f"{kind}.attention.head_count_kv", heads),
@@ -368,9 +369,9 @@ def read_gguf(path: Path, where: str) -> tuple[dict, dict]:
             raise BadInput(f"{where}: {path} is damaged: {name} holds numbers that are not finite")
         if kind == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
             # llama.cpp's Llama rotates channels (2j, 2j + 1) together, transformers and we (j, j + D/2)
-            w = w.view(-1, config["head_dim"] // 2, 2, width).transpose(1, 2).reshape(-1, width)
+            w = w.view(-1, config.head_dim // 2, 2, width).transpose(1, 2).reshape(-1, width)
         weights[".".join(GGUF_NAMES.get(part, part) for part in name.split("."))] = w
-    config["tie_word_embeddings"] = "lm_head.weight" not in weights
+    config.tie_word_embeddings = "lm_head.weight" not in weights
     return config, weights
 
 
@@ -512,7 +513,7 @@ def load_transformers(name: str, n_vocab: int, dtype, where: str):
     if rows < n_vocab:
         raise BadInput(f"{where}: its tokenizer has {n_vocab} tokens and its embedding {rows}")
     try:
-        return from_hf(theirs.config.to_dict(), theirs.state_dict(), n_vocab) or HFModel(theirs.eval(), n_vocab)
+        return from_hf(theirs.config, theirs.state_dict(), n_vocab) or HFModel(theirs.eval(), n_vocab)
     except (ValueError, AttributeError, KeyError) as e:
         raise BadInput(f"{where}: a {type(theirs).__name__} cannot be a teacher here: {first_line(e)}") from None
 

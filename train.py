@@ -50,7 +50,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import (END_OF_TEXT, GPT, IGNORE, MIXERS, BadInput, Failed, ModelConfig, command, device_exists, generate,
+from model import (END_OF_TEXT, GPT, IGNORE, MIXERS, BadInput, Failed, HFEncoding, ModelConfig, command, device_exists, generate,
                    load_checkpoint, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
 from optim import (DECAY_SHAPES, MODULES, NS_COEFFICIENTS, SCHEDULES, Multipliers, clip_gradients,
                    clipped_parameters, make_optimizers, momentum_at, set_lr, set_momentum, weight_scales)
@@ -968,8 +968,9 @@ def evaluate(model, data: Data, c: Config, rows: int, devices: Devices, token_by
 def token_lengths(enc: tiktoken.Encoding) -> np.ndarray:
     """Bytes of text that each token id stands for; special tokens stand for none."""
     lengths = np.zeros(enc.n_vocab, np.int64)
-    for token, rank in enc._mergeable_ranks.items():
-        lengths[rank] = len(token)
+    pairs = enc.lengths() if isinstance(enc, HFEncoding) else ((i, len(token)) for token, i in enc._mergeable_ranks.items())
+    for i, length in pairs:
+        lengths[i] = length
     return lengths
 
 
@@ -1438,8 +1439,8 @@ def refuse_changes(c: Config, resumed: dict, tokenizer: dict):
     if resumed["step"] > c.steps:
         raise BadInput(f"--resume={c.resume} --steps={c.steps}: the checkpoint is at step {resumed['step']} already")
     here = asdict(model_config(c, tokenizer_from_dict(tokenizer).n_vocab))
-    changed = [f"{k}: {resumed['model_config'].get(k)} there, {v} here" for k, v in here.items()
-               if resumed["model_config"].get(k) != v]
+    there = asdict(ModelConfig(**{k: v for k, v in resumed["model_config"].items() if k in here}))  # a setting it lacks is default
+    changed = [f"{k}: {there[k]} there, {v} here" for k, v in here.items() if there[k] != v]
     if tokenizer_id(resumed["tokenizer"]) != tokenizer_id(tokenizer):
         changed.append("another tokenizer")
     if c.optimizer != resumed["config"]["optimizer"]:
