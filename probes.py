@@ -450,7 +450,7 @@ def prune_command(a) -> str:
     _, order, arm, chosen, model = best
     tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     ckpt = load_checkpoint(source) if ours else {"format": "nanolet-1", "tokenizer": tokenizer, "step": 0,
-                                                 "config": {**asdict(c), "optimizer": "muon"}}
+                                                 "config": {"optimizer": "muon"}}
     try:
         with open(tmp, "wb") as file:  # torch's own writer does not say when the disk is full
             torch.save(pruned_checkpoint(ckpt, model, source=str(source), order=order, arm=arm, blocks=chosen), file)
