@@ -68,7 +68,7 @@ class ModelConfig:
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
     mixer: str = "attention"  # attention | mamba2 | hybrid (both, side by side on one normed input)
-    layer_pattern: str = ""  # a letter a block, A, M or H for these three; empty: all of one kind
+    layer_pattern: str = ""  # a letter a block, A, M or H for these three, L for an affine map; empty: all of one kind
     d_state: int = 64  # Mamba-2: N, numbers of state per channel
     ssm_head_dim: int = 64  # Mamba-2: P, channels of one head
     expand: int = 2  # Mamba-2: width inside it over C
@@ -92,7 +92,7 @@ class ModelConfig:
             self.expert_hidden = max(1, self.mlp_hidden // self.experts_per_token)
 
     def kinds(self) -> str:
-        """A letter a block: A attention and MLP, M Mamba-2 alone, H attention beside Mamba-2, and MLP."""
+        """A letter a block: A attention and MLP, M Mamba-2 alone, H attention beside Mamba-2, and MLP, L AffineBlock."""
         return self.layer_pattern or MIXERS[self.mixer] * self.n_layer
 
 
@@ -456,6 +456,22 @@ class Block(nn.Module):
         return x if self.mlp is None else torch.add(x, self.mlp(self.mlp_norm(x)), alpha=self.scale)
 
 
+class AffineBlock(nn.Module):
+    """x + W x + b, each token by itself: what `probes.py prune` puts in a block's place. W = 0 is no block at all, so weight
+    decay pulls it towards removal."""
+
+    mixer = ssm = mlp = None  # of the parts of a Block it has none
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.affine = nn.Linear(c.n_embd, c.n_embd)
+
+    def forward(self, x, cos, sin, cache=None):
+        if cache is not None:
+            cache.length += x.shape[1]
+        return x + self.affine(x)
+
+
 class GPT(nn.Module):
     """Tokens to next-token logits, or to the loss; and, when asked, the residual states on the way.
 
@@ -466,12 +482,12 @@ class GPT(nn.Module):
         self.config = c
         V_pad = -(-c.vocab_size // 64) * 64
         self.embed = nn.Embedding(V_pad, c.n_embd)
-        self.blocks = nn.ModuleList(Block(c, kind) for kind in c.kinds())
+        self.blocks = nn.ModuleList(AffineBlock(c) if kind == "L" else Block(c, kind) for kind in c.kinds())
         self.norm = RMSNorm(c.n_embd, c.norm_eps, 1 / c.width_ratio)  # the factor on the logits
         self.head = nn.Linear(c.n_embd, V_pad, bias=False)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
-        self.has_attention = set(c.kinds()) != {"M"}  # else any length will do, in constant memory
+        self.has_attention = bool({*c.kinds()} & {*"AH"})  # else any length will do, in constant memory
         for name, table in zip(("cos", "sin"), rope_tables(c.block_size, c.head_dim, c.rope_base)):
             self.register_buffer(name, table, persistent=False)
         self.init_weights()
@@ -489,7 +505,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith(("norm.weight", ".D")):
                 p.fill_(1.0)
-            elif name.endswith((".o.weight", ".down.weight", ".out.weight", ".mlp.down")):
+            elif name.endswith((".o.weight", ".down.weight", ".out.weight", ".mlp.down", ".affine.weight", ".affine.bias")):
                 p.zero_()
             elif name.endswith((".qkv.weight", ".up.weight", ".in_proj.weight", ".mlp.up")):
                 p.normal_(std=p.shape[-1] ** -0.5)

@@ -39,7 +39,7 @@ def place_parameters(model: nn.Module) -> dict[str, list[str]]:
     matrix     weights inside the blocks, stacks of experts too: Muon or AdamW, with weight decay
     embedding  token vectors: AdamW, no decay (a rare token's vector would decay for want of gradients)
     head       the output matrix: AdamW, with decay
-    vector     gains, and of Mamba-2 the convolution, A, D and the bias of dt: AdamW, no decay
+    vector     gains, biases, and of Mamba-2 the convolution, A, D and the bias of dt: AdamW, no decay
     Raises ValueError when a parameter has no place or two."""
     places = {"matrix": [], "embedding": [], "head": [], "vector": []}
     for name, p in model.named_parameters():
@@ -77,7 +77,7 @@ def flat(p):
 
 
 MODULES = {"embedding": ("embed",), "attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down"),
-           "ssm": ("z", "x", "B", "C", "dt", "out"), "router": ("router",), "head": ("head",)}
+           "ssm": ("z", "x", "B", "C", "dt", "out"), "affine": ("affine",), "router": ("router",), "head": ("head",)}
 
 
 FIXED_ROWS = ("router", "B", "C")  # as many at any width: experts, numbers of state

@@ -1,6 +1,7 @@
 """probes.py: what can be measured on trained models and read from their runs; and the linearity regulariser.
 
     python probes.py linearity runs/1/ckpt.pt --text notes.txt --plot=profile.png        # how linear is each block?
+    python probes.py prune runs/1/ckpt.pt --text notes.txt --blocks=1,2,3        # leave blocks out, or an affine map for each
     python probes.py curvature runs/plain-? runs/let-? --text notes.txt      # extreme eigenvalues of the loss' Hessian
     python probes.py norms runs/1 --plot=norms.png              # how large each matrix is, and would be by noise alone
     python probes.py eval runs/1/ckpt.pt --task hellaswag.jsonl --text notes.txt      # accuracy; perplexity
@@ -23,9 +24,15 @@ Names and symbols
     piece       a kind of logical matrix: q, k, v, o, gate, up, down, embed, head
 """
 import argparse
+import copy
+import itertools
 import json
 import math
+import os
+import random
 import statistics
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +41,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from model import GPT, BadInput, Cache, command, load_checkpoint, model_from_checkpoint, tokenizer_from_dict
+from model import (GPT, AffineBlock, BadInput, Cache, ModelConfig, command, device_exists, load_checkpoint,
+                   model_from_checkpoint, tokenizer_from_dict)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Linearity
@@ -81,7 +89,7 @@ class Moments:
     About a shift, the mean of the first tokens, which changes no score but keeps digits where a mean is large."""
 
     def __init__(self, shift_x=None, shift_y=None):
-        self.n, self.shift_x, self.shift_y, self.ratio = 0, shift_x, shift_y, 0.0
+        self.n, self.shift_x, self.shift_y, self.ratio, self.cosine = 0, shift_x, shift_y, 0.0, 0.0
 
     def add(self, x, y):
         """x, y: (tokens, d) before and after a block."""
@@ -93,6 +101,7 @@ class Moments:
             self.xx, self.xy, self.yy = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], y.shape[1]), 0.0
             self.dd, self.y2 = 0.0, 0.0
         self.ratio += ((y - x).norm(dim=1) / y.norm(dim=1).clamp(min=1e-300)).sum().item()
+        self.cosine += F.cosine_similarity(x, y, dim=1).sum().item()
         self.dd, self.y2 = self.dd + (y - x).square().sum().item(), self.y2 + y.square().sum().item()
         x, y = x - self.shift_x, y - self.shift_y
         self.n += len(x)
@@ -118,7 +127,7 @@ def linearity(fit: Moments, held_out: Moments | None = None) -> dict:
     solve is by eigenvalues of X^T X, those below d eps times the largest counted as 0: X is often rank-deficient (few
     distinct tokens). rank, n, n_over_d; ratios of what the block adds to the state after it: ratio_mean over tokens of
     the norms, ratio_rms of the Frobenius norms, ratio_centred of the centred ones, for which 1 - full = (1 - free)
-    ratio_centred^2 exactly."""
+    ratio_centred^2 exactly; cosine, the mean over tokens of that of x and y."""
     xx, xy, yy = fit.centred()
     d = len(xx)
     e, V = torch.linalg.eigh(xx)
@@ -127,14 +136,14 @@ def linearity(fit: Moments, held_out: Moments | None = None) -> dict:
     rank, n = len(e), fit.n
     dd = yy - 2 * xy.trace().item() + xx.trace().item()  # ||D||^2, as X^T D = X^T Y - X^T X
     out = {"n": n, "n_over_d": n / d, "rank": rank, "ratio_mean": fit.ratio / n, "ratio_rms": math.sqrt(fit.dd / fit.y2),
-           "ratio_centred": math.sqrt(max(dd, 0.0) / yy)}
+           "ratio_centred": math.sqrt(max(dd, 0.0) / yy), "cosine": fit.cosine / n}
     if held_out is not None:
         h_xx, h_xy, h_yy = held_out.centred(fit.x / n, fit.y / n)
         my = held_out.y / held_out.n - fit.y / n
         mx = held_out.x / held_out.n - fit.x / n
     for name, target, size in (("full", xy, yy), ("free", xy - xx, dd)):
         projected = V.mT @ target  # (rank, d)
-        score = ((projected.square().sum(1) / e).sum() / size).item() if size > 0 else math.nan
+        score = ((projected.square().sum(1) / e).sum() / size).item() if size > 1e-12 * yy else math.nan  # nothing is added
         out[name] = score
         out[f"{name}_adjusted"] = 1 - (1 - score) * (n - 1) / (n - 1 - rank) if n - 1 > rank else math.nan
         if held_out is not None:
@@ -153,7 +162,7 @@ def linearity_profile(model, batches, skip_first=False, progress=None) -> list[d
     """linearity() of every block over batches of token ids (B, T): the even ones to fit, the odd ones held out.
     skip_first: leave position 0 out, where attention parks what it has no use for, with states a hundred times as
     large."""
-    blocks = len(model.blocks)
+    blocks = model.config.n_layer
     fit, held_out = [Moments() for _ in range(blocks)], [None] * blocks
     for i, idx in enumerate(batches):
         _, states = model.trunk(idx, hidden=tuple(range(blocks + 1)))
@@ -169,23 +178,52 @@ def linearity_profile(model, batches, skip_first=False, progress=None) -> list[d
     return [{"block": k + 1, **linearity(fit[k], held_out[k])} for k in range(blocks)]
 
 
-def linearity_command(a) -> str:
-    ckpt = load_checkpoint(a.checkpoint)
-    model = model_from_checkpoint(ckpt, a.device).eval()
+def open_model(name, device="cpu", dtype=torch.float32):
+    """(model, frozen, its tiktoken.Encoding, the checkpoint) of a checkpoint of ours; of anything else that
+    teacher.load_pretrained reads with what a checkpoint of it would hold beside the model."""
+    from teacher import is_checkpoint, load_pretrained  # here alone: nothing but the measuring of models needs it
+    if not device_exists(device):
+        raise BadInput(f"--device={device}: no such device here")
+    if is_checkpoint(name):
+        ckpt = load_checkpoint(name)
+        model, tokenizer = model_from_checkpoint(ckpt, device).eval().requires_grad_(False), ckpt["tokenizer"]
+    else:
+        model, tokenizer = load_pretrained(name, device, dtype, flag="")
+        ckpt = {"format": "nanolet-1", "tokenizer": tokenizer, "step": 0, "config": {"optimizer": "muon"}}
+    for p in model.parameters():  # not the tables of rotary positions
+        p.data = p.data.to(dtype)
+    return model, tokenizer_from_dict(tokenizer), ckpt
+
+
+def read_ids(path, enc, tokens=0) -> list[int]:
+    """The first `tokens` (0: all) of a text file."""
     try:
-        text = Path(a.text).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"--text={a.text}: cannot be read as UTF-8 text ({e})") from None
-    enc = tokenizer_from_dict(ckpt["tokenizer"])
-    length = model.config.block_size
-    ids = torch.tensor(enc.encode_ordinary(text)[:a.tokens or None])
-    rows = len(ids) // length
-    if rows * length < 4 * model.config.n_embd or rows < 2:
-        raise BadInput(f"--text={a.text} --tokens={a.tokens}: {rows * length:,} tokens in whole contexts of {length}; at least "
-                       f"{max(2 * length, 4 * model.config.n_embd):,}, four times the width, are needed")
-    ids = ids[:rows * length].view(rows, length).to(a.device)
+        raise BadInput(f"--text={path}: cannot be read as UTF-8 text ({e})") from None
+    return enc.encode_ordinary(text)[:tokens or None]
+
+
+def read_contexts(a, model, enc, least: int):
+    """The text of --text as token ids (contexts, length): --tokens of its tokens, in whole contexts of --context. Raises
+    BadInput when it is no text, or has fewer than `least` contexts or than four tokens a dimension of the width."""
+    length = a.context or min(512, model.config.block_size)
+    if not 2 <= length <= model.config.block_size:
+        raise BadInput(f"--context={a.context}: from 2 to the model's {model.config.block_size}")
+    ids = torch.tensor(read_ids(a.text, enc, a.tokens))
+    rows, width = len(ids) // length, model.config.n_embd
+    if rows < max(least, -(-4 * width // length)):
+        needed = max((least * length, f"{least} contexts"), (-(-4 * width // length) * length, "four times the width"))
+        raise BadInput(f"--text={a.text} --tokens={a.tokens}: {rows * length:,} tokens in whole contexts of {length}; at "
+                       f"least {needed[0]:,}, {needed[1]}, are needed")
+    return ids[:rows * length].view(rows, length).to(a.device)
+
+
+def linearity_command(a) -> str:
+    model, enc, _ = open_model(a.checkpoint, a.device)
+    ids = read_contexts(a, model, enc, 2)
     with tqdm(total=ids.numel(), unit="token", disable=None) as progress:
-        profile = linearity_profile(model, ids.split(max(1, min(16, rows // 2))), a.skip_first, progress)
+        profile = linearity_profile(model, ids.split(min(16, len(ids) // 2)), a.skip_first, progress)
     keys = ("full", "full_adjusted", "full_held_out", "free", "free_adjusted", "free_held_out", "ratio_mean", "rank")
     lines = [f"{profile[0]['n']:,} tokens to fit on, {profile[0]['n_over_d']:.1f} times the width",
              "block " + " ".join(f"{k:>14}" for k in keys)]
@@ -217,28 +255,232 @@ def plotting(path: str):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Curvature
+# Pruning (the same paper's section 5): the most linear blocks go first; better, an affine map takes a block's place;
+# better still, it is then trained to give the states of the whole model. No more than that is said. Chosen here: blocks
+# are scored once, on the whole model, and none is safe but those of --protect; maps have a bias, as torch's Linear has,
+# and take the place of the residual connection too; they are fitted in depth order, each on what the maps before it hand
+# on, to the whole model's states; distillation compares the states after the first map and after each later block, each
+# in units of its own mean square.
+
+ORDERS = ("full", "free", "cosine", "random")
+ARMS = ("remove", "replace", "distil", "distil_all")
 
 
-def open_model(name, device="cpu", dtype=torch.float32):
-    """(model in eval mode, its tiktoken.Encoding, the checkpoint) of a checkpoint of ours, or of anything that
-    teacher.load_pretrained reads, and then an empty checkpoint."""
-    from teacher import is_checkpoint, load_pretrained
-    ckpt = load_checkpoint(name) if is_checkpoint(name) else {}
-    model, tokenizer = ((model_from_checkpoint(ckpt, device).eval(), ckpt["tokenizer"]) if ckpt else
-                        load_pretrained(name, device, dtype, flag=""))
-    for p in model.parameters():  # not the tables of rotary positions
-        p.data = p.data.to(dtype)
-    return model, tokenizer_from_dict(tokenizer), ckpt
+def prune_order(profile, order: str, protect=(), seed=0) -> list[int]:
+    """Blocks by number, the first to go first: by falling score `full` or `free`, in sample as the authors have it, by
+    falling `cosine` of the states before and after (ShortGPT's Block Influence, arXiv 2403.03853, upside down), or at
+    `random`. profile: of linearity_profile; protect: blocks that stay. A block that adds nothing goes first."""
+    blocks = [p["block"] for p in profile if p["block"] not in protect]
+    if order == "random":
+        random.Random(seed).shuffle(blocks)
+        return blocks
+    scores = {p["block"]: math.inf if math.isnan(p[order]) else p[order] for p in profile}
+    return sorted(blocks, key=scores.get, reverse=True)
 
 
-def read_ids(path, enc, tokens=0) -> list[int]:
-    """The first `tokens` (0: all) of a text file after an end-of-text token, as in training."""
+def with_blocks(model: GPT, blocks, kinds: str) -> GPT:
+    """The model with these blocks in place of its own; all parameters are shared with it, none copied. Settings of kinds
+    of block that are gone go back to their defaults, which is where train.py wants them."""
+    settings = {**asdict(model.config), "n_layer": len(kinds), "layer_pattern": kinds, "mixer": "attention"}
+    new = copy.copy(model)
+    new.config = ModelConfig(**{k: v for k, v in settings.items() if k not in idle_settings(kinds)})
+    new.has_attention = bool({*kinds} & {*"AH"})
+    new._modules = {**model._modules, "blocks": torch.nn.ModuleList(blocks)}
+    return new
+
+
+def idle_settings(kinds: str) -> set[str]:
+    """Flags of kinds of block that are not among these letters."""
+    ssm, experts = "d_state ssm_head_dim expand n_groups chunk_size ssm_norm", "n_experts experts_per_token expert_hidden"
+    return {*("" if {*kinds} & {*"MH"} else ssm).split(),
+            *("" if {*kinds} & {*"AH"} else f"{experts} balance_weight router_z_weight").split()}
+
+
+def remove_blocks(model: GPT, chosen) -> GPT:
+    """The model without the blocks of these numbers."""
+    left = [k for k in range(model.config.n_layer) if k + 1 not in chosen]
+    return with_blocks(model, [model.blocks[k] for k in left], "".join(model.config.kinds()[k] for k in left))
+
+
+def fit_affine(fit: Moments, held_out: Moments):
+    """(W (d, d), b (d,), ridge) of y = x + W x + b, in float64: least squares with a ridge on W and not on A = I + W, as
+    a block is near the identity: min ||X B - D||^2 + ridge ||B||^2 with B = W^T, X and D = Y - X centred.
+
+    The ridge, in units of the largest eigenvalue of X^T X, is the one of a grid that leaves the smallest error on the
+    other tokens (Moments with the same shifts). inf is on the grid: W = 0 and a constant b."""
+    xx, xy, _ = fit.centred()
+    mx, my = fit.x / fit.n, fit.y / fit.n
+    h_xx, h_xy, _ = held_out.centred(mx, my)
+    e, V = torch.linalg.eigh(xx)
+    P, Q, H = V.mT @ (xy - xx), V.mT @ (h_xy - h_xx), V.mT @ h_xx @ V  # in the axes of X^T X
+
+    def solve(ridge):
+        return P / (e.clamp(min=0) + ridge * e[-1])[:, None]
+
+    def error(ridge):  # on the other tokens, but for their ||D||^2
+        R = solve(ridge)
+        return (R * (H @ R - 2 * Q)).sum().item()
+
+    ridge = min((math.inf, *(10.0 ** -j for j in range(13))), key=error)
+    B = V @ solve(ridge)
+    mx, my = mx + fit.shift_x, my + fit.shift_y
+    return B.mT, my - mx - mx @ B, ridge
+
+
+@torch.no_grad()
+def replace_blocks(model: GPT, chosen, batches, skip_first=False) -> GPT:
+    """The model with an affine map in place of each chosen block. batches: token ids (B, T), every fourth one to tune
+    the ridge."""
+    kinds, blocks, new = [*model.config.kinds()], [*model.blocks], model
+    for k in sorted(chosen):
+        fit, held_out = Moments(), None
+        for i, idx in enumerate(batches):
+            x, y = (h[:, 1 if skip_first else 0:].flatten(0, 1) for h, _ in (
+                new.trunk(idx, blocks=k - 1), model.trunk(idx, blocks=k)))
+            if i % 4 == 3:
+                held_out = held_out or Moments(fit.shift_x, fit.shift_y)
+            (held_out if i % 4 == 3 else fit).add(x, y)
+        W, b, _ = fit_affine(fit, held_out)
+        blocks[k - 1], kinds[k - 1] = AffineBlock(model.config).to(batches[0].device), "L"
+        blocks[k - 1].affine.weight.copy_(W)
+        blocks[k - 1].affine.bias.copy_(b)
+        new = with_blocks(model, blocks, "".join(kinds))
+    return new
+
+
+def distil(model: GPT, whole: GPT, batches, steps: int, lr: float, everything=False) -> GPT:
+    """A copy of the model, of which the affine maps (or, with `everything`, all parameters) are trained by AdamW, its rate
+    falling linearly to 0, to give the whole model's states: mean over the states after the first map and after each later
+    block of ||h - h*||^2 / ||h*||^2, both norms over all tokens of the batch."""
+    model = copy.deepcopy(model).requires_grad_(everything)
+    for block in model.blocks:
+        block.requires_grad_(everything or isinstance(block, AffineBlock))
+    states = tuple(range(model.config.kinds().index("L") + 1, model.config.n_layer + 1))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in tqdm(range(steps), "distilling", unit="step", disable=None, leave=False):
+        idx = batches[step % len(batches)]
+        with torch.no_grad():
+            _, wanted = whole.trunk(idx, hidden=states)
+        _, found = model.trunk(idx, hidden=states)
+        loss = sum((h - h0).square().sum() / h0.square().sum() for h, h0 in zip(found, wanted)) / len(states)
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def mean_loss(model, batches) -> float:
+    """Nats per token over batches of token ids (B, T), positions 1 to T - 1 predicted from those before."""
+    losses = [(model(idx[:, :-1], idx[:, 1:])[0].item(), len(idx)) for idx in batches]
+    return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+
+
+@torch.no_grad()
+def seconds_per_pass(models, idx, rounds=9) -> list[float]:
+    """Median seconds of each model's forward pass over idx (B, T), head included. The models take turns, so that what
+    else the machine does hits all alike."""
+    times = [[] for _ in models]
+    for r in range(rounds + 1):
+        for model, seen in zip(models, times):
+            start = time.perf_counter()
+            model(idx)[0][0, 0, 0].item()  # which waits for the device
+            if r:  # the first is a warm-up
+                seen.append(time.perf_counter() - start)
+    return [statistics.median(seen) for seen in times]
+
+
+def pruned_checkpoint(ckpt: dict, model: GPT, **how) -> dict:
+    """`ckpt` with the pruned model in place of its own, at the same step; optimizers and multipliers begin anew. Flags that
+    do not fit the model any more are changed: those of blocks that are gone, and numbers of blocks beyond the last."""
+    kinds = model.config.kinds()
+    config = {k: v for k, v in ckpt["config"].items() if k not in idle_settings(kinds)}
+    config |= {"n_layer": len(kinds), "layer_pattern": kinds, "mixer": "attention"}
+    for name, last in (("let_student_layer", len(kinds)), ("linearity_from", len(kinds) - 1)):
+        if name in config:
+            config[name] = min(config[name], last)
+    return {**ckpt, "model": model.state_dict(), "model_config": asdict(model.config), "config": config, "optimizers": [],
+            "multipliers": None, "let": None, "let_optimizer": None, "best_val_loss": math.inf, "pruned": how}
+
+
+def listed(text: str, flag: str, known=()) -> list:
+    """"1,2,3" as numbers from 1 on, or as names out of `known`."""
+    words = [word for word in text.split(",") if word]
+    if known and not {*words} <= {*known} or not (known or all(word.isdecimal() and int(word) > 0 for word in words)):
+        what = "out of " + ", ".join(known) if known else "numbers from 1 on"
+        raise BadInput(f"{flag}={text}: {what}, separated by commas")
+    return words if known else [int(word) for word in words]
+
+
+def prune_command(a) -> str:
+    """The table of every order, number of blocks and arm that is asked for. Of the models with the most blocks gone the
+    best is written. (Of a pretrained model it can be sampled, measured and taught from; train.py has no flags for some
+    of its settings, and does not go on with it.)"""
+    from teacher import is_checkpoint
+
+    orders, arms = listed(a.orders, "--orders", ORDERS), listed(a.arms, "--arms", ARMS)
+    counts, protect = listed(a.blocks, "--blocks"), listed(a.protect, "--protect")
+    if a.distil_steps < 1 or not 0 < a.distil_lr < math.inf:
+        raise BadInput(f"--distil_steps={a.distil_steps} --distil_lr={a.distil_lr}: both have to be positive")
+    whole, enc, ckpt = open_model(a.checkpoint, a.device)
+    if not isinstance(whole, GPT):
+        raise BadInput(f"{a.checkpoint}: its architecture is not one of model.py's, whose blocks alone can be pruned")
+    c = whole.config
+    if any(k > c.n_layer for k in protect):
+        raise BadInput(f"--protect={a.protect}: {a.checkpoint} has blocks 1 to {c.n_layer}")
+    most = min(c.n_layer - 1, c.n_layer - len({*protect}))
+    if not (orders and arms and counts) or max(counts) > most:
+        raise BadInput(f"--blocks={a.blocks}: {a.checkpoint} has {c.n_layer} blocks, of which 1 to {most} can go")
+    ids = read_contexts(a, whole, enc, 16)
+    source = Path(a.checkpoint)
+    out = Path(a.out_dir or (source.parent if is_checkpoint(source) else Path("runs", source.name)) / "pruned") / "ckpt.pt"
+    if out.exists():
+        raise BadInput(f"--out_dir={out.parent}: holds a checkpoint already; name another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    ids, judged = ids[:-(len(ids) // 4)], ids[-(len(ids) // 4):]  # the last quarter is for the losses
+    batches, judged = ids.split(min(8, len(ids) // 8)), judged.split(8)
+    profile = linearity_profile(whole, batches, a.skip_first)
+    parts = "".join(sorted(c.kinds()))  # where in the model a block stands makes no difference to the time
+    made = [("", "whole", (), mean_loss(whole, judged), whole.num_params(), parts)]
+    shapes, best = {parts: whole}, (math.inf,)
+    with tqdm(total=len(orders) * len(counts) * len(arms), unit="model", disable=None) as progress:
+        for order, count in itertools.product(orders, counts):
+            chosen, replaced = sorted(prune_order(profile, order, protect, a.seed)[:count]), None
+            for arm in arms:
+                if arm == "remove":
+                    model = remove_blocks(whole, chosen)
+                else:
+                    model = replaced = replaced or replace_blocks(whole, chosen, batches, a.skip_first)
+                parts = "".join(sorted(model.config.kinds()))
+                shapes.setdefault(parts, model)
+                if arm.startswith("distil"):
+                    model = distil(replaced, whole, batches, a.distil_steps, a.distil_lr, arm == "distil_all")
+                loss = mean_loss(model, judged)
+                made.append((order, arm, chosen, loss, model.num_params(), parts))
+                if count == max(counts):
+                    best = min(best, (loss, order, arm, chosen, model), key=lambda found: found[0])
+                progress.update()
+    seconds = dict(zip(shapes, seconds_per_pass(shapes.values(), batches[0])))
+    rows = ["| order | arm | blocks | held-out nats | perplexity | parameters | of the whole | speed over the whole |",
+            "|---|---|---|---|---|---|---|---|"]
+    for order, arm, chosen, loss, n, parts in made:
+        rows.append(f"| {order} | {arm} | {', '.join(map(str, chosen))} | {loss:.4f} | {math.exp(loss):.2f} | {n:,} | "
+                    f"{100 * n / made[0][4]:.1f} % | {seconds[made[0][5]] / seconds[parts]:.2f} |")
+    _, order, arm, chosen, model = best
+    tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"--text={path}: cannot be read as UTF-8 text ({e})") from None
-    return [enc.eot_token, *enc.encode_ordinary(text)[:tokens or None]]
+        with open(tmp, "wb") as file:  # torch's own writer does not say when the disk is full
+            torch.save(pruned_checkpoint(ckpt, model, source=str(source), order=order, arm=arm, blocks=chosen), file)
+        os.replace(tmp, out)
+    finally:
+        tmp.unlink(missing_ok=True)
+    return "\n".join([*rows, "", f"{out}: {order}, {arm}, blocks {', '.join(map(str, chosen))}"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Curvature
 
 
 def next_token_loss(model, idx, targets):
@@ -346,7 +588,7 @@ def curvature_command(a) -> str:
         for name in names:
             model, enc, ckpt = open_model(name, a.device, dtype)
             T = min(model.config.block_size, a.tokens)
-            ids = torch.tensor(read_ids(a.text, enc, a.tokens), device=a.device)
+            ids = torch.tensor([enc.eot_token, *read_ids(a.text, enc, a.tokens)], device=a.device)
             n = (len(ids) - 1) // T * T
             if n == 0:
                 raise BadInput(f"--text={a.text}: {len(ids) - 1} tokens; a context of {T} is needed")
@@ -753,7 +995,7 @@ def eval_command(a) -> str:
         means = [f"{100 * statistics.mean(r[key] for _, r in done):.2f}" for key in ("sum", "per_character", "chance")]
         lines.append(" | ".join(("| mean", f"{sum(r['items'] for _, r in done):,}", *means, "", "", "")) + " |")
     if a.text:
-        ids = read_ids(a.text, enc, a.tokens)
+        ids = [enc.eot_token, *read_ids(a.text, enc, a.tokens)]  # as in training
         if len(ids) < 2:
             raise BadInput(f"--text={a.text}: no text in it")
         with tqdm(total=-(-(len(ids) - 1) // stride), unit="window", disable=None) as progress:
@@ -979,7 +1221,14 @@ def plot_runs(runs, path: str) -> str:
     return path
 
 
-COMMANDS = {"curvature": curvature_command, "norms": norms_command, "eval": eval_command,
+def sweep_command(a) -> str:
+    if a.plot:
+        plot_sweep(a.runs, a.piece, a.plot)
+    return sweep(a.runs, a.piece)
+
+
+COMMANDS = {"linearity": linearity_command, "prune": prune_command, "curvature": curvature_command,
+            "norms": norms_command, "eval": eval_command, "compare": lambda a: compare(a.runs), "sweep": sweep_command,
             "plot": lambda a: plot_runs(a.runs, a.plot)}
 
 
@@ -992,13 +1241,27 @@ def main(argv):
     s.add_argument("runs", nargs="+", help="folders of runs, named NAME@X-SEED")
     s.add_argument("--piece", default="head", help="kind of matrix whose RMS is shown")
     s.add_argument("--plot", default="", help="also write a picture to this file")
-    p = commands.add_parser("linearity", help="how linear each block of a checkpoint is")
-    p.add_argument("checkpoint")
+    known = "a checkpoint, smollm2, a GGUF file, or a Hugging Face folder or id"
+    p = commands.add_parser("linearity", help="how linear each block of a model is")
+    p.add_argument("checkpoint", help=known)
     p.add_argument("--text", required=True, help="a text file to read")
-    p.add_argument("--tokens", type=int, default=40_000, help="how many of its tokens; 0: all")
-    p.add_argument("--skip_first", action="store_true", help="leave the first position of each context out")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--plot", default="", help="also draw the profile over depth to this file")
+    r = commands.add_parser("prune", help="leave the most linear blocks out, or put affine maps in their place")
+    r.add_argument("checkpoint", help=known)
+    r.add_argument("--text", required=True, help="a text file: three quarters to fit on, the last one for the losses")
+    r.add_argument("--blocks", default="1", help="how many go, such as 3, or several, such as 1,2,3")
+    r.add_argument("--orders", default="full", help=f"which go first, out of {', '.join(ORDERS)}")
+    r.add_argument("--arms", default="remove,replace,distil", help=f"out of {', '.join(ARMS)}")
+    r.add_argument("--protect", default="", help="numbers of blocks that stay, such as 1,12")
+    r.add_argument("--distil_steps", type=int, default=200)
+    r.add_argument("--distil_lr", type=float, default=1e-3)
+    r.add_argument("--seed", type=int, default=0, help="of the random order")
+    r.add_argument("--out_dir", default="", help="folder of the new checkpoint; empty: `pruned` beside the old one")
+    for x, tokens in ((p, 40_000), (r, 80_000)):
+        x.add_argument("--tokens", type=int, default=tokens, help="how many of its tokens; 0: all")
+        x.add_argument("--context", type=int, default=0, help="tokens in a context; 0: the model's, at most 512")
+        x.add_argument("--skip_first", action="store_true", help="leave the first position of each context out")
+        x.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     h = commands.add_parser("curvature", help="extreme eigenvalues and density of the loss' Hessian")
     h.add_argument("checkpoints", nargs="+", help="checkpoints, or folders of runs (--keep_checkpoints keeps them all)")
     h.add_argument("--text", required=True, help="a text file to take the loss on")
@@ -1025,22 +1288,13 @@ def main(argv):
     e.add_argument("--batch_tokens", type=int, default=8192, help="tokens in one forward pass")
     e.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
     e.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    r = commands.add_parser("plot", help="losses, cosine(T, M) and multiplier drift of runs in one picture")
-    r.add_argument("runs", nargs="+", help="folders of runs; those named NAME-SEED are one line with a band")
-    r.add_argument("-o", "--plot", default="runs.png", help="file to draw to")
+    o = commands.add_parser("plot", help="losses, cosine(T, M) and multiplier drift of runs in one picture")
+    o.add_argument("runs", nargs="+", help="folders of runs; those named NAME-SEED are one line with a band")
+    o.add_argument("-o", "--plot", default="runs.png", help="file to draw to")
     a = parser.parse_args(argv)
     if getattr(a, "plot", ""):
         plotting(a.plot)
-    if a.command == "compare":
-        print(compare(a.runs))
-    elif a.command == "linearity":
-        print(linearity_command(a))
-    elif a.command in COMMANDS:
-        print(COMMANDS[a.command](a))
-    else:
-        print(sweep(a.runs, a.piece))
-        if a.plot:
-            plot_sweep(a.runs, a.piece, a.plot)
+    print(COMMANDS[a.command](a))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class Config:
     # model
     mixer: str = flag("attention", "what moves information between tokens: attention, mamba2 (alone, without MLPs), or both "
                       "side by side", tuple(MIXERS))
-    layer_pattern: str = flag("", "a letter a block in place of --mixer: A attention, M mamba2, H hybrid, such as MMAMM")
+    layer_pattern: str = flag("", "a letter a block in place of --mixer: A attention, M mamba2, H hybrid, L affine, such as MMAMM")
     n_layer: int = flag(4, "blocks")
     n_embd: int = flag(192, "width of the residual stream")
     n_head: int = flag(2, "query heads")
@@ -132,7 +132,7 @@ class Config:
     momentum_warmup: int = flag(0, "Muon: steps over which the momentum rises from 0.85")
     normuon: bool = flag(False, "Muon: give all rows of an update the same long-run RMS (NorMuon)")
     module_lr: str = flag("", "factors on the learning rate by module, such as head=0.5,mlp=2; of embedding, attention, mlp, "
-                          "ssm, router, head")
+                          "ssm, affine, router, head")
     module_decay: str = flag("", "factors on the weight decay by module, likewise")
     frozen_gains: str = flag("none", "gains of RMSNorm that are not trained: none, blocks (all but the last), final, all",
                              ("none", "blocks", "final", "all"))
@@ -355,7 +355,8 @@ def check(c: Config, world: int = 1):
         need(c.n_head % (c.n_kv_head or c.n_head) == 0, "n_head", "n_kv_head", why="the first must be a multiple of "
              "the second")
     kinds = c.layer_pattern or MIXERS.get(c.mixer, "A") * c.n_layer
-    need({*kinds} <= {*MIXERS.values()}, "layer_pattern", why="letters A (attention), M (mamba2) and H (hybrid) are needed")
+    need({*kinds} <= {*MIXERS.values(), "L"}, "layer_pattern", why="letters A (attention), M (mamba2) and H (hybrid), or L "
+         "(affine), are needed")
     need(len(kinds) == c.n_layer, "layer_pattern", "n_layer", why=f"{len(kinds)} letters for {c.n_layer} blocks")
     need(not c.layer_pattern or c.mixer == "attention", "layer_pattern", "mixer", why="each says what the blocks are; give one")
     if {*kinds} & {*"MH"}:

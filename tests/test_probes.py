@@ -76,6 +76,7 @@ def test_full_and_free_are_tied_by_the_centred_ratio():
     d, y = block(x, 0.2) - x, block(x, 0.2)
     assert got["ratio_mean"] == pytest.approx((d.norm(dim=1) / y.norm(dim=1)).mean().item(), rel=1e-9)
     assert got["ratio_rms"] == pytest.approx((d.norm() / y.norm()).item(), rel=1e-9)
+    assert got["cosine"] == pytest.approx(((x / x.norm(dim=1)[:, None]) * (y / y.norm(dim=1)[:, None])).sum(1).mean().item())
 
 
 def test_score_does_not_see_a_map_of_x_nor_a_turn_of_y():
@@ -96,9 +97,51 @@ def test_unrelated_states_score_what_chance_gives_and_0_when_adjusted():
     assert sum(s["full_adjusted"] for s in scores) / 20 == pytest.approx(0.0, abs=0.01)
 
 
-def test_a_block_that_adds_noise_of_ratio_r_scores_one_over_one_plus_r_squared():
-    x, r = randn(20_000, 4), 0.2
-    assert score(x, x + r * randn(20_000, 4, seed=1))["full"] == pytest.approx(1 / (1 + r * r), abs=2e-3)
+@pytest.mark.parametrize("ratio", [2, 3.66, 20])
+def test_in_sample_a_score_is_too_high_by_rank_over_tokens_and_the_adjusted_one_is_not(ratio):
+    """True R^2 0.5: in sample 0.5 + 0.5 rank / (n - 1) is expected; held-out tokens say less than 0.5, as the fit is worse."""
+    d, A = 40, randn(40, 40, seed=7) / 40**0.5
+    n, got = round(ratio * d), []
+    for seed in range(12):
+        (x, y), (x2, y2) = ((x, x @ A + randn(len(x), d, seed=seed + 50)) for x in (randn(n, d, seed=seed),
+                                                                                    randn(500, d, seed=seed + 100)))
+        got.append(score(x, y, x2, y2))
+    mean = {k: sum(g[k] for g in got) / 12 for k in ("full", "full_adjusted", "full_held_out")}
+    assert mean["full"] == pytest.approx(0.5 + 0.5 * d / (n - 1), abs=0.01)
+    assert mean["full_adjusted"] == pytest.approx(0.5, abs=0.02) and mean["full_held_out"] < 0.49
+
+
+@pytest.mark.parametrize("r, expected", [(0.1, 0.990), (0.2, 0.962)])
+def test_a_block_that_adds_noise_of_ratio_r_scores_one_over_one_plus_r_squared(r, expected):
+    x = randn(20_000, 4)
+    assert score(x, x + r * randn(20_000, 4, seed=1))["full"] == pytest.approx(expected, abs=2e-3)
+
+
+def test_nearly_linear_with_a_strongly_non_linear_block():
+    """S_free = 0.6 and ||D|| / ||Y|| = 0.158 make S_full = 0.99: the residual connection does it."""
+    x, noise = randn(50_000, 3), randn(50_000, 3, seed=1)
+    y = x + 0.16 * (0.6**0.5 * x @ torch.linalg.qr(randn(3, 3, seed=2)).Q + 0.4**0.5 * noise)
+    got = score(x, y)
+    assert got["free"] == pytest.approx(0.6, abs=0.01) and got["full"] == pytest.approx(0.99, abs=0.002)
+
+
+def test_a_final_layernorm_leaves_rank_d_minus_1_and_ill_conditioned_states_are_solved():
+    x = F.layer_norm(randn(500, 10), (10,))
+    y = block(x)
+    got = score(x, y)
+    U = torch.linalg.svd(x - x.mean(0), full_matrices=False).U[:, :9]
+    yc = y - y.mean(0)
+    assert got["rank"] == 9 and got["full"] == pytest.approx(((U.mT @ yc).norm() / yc.norm()).item() ** 2, abs=1e-9)
+    U, turn = torch.linalg.qr(randn(500, 10)).Q, torch.linalg.qr(randn(10, 10, seed=1)).Q
+    x = U @ torch.diag(torch.logspace(0, -6, 10, dtype=torch.float64)) @ turn  # condition 1e6
+    y = block(x)
+    assert score(x, y)["full"] == pytest.approx(by_svd(x, y), abs=1e-9)
+
+
+def test_a_block_that_adds_nothing_has_no_residual_free_score():
+    x = randn(100, 5) + 1e3
+    got = score(x, x.clone())
+    assert math.isnan(got["free"]) and got["full"] == pytest.approx(1.0) and got["cosine"] == pytest.approx(1.0)
 
 
 def test_held_out_is_the_r_squared_of_the_fitted_affine_map():
