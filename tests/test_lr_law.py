@@ -193,8 +193,8 @@ def test_holding_out_the_largest_size_costs_what_it_should():
     assert costs["Step Law, published"][:, 1] == pytest.approx(ends, rel=1e-6)
     middle = math.exp(np.mean([math.log(best(N, D, g)) for N in (1e6, 2e6) for D, g in slices]))  # all C are equal
     assert costs[f"always {middle:.3g}"][:, 0] == pytest.approx([0.05 * math.log(middle / best(4e6, D, g)) ** 2 for D, g in slices])
-    with pytest.raises(BadInput, match="--hold_out: the largest N, 1e.06, has 18"):
-        hold_out(runs_of([(1e6, D * (1 + i), lr, loss, g) for i in range(3) for _, D, lr, loss, g in rows[:15] + rows[45:60]]))
+    with pytest.raises(BadInput, match="--hold_out: the largest N, 1e.06, has 6 slices with their optimum inside, the others 0"):
+        hold_out(runs_of([row for row in rows if row[0] == 1e6]))
 
 
 def test_shape_statistics_against_values_by_hand():
@@ -224,7 +224,7 @@ def test_one_size_or_one_horizon_needs_saying(tmp_path, capsys):
     main(["fit", one_N, "--fixed=N"])
     assert "D^-0.351" in capsys.readouterr().out
     with pytest.raises(BadInput, match="--fixed=D, but D is not the same"):
-        main(["fit", one_N, "--fixed=D"])
+        main(["fit", write_table(tmp_path / "both.csv", sweep_rows()), "--fixed=D"])
 
 
 @pytest.mark.parametrize("rows, words, message", [
@@ -430,7 +430,7 @@ def test_transfer_gives_the_flags_of_the_target(tmp_path, tiny_sweep, capsys):
 
 
 def test_transfer_sweeps_its_proxy_and_goes_on(tmp_path, tiny_sweep, capsys, monkeypatch):
-    monkeypatch.setattr(train, "train", lambda c: {"val_loss": 2 + math.log(c.lr / 0.01) ** 2, "interrupted": False, "flops": 1,
+    monkeypatch.setattr(train, "train", lambda c: {"val_loss": 2 + 0.05 * math.log(c.lr / 0.01) ** 2, "interrupted": False, "flops": 1,
                                                    "seconds": 1.0})
     words = ["transfer", str(tmp_path / "proxy.csv"), "--proxy=2x32", "--target=2x64", "--lrs=0.005:0.02:3", "--tokens=1280"]
     main([*words, *tiny_sweep])
