@@ -398,8 +398,8 @@ def pruned_checkpoint(ckpt: dict, model: GPT, **how) -> dict:
     kinds = model.config.kinds()
     config = {k: v for k, v in ckpt["config"].items() if k not in idle_settings(kinds)}
     config |= {"n_layer": len(kinds), "layer_pattern": kinds, "mixer": "attention"}
-    for name, last in (("let_student_layer", len(kinds)), ("linearity_from", len(kinds) - 1)):
-        if name in config:
+    for name, use, last in (("let_student_layer", "teacher", len(kinds)), ("linearity_from", "linearity", len(kinds) - 1)):
+        if config.get(use, "none") != "none":
             config[name] = min(config[name], last)
     return {**ckpt, "model": model.state_dict(), "model_config": asdict(model.config), "config": config, "optimizers": [],
             "multipliers": None, "let": None, "let_optimizer": None, "best_val_loss": math.inf, "pruned": how}

@@ -284,12 +284,12 @@ def test_a_pruned_checkpoint_samples_is_measured_and_trains_like_any_other(tiny,
 def test_a_pruned_model_forgets_flags_of_blocks_that_it_has_not():
     model = tiny_model(**dict(SSM, layer_pattern="MA", n_layer=2, n_experts=3))
     flags = {"n_layer": 2, "layer_pattern": "MA", "mixer": "attention", "d_state": 8, "n_experts": 3, "linearity_from": 1,
-             "balance_weight": 0.1, "let_student_layer": 2, "lr": 0.1}
+             "balance_weight": 0.1, "let_student_layer": 2, "teacher": "auto", "linearity": "mse"}
     for chosen, left in (([2], {"d_state": 8}), ([1], {"n_experts": 3, "balance_weight": 0.1})):
         pruned = remove_blocks(model, chosen)
         made = pruned_checkpoint({"config": flags}, pruned)
         assert made["config"] == {**left, "n_layer": 1, "layer_pattern": pruned.config.kinds(), "mixer": "attention",
-                                  "linearity_from": 0, "let_student_layer": 1, "lr": 0.1}
+                                  "linearity_from": 0, "let_student_layer": 1, "teacher": "auto", "linearity": "mse"}
         assert made["model_config"]["n_experts"] == left.get("n_experts", 0)
         assert made["model_config"]["d_state"] == left.get("d_state", 64)
 
