@@ -62,8 +62,9 @@ def test_scores_are_those_of_the_authors_definition():
 
 
 def test_in_parts_is_as_in_one():
-    x = randn(403, 9) + 100
-    whole, parts = score(x, block(x)), score(x, block(x), parts=7)
+    x = randn(403, 9)
+    x, y = x + 100, block(x) + 100
+    whole, parts = score(x, y), score(x, y, parts=7)
     assert whole.keys() == parts.keys()
     for k in whole:
         assert parts[k] == pytest.approx(whole[k], rel=1e-9), k
