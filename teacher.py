@@ -1363,7 +1363,9 @@ def architecture(c) -> str:
     for them; swiglu experts are Qwen3-MoE's with qk_norm and Mixtral's without."""
     kinds, gated = set(c.kinds()), c.mlp == "swiglu"
     wrong, flags = "", ""
-    if len(kinds) > 1:
+    if "L" in kinds:
+        wrong, flags = "affine blocks", "other letters than L in --layer_pattern"
+    elif len(kinds) > 1:
         wrong, flags = f"blocks of several kinds (--layer_pattern={c.layer_pattern})", "one --mixer for all blocks"
     elif kinds == {"M"} and not c.ssm_norm:
         wrong, flags = "Mamba-2 without its norm", "--ssm_norm=true"
@@ -1383,6 +1385,21 @@ def architecture(c) -> str:
     if c.n_experts:
         return "Qwen3Moe" if c.qk_norm else "Mixtral"
     return "Qwen3" if c.qk_norm else "Llama" if gated else "Arcee"
+
+
+def standard_weights(model) -> dict:
+    """The state_dict of the standard model that computes the same: the factors of --param=mup and completep (see
+    model.PARAM_RULES) on residual branches, attention scores and logits go into weights before them."""
+    c, state = model.config, model.state_dict()
+    for name, w in state.items():
+        if name.endswith((".o.weight", ".down.weight", ".out.weight", ".mlp.down")):
+            state[name] = w / c.depth_ratio
+        elif name.endswith(".q_norm.weight" if c.qk_norm else ".qkv.weight"):
+            q, kv = w.split([c.head_dim, 0] if c.qk_norm else [c.n_head * c.head_dim, 2 * c.n_kv_head * c.head_dim])
+            state[name] = torch.cat((q / c.head_ratio**0.5, kv))
+        elif name == "norm.weight":
+            state[name] = w / c.width_ratio
+    return state
 
 
 def to_hf(model) -> tuple[dict, dict]:
@@ -1431,7 +1448,7 @@ def to_hf(model) -> tuple[dict, dict]:
             key = key.replace(ours, theirs)
         weights[key] = w
 
-    for key, w in model.state_dict().items():
+    for key, w in standard_weights(model).items():
         if key.endswith(".load") or key == "head.weight" and c.tie_embeddings:
             continue
         names = hf_names("mamba2" if mamba or ".ssm." in key else "attention", key)

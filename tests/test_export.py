@@ -26,6 +26,8 @@ MODELS = {
     "Qwen3Moe": dict(n_experts=4), "Mixtral": dict(n_experts=3, experts_per_token=1, qk_norm=False, expert_hidden=24),
     "Mamba2": SSM, "Mamba2, tied": {**SSM, "n_groups": 1, "tie_embeddings": True, "norm_eps": 1e-3, "expand": 1, "d_conv": 2},
     "FalconH1": HYBRID, "FalconH1, no norm": {**HYBRID, "ssm_norm": False, "tie_embeddings": True}}
+RATIOS = dict(width_ratio=1.5, depth_ratio=2.0, head_ratio=3.0)  # --param=completep
+MODELS |= {f"{name}, completep": {**MODELS[name], **RATIOS} for name in ("Llama, tied", "Qwen3", "Qwen3Moe", "FalconH1")}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,8 @@ def test_transformers_gives_the_same_logits_and_greedy_text(name, checkpoint, tm
 
 
 @pytest.mark.parametrize("kw, flags", [
-    (dict(mlp="relu2"), "--mlp=swiglu or --qk_norm=false"), (dict(mlp="gelu", n_experts=2), "--mlp=swiglu"),
+    (dict(layer_pattern="ALA"), "other letters than L"), (dict(mlp="relu2"), "--mlp=swiglu or --qk_norm=false"),
+    (dict(mlp="gelu", n_experts=2), "--mlp=swiglu"),
     (dict(layer_pattern="AMA", **{k: v for k, v in SSM.items() if k != "mixer"}), "one --mixer"),
     ({**SSM, "ssm_norm": False}, "--ssm_norm=true"), ({**HYBRID, "qk_norm": True}, "--qk_norm=false"),
     ({**HYBRID, "n_experts": 2}, "--n_experts=0"), ({**HYBRID, "mlp": "relu2"}, "--mlp=swiglu")])
@@ -73,7 +76,7 @@ def test_what_no_model_there_computes_is_refused_with_the_flags_to_train_with(kw
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
-@pytest.mark.parametrize("name", ["Llama, tied", "Qwen3", "Mamba2"])
+@pytest.mark.parametrize("name", ["Llama, tied", "Qwen3", "Qwen3Moe", "Mamba2"])
 def test_an_exported_student_can_be_a_teacher(name, checkpoint, tokenizer, tmp_path):
     model, path = checkpoint(**MODELS[name])
     export(path, tmp_path / "out")
