@@ -24,6 +24,7 @@ import base64
 import bisect
 import contextlib
 import errno
+import functools
 import glob
 import hashlib
 import importlib
@@ -35,7 +36,6 @@ import os
 import random
 import re
 import shutil
-import struct
 import sys
 import sysconfig
 import time
@@ -306,68 +306,33 @@ GGUF_NAMES = {  # names of a GGUF file of llama.cpp -> transformers'
     **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}}
 
 
-GGUF_VALUES = "BbHhIif?saQqd"  # struct's letter of each type of value, and s for a string, a for an array
-half = lambda b, i: b[:, i:i + 2].copy().view(np.float16).astype(np.float32)  # noqa: E731
-GGUF_BLOCKS = {  # type of tensor -> (numbers in a block, its bytes, blocks as uint8 (n, bytes) to numbers)
-    0: (1, 4, lambda b: b.view(np.float32)),
-    1: (1, 2, lambda b: half(b, 0)),
-    # Q4_1: 4 bits a number, the first half of them low; times a scale, plus an offset
-    3: (32, 20, lambda b: np.concatenate((b[:, 4:] & 15, b[:, 4:] >> 4), 1) * half(b, 0) + half(b, 2)),
-    8: (32, 34, lambda b: b[:, 2:].view(np.int8) * half(b, 0))}  # Q8_0: 8 bits a number, times a scale
+@functools.lru_cache(maxsize=1)  # six seconds for SmolLM2's, whose tokenizer and weights are asked for one after the other
+def read_gguf_index(path: Path, bytes: int, changed: int):
+    return importlib.import_module("gguf").GGUFReader(path)
 
 
-def open_gguf(path: Path, where: str) -> tuple[dict, dict]:
-    """(values by key, tensors by name) of a GGUF file (github.com/ggml-org/ggml, docs/gguf.md). A tensor is (shape, type,
-    its bytes, mapped from the file). Raises BadInput for a file that is damaged or none."""
-    def unpack(letters):
-        return struct.unpack("<" + letters, f.read(struct.calcsize("<" + letters)))
-
-    def value(kind):
-        if kind == "s":
-            return f.read(*unpack("Q")).decode()
-        if kind == "a":
-            item, n = unpack("IQ")
-            return [value(GGUF_VALUES[item]) for _ in range(n)]
-        return unpack(kind)[0]
-
+def open_gguf(path: Path, where: str):
+    """(tensors, get) of a GGUF file: get(key, default) is the value of one of its keys. Raises BadInput for a file that is
+    damaged or none. (transformers reads such files too, but not how their tokenizer cuts text into pieces.)"""
+    need_package("gguf", where)
+    if not path.is_file():
+        raise BadInput(f"{where}: {path}: no such file")
     try:
-        with open(path, "rb") as f:
-            magic, version, n_tensors, n_values = unpack("4sIQQ")
-            if magic != b"GGUF" or version not in (2, 3):
-                raise ValueError("its first bytes are another format's")
-            values = {value("s"): value(GGUF_VALUES[unpack("I")[0]]) for _ in range(n_values)}
-            heads = [(value("s"), unpack(f"{unpack('I')[0]}Q"), *unpack("IQ")) for _ in range(n_tensors)]
-            align = values.get("general.alignment", 32)
-            start, data, tensors = -(-f.tell() // align) * align, np.memmap(path, np.uint8, "r"), {}
-        for name, shape, kind, offset in heads:  # the fastest axis comes first
-            numbers, size, _ = GGUF_BLOCKS.get(kind, (32, 0, None))
-            block = data[start + offset:start + offset + math.prod(shape) // numbers * size]
-            if len(block) != math.prod(shape) // numbers * size:
-                raise ValueError(f"it ends before {name} does")
-            tensors[name] = shape[::-1], kind, block
-    except FileNotFoundError:
-        raise BadInput(f"{where}: {path}: no such file") from None
+        reader = read_gguf_index(path, path.stat().st_size, path.stat().st_mtime_ns)
+        fields = reader.fields
     except Exception as e:  # damaged bytes fail in every way there is
         raise BadInput(f"{where}: {path} is truncated or damaged, or no GGUF file at all ({first_line(e)})") from None
-    return values, tensors
-
-
-def gguf_tensor(shape, kind: int, data) -> torch.Tensor:
-    """The numbers of a tensor of open_gguf, float32. Raises KeyError for a quantisation that is not read here."""
-    _, size, numbers = GGUF_BLOCKS[kind]
-    return torch.from_numpy(np.array(numbers(data.reshape(-1, size)), np.float32).reshape(shape))
+    return reader.tensors, lambda key, default=None: fields[key].contents() if key in fields else default
 
 
 def read_gguf(path: Path, where: str) -> tuple[SimpleNamespace, dict]:
     """(configuration as transformers has it, weights by transformers' names in float32) of a Llama or Qwen3."""
-    values, tensors = open_gguf(path, where)
-    get, kind = values.get, values.get("general.architecture")
-    unread = {t for _, t, _ in tensors.values()} - {*GGUF_BLOCKS}
-    scaled = get(f"{kind}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in tensors
-    if kind not in ("llama", "qwen3") or scaled or unread:
-        what = f" in tensors of type {sorted(unread)}" if unread else ""
-        raise BadInput(f"{where}: {path} holds a model of the kind {kind}{what}; of GGUF files, Llama and Qwen3 without "
-                       "scaled positions, in F32, F16, Q4_1 and Q8_0, are read here. Give the Hugging Face folder instead")
+    tensors, get = open_gguf(path, where)
+    kind = get("general.architecture")
+    if (kind not in ("llama", "qwen3") or get(f"{kind}.rope.scaling.type", "none") != "none"
+            or "rope_freqs.weight" in (t.name for t in tensors)):
+        raise BadInput(f"{where}: {path} holds a model of the kind {kind}; of GGUF files, Llama and Qwen3 without scaled "
+                       "positions are read here. Give the Hugging Face folder instead")
     heads, width = get(f"{kind}.attention.head_count"), get(f"{kind}.embedding_length")
     config = SimpleNamespace(
         model_type=kind, hidden_act="silu", num_hidden_layers=get(f"{kind}.block_count"), hidden_size=width,
@@ -376,9 +341,9 @@ def read_gguf(path: Path, where: str) -> tuple[SimpleNamespace, dict]:
         head_dim=get(f"{kind}.attention.key_length", width // heads),
         rms_norm_eps=get(f"{kind}.attention.layer_norm_rms_epsilon"),
         rope_parameters={"rope_type": "default", "rope_theta": get(f"{kind}.rope.freq_base", 10_000.0)})
-    weights = {}
-    for name, tensor in tensors.items():
-        w = gguf_tensor(*tensor)
+    dequantize, weights = need_package("gguf.quants", where).dequantize, {}
+    for t in tensors:
+        name, w = t.name, torch.from_numpy(np.array(dequantize(t.data, t.tensor_type)))
         if not w.isfinite().all():
             raise BadInput(f"{where}: {path} is damaged: {name} holds numbers that are not finite")
         if kind == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
@@ -447,8 +412,8 @@ def byte_level_bpe(name: str, vocab: dict[str, int], merges, pattern: str | None
 
 
 def gguf_tokenizer(path: Path, name: str, where: str) -> dict:
-    values, _ = open_gguf(path, where)
-    get, kind, pre = values.get, values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre")
+    _, get = open_gguf(path, where)
+    kind, pre = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in GGUF_PATTERNS:
         raise BadInput(f"{where}: {path} has a tokenizer of the kind {kind}/{pre}; of GGUF files, gpt2 with one of "
                        f"{', '.join(GGUF_PATTERNS)} is read here. Give the Hugging Face folder instead")
