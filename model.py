@@ -369,7 +369,6 @@ def expert_products(x, weight, counts, grouped: bool):
     return expert_loop(x, weight, counts)
 
 
-@torch.compiler.disable  # its shapes are the data's, so that it would be compiled anew again and again
 def expert_loop(x, weight, counts):
     """expert_products, one expert after the other; on the meta device as if all got equally many rows."""
     parts = x.tensor_split(len(weight)) if x.is_meta else x.split(counts.tolist())
@@ -528,6 +527,13 @@ class GPT(nn.Module):
                 p.normal_(std=0.1 * p.shape[1] ** -0.5 * head)
             else:
                 raise ValueError(f"no initialisation rule for the parameter {name}")
+
+    def compile(self, *args, **kw):
+        """As nn.Module's, but for the loop over experts: its shapes are the data's, and it would be compiled anew again and
+        again."""
+        global expert_loop
+        expert_loop = torch.compiler.disable(expert_loop)
+        super().compile(*args, **kw)
 
     def trunk(self, idx, hidden=(), caches=None, blocks=None):
         """The residual stream without the head.

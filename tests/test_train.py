@@ -135,9 +135,9 @@ def test_the_teacher_is_called_once_a_micro_batch_until_let_stop_and_then_let_go
     calls, alive = [], []
     teach, evaluate = LET.teach, t.evaluate
 
-    def counted(self, idx):
+    def counted(self, idx, place):
         calls.append(weakref.ref(self._teacher[0]))
-        return teach(self, idx)
+        return teach(self, idx, place)
 
     def watched(*args):
         gc.collect()
@@ -475,7 +475,7 @@ def test_ranks_reach_the_same_losses(tiny, tmp_path, let_flags, ranks, extra):
     for i, packed in enumerate(a["optimizers"]):  # the state is whole, and does not show the number of ranks
         for index, kept in packed["state"].items():
             for key, value in kept.items():
-                assert (b["optimizers"][i]["state"][index][key] - value).norm() <= 1e-2 * value.norm()
+                assert (b["optimizers"][i]["state"][index][key] - value).norm() <= 2e-2 * value.norm()
 
 
 @pytest.mark.parametrize("before,after", [(2, 1), (1, 2)])

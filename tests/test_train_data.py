@@ -366,7 +366,7 @@ def two_byte_ranks(n: int) -> dict[bytes, int]:
 @pytest.mark.parametrize("n_vocab, code", [(257 + 20, "H"), (2**16, "H"), (2**16 + 1, "I")])
 def test_tokens_take_two_bytes_where_the_vocabulary_fits_and_else_four(n_vocab, code, folder, tiny, cache, monkeypatch):
     made = train.make_tokenizer("pairs", two_byte_ranks(n_vocab - 1), train.PATTERN)
-    monkeypatch.setattr(train, "named_tokenizer", lambda name: made)
+    monkeypatch.setattr(train, "named_tokenizer", lambda *_: made)
     (folder / "a.txt").write_text("ab\nx\n" * 400)
     data = train.load_data(tiny(data=str(folder / "a.txt")))
     raw = Path(data.train.arrays[0].filename).read_bytes()
@@ -580,7 +580,7 @@ def test_end_of_a_single_shard_is_held_out(form, folder, tiny):
 
 def test_tokens_beyond_two_bytes_survive(folder, tiny, monkeypatch):
     made = train.make_tokenizer("pairs", two_byte_ranks(65_790), train.PATTERN)
-    monkeypatch.setattr(train, "named_tokenizer", lambda name: made)
+    monkeypatch.setattr(train, "named_tokenizer", lambda *_: made)
     tokens = random_tokens(0, 2000, top=65_790)
     assert max(tokens) > 2**16
     (folder / "a.bin").write_bytes(llm_c(tokens, magic=20240801, code="I"))
