@@ -452,8 +452,9 @@ def hold_out(runs, tolerance: float = 0.05) -> dict:
 
     laws, everywhere = {}, law_of(rest)
     for group in {f["group"] for f in held}:
+        own = [f for f in rest if f["group"] == group]
         try:
-            laws[group] = law_of([f for f in rest if f["group"] == group])
+            laws[group] = law_of(own) if own else everywhere
         except BadInput:
             laws[group] = everywhere
     rates = {"its group's law": lambda f: law_rate(laws[f["group"]], f["N"], f["D"])}

@@ -219,6 +219,11 @@ def read_contexts(a, model, enc, least: int):
     return ids[:rows * length].view(rows, length).to(a.device)
 
 
+def bars(values, low: float, high: float) -> str:
+    """A row of blocks, one a value, the full height being `high`."""
+    return "".join("▁▂▃▄▅▆▇█"[min(7, max(0, int(8 * (v - low) / (high - low))))] if v == v else " " for v in values)
+
+
 def linearity_command(a) -> str:
     model, enc, _ = open_model(a.checkpoint, a.device)
     ids = read_contexts(a, model, enc, 2)
@@ -228,6 +233,8 @@ def linearity_command(a) -> str:
     lines = [f"{profile[0]['n']:,} tokens to fit on, {profile[0]['n_over_d']:.1f} times the width",
              "block " + " ".join(f"{k:>14}" for k in keys)]
     lines += [f"{p['block']:>5} " + " ".join(f"{p[k]:>14.4f}" if k != "rank" else f"{p[k]:>14}" for k in keys) for p in profile]
+    lines += [f"{key:<14} {bars([p[key] for p in profile], low, 1)}  from {low} to 1, block 1 to {len(profile)}"
+              for key, low in (("full_held_out", 0.8), ("free_held_out", 0.0))]
     if a.plot:
         pyplot = plotting(a.plot)
         figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")

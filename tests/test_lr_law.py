@@ -195,6 +195,9 @@ def test_holding_out_the_largest_size_costs_what_it_should():
     assert costs[f"always {middle:.3g}"][:, 0] == pytest.approx([0.05 * math.log(middle / best(4e6, D, g)) ** 2 for D, g in slices])
     with pytest.raises(BadInput, match="--hold_out: the largest N, 1e.06, has 6 slices with their optimum inside, the others 0"):
         hold_out(runs_of([row for row in rows if row[0] == 1e6]))
+    alone = hold_out(runs_of([row for row in rows if row[4] == "a" or row[0] == 4e6]))  # b has the largest size alone
+    law_of_a = [math.log(best(4e6, D, "a") / best(4e6, D, "b")) for D in (1e8, 2e8, 4e8)]
+    assert np.array(alone["costs"]["its group's law"])[1::2, 0] == pytest.approx([0.05 * o**2 for o in law_of_a], rel=1e-6)
 
 
 def test_shape_statistics_against_values_by_hand():
