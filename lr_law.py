@@ -27,6 +27,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -148,7 +149,7 @@ def rows_done(path) -> set:
         raise foreign
     if not text.endswith("\n"):
         text = text[:text.rfind("\n") + 1]
-        Path(path).write_text(text)
+        os.truncate(path, Path(path).read_bytes().rfind(b"\n") + 1)
     try:
         return {(int(r["N"]), int(r["D"]), float(r["lr"]), int(r["seed"]), r["method"])
                 for r in csv.DictReader(text.splitlines())}
@@ -288,6 +289,8 @@ def fit_law(N, D, lr, weights=None, draws: int = 1000, seed: int = 0) -> dict:
     drawn with replacement and freed of the shrinkage of fitting (divided by sqrt(1 - leverage)), onto the fitted values
     and fits again; with few points its spread is widened as Student's t is. Returns a, b, c, r2, sd (of a residual, in
     ln lr), draws (k, 3), the ranges of N and D."""
+    if not len(lr):
+        raise BadInput("0 optima are too few for a law")
     N, D, y = (np.log(np.asarray(v, float)) for v in (N, D, lr))
     w = np.sqrt(np.ones_like(y) if weights is None else np.asarray(weights, float))
     center = np.array([N.mean(), D.mean()])
@@ -375,11 +378,13 @@ def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
 
 
 def slices_of(runs) -> dict[tuple, tuple[np.ndarray, np.ndarray]]:
-    """(N, D, group) -> its (rates, losses), in the order of the rates."""
+    """(N, D, group) -> its (rates, losses), in the order of the rates; runs of one rate, as of several seeds, by their
+    mean."""
     slices = {}
     for run in runs:
-        slices.setdefault((run["N"], run["D"], run["group"]), []).append((run["lr"], run["loss"]))
-    return {key: tuple(np.array(sorted(points)).T) for key, points in sorted(slices.items())}
+        slices.setdefault((run["N"], run["D"], run["group"]), {}).setdefault(run["lr"], []).append(run["loss"])
+    return {key: tuple(np.array([(lr, np.mean(losses)) for lr, losses in sorted(rates.items())]).T)
+            for key, rates in sorted(slices.items())}
 
 
 def fit_slices(runs, tolerance: float = 0.05) -> list[dict]:
@@ -451,10 +456,14 @@ def hold_out(runs, tolerance: float = 0.05) -> dict:
         return fit_law(*([o[k] for o in optima] for k in ("N", "D", "lr")), draws=1)
 
     laws, everywhere = {}, law_of(rest)
+    if everywhere["b"] is None:
+        raise BadInput(f"--hold_out: without N = {largest:g} one size is left, which does not tell how lr* changes with N")
     for group in {f["group"] for f in held}:
         own = [f for f in rest if f["group"] == group]
         try:
-            laws[group] = law_of(own) if own else everywhere
+            laws[group] = law_of(own)
+            if any(laws[group][k] is None and everywhere[k] is not None for k in "bc"):  # one size or length alone
+                laws[group] = everywhere
         except BadInput:
             laws[group] = everywhere
     rates = {"its group's law": lambda f: law_rate(laws[f["group"]], f["N"], f["D"])}
@@ -583,6 +592,8 @@ def coordcheck_command(a, flags) -> str:
     if a.steps < 3 or a.seeds < 1:
         raise BadInput(f"--steps={a.steps} --seeds={a.seeds}: at least 3 steps and 1 seed are needed")
     c, params = train.parse_flags(flags), a.params.split(",")
+    if c.lr == 0:
+        raise BadInput("--lr=law: a number is needed here")
     depths = depths or [c.n_layer]
     base = dict(base_n_embd=widths[0], base_n_layer=depths[0])
     axes = {"width": [(depths[0], w) for w in widths], "depth": [(d, widths[0]) for d in depths]}
@@ -687,7 +698,7 @@ def transfer_command(a, flags) -> str:
         raise BadInput(f"{a.csv}: at {D:,.0f} tokens the best rate of --proxy={a.proxy} is not inside the swept ones; at least 3 "
                        "around it are needed")
     tokens, batch = a.target_tokens or D, a.target_batch_tokens or c.batch_tokens
-    if not (tokens >= batch > 0):
+    if not math.inf > tokens >= batch > 0:
         raise BadInput(f"--target_tokens={tokens:g} --target_batch_tokens={batch}: at least one step of at least one token is needed")
     by_steps = horizon_factors(tokens / D * c.batch_tokens / batch, tokens / D, a.horizon)
     base = {"base_n_embd": width, "base_n_head": c.n_head if a.target_n_head not in (0, c.n_head) else 0}
@@ -701,10 +712,10 @@ def transfer_command(a, flags) -> str:
         c, param=a.param, **base, n_layer=to_layers, n_embd=to_width, n_head=a.target_n_head or c.n_head, batch_tokens=batch,
         n_kv_head=c.n_kv_head, steps=round(tokens / batch), lr=rounded(found[0]["lr"] * by_steps["lr"]),
         weight_decay=rounded(c.weight_decay * by_steps["decay"]), adam_eps=rounded(c.adam_eps * by_steps["eps"]),
-        beta1=rounded(max(0.0, 1 - (1 - c.beta1) * by_steps["beta"])), beta2=rounded(max(0.0, 1 - (1 - c.beta2) * by_steps["beta"])))
+        beta1=max(0.0, 1 - rounded((1 - c.beta1) * by_steps["beta"])), beta2=max(0.0, 1 - rounded((1 - c.beta2) * by_steps["beta"])))
     train.check(target)
     ratios = train.param_ratios(target)
-    line = " ".join(f"--{name}={value}" for name, value in vars(target).items() if value != train.FLAGS[name].default)
+    line = " ".join(shlex.quote(f"--{name}={value}") for name, value in vars(target).items() if value != train.FLAGS[name].default)
     return "\n".join([
         f"proxy {a.proxy}, {D:,.0f} tokens: lr* {found[0]['lr']:.4g}, loss {found[0]['L_min']:.4f}, R^2 {found[0]['r2']:.3f} of "
         f"{found[0]['n']} points; {diverged} diverged runs in the table",

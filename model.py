@@ -463,12 +463,12 @@ class AffineBlock(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.affine = nn.Linear(c.n_embd, c.n_embd)
+        self.affine, self.scale = nn.Linear(c.n_embd, c.n_embd), 1 / c.depth_ratio
 
     def forward(self, x, cos, sin, cache=None):
         if cache is not None:
             cache.length += x.shape[1]
-        return x + self.affine(x)
+        return torch.add(x, self.affine(x), alpha=self.scale)
 
 
 class GPT(nn.Module):
@@ -750,6 +750,9 @@ class HFEncoding:
 
     def decode(self, ids):
         return self.all.decode(ids, skip_special_tokens=False)
+
+    def decode_bytes(self, ids):
+        return self.decode(ids).encode()
 
 
 def tokenizer_from_dict(d: dict):

@@ -42,7 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from model import (GPT, AffineBlock, BadInput, Cache, ModelConfig, command, device_exists, load_checkpoint,
-                   model_from_checkpoint, tokenizer_from_dict)
+                   model_from_checkpoint, param_factor, tokenizer_from_dict)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Linearity
@@ -184,6 +184,7 @@ def open_model(name, device="cpu", dtype=torch.float32):
     from teacher import is_checkpoint, load_pretrained  # here alone: nothing but the measuring of models needs it
     if not device_exists(device):
         raise BadInput(f"--device={device}: no such device here")
+    name = str(Path(name, "ckpt.pt")) if Path(name, "ckpt.pt").exists() else name  # a run's folder
     if is_checkpoint(name):
         ckpt = load_checkpoint(name)
         model, tokenizer = model_from_checkpoint(ckpt, device).eval().requires_grad_(False), ckpt["tokenizer"]
@@ -192,11 +193,15 @@ def open_model(name, device="cpu", dtype=torch.float32):
         ckpt = {"format": "nanolet-1", "tokenizer": tokenizer, "step": 0, "config": {"optimizer": "muon"}}
     for p in model.parameters():  # not the tables of rotary positions
         p.data = p.data.to(dtype)
+        if not p.isfinite().all():
+            raise BadInput(f"{name}: has weights that are not finite")
     return model, tokenizer_from_dict(tokenizer), ckpt
 
 
 def read_ids(path, enc, tokens=0) -> list[int]:
     """The first `tokens` (0: all) of a text file."""
+    if tokens < 0:
+        raise BadInput(f"--tokens={tokens}: must not be negative")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -252,6 +257,8 @@ def plotting(path: str):
     """matplotlib.pyplot without a screen; refuses names that make no picture."""
     if Path(path).suffix not in (".png", ".pdf", ".svg"):
         raise BadInput(f"--plot={path}: a name that ends in .png, .pdf or .svg is needed")
+    if not Path(path).absolute().parent.is_dir():
+        raise BadInput(f"--plot={path}: no folder {Path(path).parent}")
     try:
         import matplotlib
     except ImportError:
@@ -349,8 +356,8 @@ def replace_blocks(model: GPT, chosen, batches, skip_first=False) -> GPT:
             (held_out if i % 4 == 3 else fit).add(x, y)
         W, b, _ = fit_affine(fit, held_out)
         blocks[k - 1], kinds[k - 1] = AffineBlock(model.config).to(batches[0].device), "L"
-        blocks[k - 1].affine.weight.copy_(W)
-        blocks[k - 1].affine.bias.copy_(b)
+        blocks[k - 1].affine.weight.copy_(W * model.config.depth_ratio)  # the block divides by it
+        blocks[k - 1].affine.bias.copy_(b * model.config.depth_ratio)
         new = with_blocks(model, blocks, "".join(kinds))
     return new
 
@@ -408,7 +415,13 @@ def pruned_checkpoint(ckpt: dict, model: GPT, **how) -> dict:
     for name, use, last in (("let_student_layer", "teacher", len(kinds)), ("linearity_from", "linearity", len(kinds) - 1)):
         if config.get(use, "none") != "none":
             config[name] = min(config[name], last)
-    return {**ckpt, "model": model.state_dict(), "model_config": asdict(model.config), "config": config, "optimizers": [],
+    state, made = model.state_dict(), asdict(model.config)
+    if config.get("param") == "completep":  # train.py takes m_L from the blocks left; what writes into the stream makes up
+        made["depth_ratio"] = len(kinds) / config["base_n_layer"]
+        by = made["depth_ratio"] / model.config.depth_ratio
+        writes = (".o.weight", ".down.weight", ".out.weight", ".mlp.down", ".affine.weight", ".affine.bias")
+        state = {k: v * by if k.endswith(writes) else v for k, v in state.items()}
+    return {**ckpt, "model": state, "model_config": made, "config": config, "optimizers": [],
             "multipliers": None, "let": None, "let_optimizer": None, "best_val_loss": math.inf, "pruned": how}
 
 
@@ -587,13 +600,15 @@ def run_checkpoints(names) -> list[str]:
 def curvature_command(a) -> str:
     """A row a checkpoint; where the folders are NAME-SEED, also each NAME's eigenvalues over those of the first NAME at
     the same step and seed."""
-    if min(a.tokens, a.steps, a.probes, a.micro_batch, a.top) < 1:
-        raise BadInput("--tokens, --steps, --probes, --top and --micro_batch have to be at least 1")
+    if min(a.tokens, a.steps - 1, a.probes, a.micro_batch, a.top) < 1 or not 0 <= a.seed < 2**63:
+        raise BadInput("--tokens, --probes, --top and --micro_batch have to be at least 1, --steps 2, --seed from 0 to 2^63 - 1")
     rows, found, dtype = [], [], {"fp32": torch.float32, "fp64": torch.float64}[a.dtype]
     names = run_checkpoints(a.checkpoints)
     with tqdm(total=len(names) * a.probes * a.steps, unit="product", disable=None) as progress:
         for name in names:
             model, enc, ckpt = open_model(name, a.device, dtype)
+            if not isinstance(model, GPT):
+                raise BadInput(f"{name}: its architecture is not one of model.py's, whose loss alone has second derivatives here")
             T = min(model.config.block_size, a.tokens)
             ids = torch.tensor([enc.eot_token, *read_ids(a.text, enc, a.tokens)], device=a.device)
             n = (len(ids) - 1) // T * T
@@ -706,7 +721,7 @@ def noise_curves(config: dict, model, lrs) -> dict[str, tuple]:
     """By piece, (W'_t, a_t) of brownian_motion under the flags of a run (`config`, of its checkpoint) and its learning
     rates: with its own optimizer, AdamW or Muon. (Muon's motion, over the scale of its update, hardly depends on a
     matrix' size at a given ratio of its sides: for one beyond 128 a smaller one stands in, right to some 5 %.)"""
-    from optim import Muon, flat, logical_pieces, module_of, muon_scale
+    from optim import FIXED_ROWS, Muon, flat, logical_pieces, module_of, muon_scale, rule_of
 
     def factor(flag, module):
         named = dict(part.split("=") for part in config.get(flag, "").split(",") if part)
@@ -722,10 +737,16 @@ def noise_curves(config: dict, model, lrs) -> dict[str, tuple]:
             decay = 0.0 if free else config["weight_decay"] * factor("module_decay", module)
             own = free and not config["tie_embeddings"]
             peak = factor("module_lr", module) * (config["embedding_lr"] if own else 1.0)
-            if config["optimizer"] == "muon" and piece not in ("embed", "head"):
+            by_muon = config["optimizer"] == "muon" and piece not in ("embed", "head")
+            growth = (1.0 if piece in FIXED_ROWS else model.config.width_ratio, model.config.width_ratio)
+            if not by_muon:  # AdamW's rates and decays follow --param
+                rule = rule_of(name, {"embed": "embedding", "head": "head"}.get(piece, "matrix"), config["tie_embeddings"])
+                decay *= param_factor(model.config, rule, "decay")
+                peak *= param_factor(model.config, rule, "lr")
+            if by_muon:
                 true, scale = (rows, flat(params[name]).shape[1]), config["muon_scale"]
                 shape = tuple(max(1, round(n * min(1, 128 / max(true)))) for n in true)
-                size = muon_scale(*true, scale) / max(true) ** 0.5 / (muon_scale(*shape, scale) / max(shape) ** 0.5)
+                size = muon_scale(*true, scale, growth) / max(true) ** 0.5 / (muon_scale(*shape, scale) / max(shape) ** 0.5)
                 make = lambda p: Muon(p, momentum=config["momentum"], coefficients=config["muon_coefficients"],
                                       scale=config["muon_scale"], normuon=config["normuon"], dtype=torch.float32)
             else:
@@ -968,7 +989,8 @@ def evaluate_text(model, ids, n_bytes: int, stride: int, batch_tokens=8192, prog
     """nats, mean per token of a text of n_bytes, with nats_se over windows; perplexity; bits_per_byte; tokens.
     ids: its tokens after an end-of-text token. Every window of block_size inputs scores its last `stride` tokens."""
     T = model.config.block_size
-    windows = [cut_to(T + 1, ids[:min(begin + stride, len(ids))], begin) for begin in range(1, len(ids), stride)]
+    ends = [(begin, min(begin + stride, len(ids))) for begin in range(1, len(ids), stride)]
+    windows = [(ids[max(0, end - T - 1):end], begin - max(0, end - T - 1)) for begin, end in ends]
     totals = [total for total, in log_likelihoods(model, [[w] for w in windows], batch_tokens, progress)]
     means = [-total / (len(w) - start) for total, (w, start) in zip(totals, windows)]
     nats = -sum(totals) / (len(ids) - 1)

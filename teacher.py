@@ -417,10 +417,13 @@ def gguf_tokenizer(path: Path, name: str, where: str) -> dict:
     if kind != "gpt2" or pre not in GGUF_PATTERNS:
         raise BadInput(f"{where}: {path} has a tokenizer of the kind {kind}/{pre}; of GGUF files, gpt2 with one of "
                        f"{', '.join(GGUF_PATTERNS)} is read here. Give the Hugging Face folder instead")
-    tokens, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
-    special = {t: i for i, t in enumerate(tokens) if types[i] in (3, 4)}  # control, user-defined
-    special.setdefault(END_OF_TEXT, get("tokenizer.ggml.eos_token_id"))
-    merges = [tuple(m.split(" ")) for m in get("tokenizer.ggml.merges")]
+    try:
+        tokens, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
+        special = {t: i for i, t in enumerate(tokens) if types[i] in (3, 4)}  # control, user-defined
+        special.setdefault(END_OF_TEXT, get("tokenizer.ggml.eos_token_id"))
+        merges = [tuple(m.split(" ")) for m in get("tokenizer.ggml.merges")]
+    except (TypeError, IndexError) as e:
+        raise BadInput(f"{where}: {path} is damaged: its tokenizer is not whole ({e})") from None
     try:
         return byte_level_bpe(name, {t: i for i, t in enumerate(tokens)}, merges, GGUF_PATTERNS[pre], special)
     except ValueError as e:
@@ -464,7 +467,7 @@ def transformers_tokenizer(name: str, where: str) -> dict:
         raise BadInput(f"{where}: its tokenizer has no tokenizer.json and cannot be stored in a checkpoint")
     text = theirs.backend_tokenizer.to_str()
     d = json.loads(text)
-    special = {t["content"]: t["id"] for t in d["added_tokens"]}
+    special = {t["content"]: t["id"] for t in d["added_tokens"] if t["special"]}
     if END_OF_TEXT not in special:
         if theirs.eos_token_id is None:
             raise BadInput(f"{where}: its tokenizer has no end-of-text token")
@@ -494,7 +497,7 @@ def load_transformers(name: str, n_vocab: int, dtype, where: str):
         raise BadInput(f"{where}: its tokenizer has {n_vocab} tokens and its embedding {rows}")
     try:
         return from_hf(theirs.config, theirs.state_dict(), n_vocab) or HFModel(theirs.eval(), n_vocab)
-    except (ValueError, AttributeError, KeyError) as e:
+    except (ValueError, AttributeError, KeyError, TypeError, RuntimeError, IndexError) as e:
         raise BadInput(f"{where}: a {type(theirs).__name__} cannot be a teacher here: {first_line(e)}") from None
 
 
@@ -516,7 +519,16 @@ def load_pretrained(name, device="cpu", dtype=torch.float32, flag="--teacher="):
         tokenizer = load_tokenizer(name, flag)
         n_vocab = tokenizer_from_dict(tokenizer).n_vocab
         if name == "smollm2" or str(name).endswith(".gguf"):
-            model = from_hf(*read_gguf(smollm2_file(where) if name == "smollm2" else Path(name), where), n_vocab)
+            path = smollm2_file(where) if name == "smollm2" else Path(name)
+            try:
+                config, weights = read_gguf(path, where)
+                if len(weights["model.embed_tokens.weight"]) < n_vocab:
+                    raise TypeError("fewer embeddings than tokens")
+                model = from_hf(config, weights, n_vocab)
+            except (KeyError, TypeError, RuntimeError) as e:
+                raise BadInput(f"{where}: {path} is damaged: something is missing or of another shape ({first_line(e)})") from None
+            if model is None:
+                raise BadInput(f"{where}: {path} has weights that no Llama or Qwen3 has")
             model = model.to(dtype)
         else:
             model = load_transformers(str(name), n_vocab, dtype, where)
@@ -685,9 +697,14 @@ def teacher_stamp(name) -> list:
     """What tells one teacher from another without loading it: (name, bytes, time of change) of its files."""
     path = smollm2_file(f"--teacher={name}") if name == "smollm2" else Path(name)
     if not path.exists():  # an id: the folder where the hub's copy of this revision lies
+        if is_checkpoint(name) or path.suffix == ".gguf":
+            raise BadInput(f"--teacher={name}: no such file")
         need_package("transformers", f"--teacher={name}")
         from transformers.utils import cached_file
-        path = Path(cached_file(str(name), "config.json")).parent
+        try:
+            path = Path(cached_file(str(name), "config.json")).parent
+        except OSError as e:
+            raise BadInput(f"--teacher={name}: no such folder, file or id ({first_line(e)})") from None
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
@@ -1171,10 +1188,10 @@ def load_reward(name: str):
     try:
         sys.path.insert(0, os.getcwd())
         reward = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
+    except Exception as e:  # the user's module can fail in any way
         raise BadInput(f"--score={name}: likelihood, none or module:function is needed ({e})") from None
     finally:
-        sys.path.pop(0)
+        sys.path.remove(os.getcwd())
 
     def checked(prompts, texts):
         try:
@@ -1203,7 +1220,10 @@ def read_samples(path: Path) -> dict[int, dict]:
     if (size := data.rfind(b"\n") + 1) < len(data):
         os.truncate(path, size)
     try:
-        return {record["sample"]: record for record in map(json.loads, data[:size].splitlines())}
+        records = [json.loads(line) for line in data[:size].splitlines()]
+        for record in records:
+            record["prompt"], record["text"], record["score"]
+        return {record["sample"]: record for record in records}
     except (ValueError, KeyError, TypeError) as e:
         raise BadInput(f"{path}: damaged ({e!r}); delete it, and it is made again") from None
 
@@ -1239,6 +1259,8 @@ def generate_command(a) -> str:
     """Sample, score, filter. The folder then holds config.json (all that fixes the samples), samples.jsonl (one object
     a sample, appended batch by batch; killed, the command goes on where it was) and text.txt for train.py."""
     folder, dtype = Path(a.folder), {"fp32": torch.float32, "bf16": torch.bfloat16}[a.dtype]
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder}: is a file; name a folder")
     model, tokenizer = load_pretrained(a.teacher, a.device, dtype, "")
     enc, judge = tokenizer_from_dict(tokenizer), model
     judge_enc, reward = enc, None
@@ -1261,8 +1283,12 @@ def generate_command(a) -> str:
                 "judge": weights_id(judge) if a.score == "likelihood" else ""}
     config, path = folder / "config.json", folder / "samples.jsonl"
     if config.exists():
-        before = json.loads(config.read_text())
-        if changed := [k for k, v in settings.items() if before.get(k) != v]:
+        try:
+            before = json.loads(config.read_text())
+            changed = [k for k, v in settings.items() if before.get(k) != v]
+        except (ValueError, AttributeError):
+            raise BadInput(f"{config}: damaged, or another program's; name another folder") from None
+        if changed:
             raise BadInput(f"{folder}: holds samples of other {', '.join(changed)}; name another folder")
     elif folder.exists() and any(folder.iterdir()):
         raise BadInput(f"{folder}: is there already, with other things in it; name another folder")

@@ -392,7 +392,7 @@ def check(c: Config, world: int = 1):
         value = getattr(c, name)
         need(value >= 0 or value == FLAGS[name].default, name, why="must not be negative (-1: the method's own)")
         need(value == FLAGS[name].default or c.distill != "let", name, "distill", why="is a setting of LET's rivals")
-    need(c.distill_temperature == -1 or c.distill_temperature >= 0.01, "distill_temperature", why="0.01 is the least")
+    need(c.distill_temperature == -1 or 0.01 <= c.distill_temperature <= 1000, "distill_temperature", why="0.01 to 1000")
     for name in ("distill_beta", "distill_on_policy"):
         need(getattr(c, name) <= 1, name, why="must be in [0, 1]")
     need(c.distill_stop < 1 or c.distill_stop == int(c.distill_stop), "distill_stop", why="a whole number of steps, or "
@@ -409,6 +409,8 @@ def check(c: Config, world: int = 1):
         need(c.teacher == "none" or c.init_from_teacher and c.teacher != "auto", "teacher", "distill", why="its text "
              "is the --data; as a model it serves --init_from_teacher alone")
         need(c.distill_weight <= 1, "distill_weight", "distill", why="must be in [0, 1]")
+        need(c.teacher == "none" or c.tokenizer == "teacher", "tokenizer", "teacher", why="a student that begins as its "
+             "teacher reads its tokens: --tokenizer=teacher")
         if recipe_of(c).weight and min(c.block_size, c.batch_tokens) >= 1:
             need(c.micro_batch % 2 == 0, "micro_batch", "distill", why="a record is a pair of sequences")
             need(c.batch_tokens // c.block_size % (2 * world) == 0, "batch_tokens", "distill", why="a record is a pair "
@@ -416,6 +418,10 @@ def check(c: Config, world: int = 1):
     else:
         for name in ("label_prefix", "rationale_prefix"):
             need(getattr(c, name) == FLAGS[name].default, name, why="has no effect without --distill=step_by_step")
+    need(c.teacher, "teacher", why="a name is needed, or none")
+    need(not c.init_from_teacher or c.teacher != "auto", "init_from_teacher", "teacher", why="that one is smaller than its "
+         "student")
+    need(c.let_cache == "none" or c.let_weight > 0, "let_cache", "let_weight", why="the teacher is never asked")
     if c.teacher == "none" or c.distill != "let":
         why = "has no effect without --teacher" if c.teacher == "none" else f"is a setting of LET, not of {c.distill}"
         for name in (n for n in FLAGS if n.startswith("let_")):
@@ -862,7 +868,7 @@ class Data:
 def load_records(c: Config) -> Data:
     """The records {"input", "rationale", "label"} of --data, JSON lines, for --distill=step_by_step: each gives the
     sequence `label_prefix input, newline, label`, and where rationales weigh anything one with the rationale. Held out
-    are labels alone: no rationale is needed once the student has learned. The tokenizer is the teacher's, if any."""
+    are labels alone: no rationale is needed once the student has learned."""
     path, records = Path(c.data), []
     if not path.is_file():
         raise BadInput(f"--data={c.data}: a file of JSON lines is needed, records of input, rationale and label")
@@ -876,16 +882,14 @@ def load_records(c: Config) -> Data:
             raise BadInput(f"--data={c.data}: line {number} is no record of input, rationale and label ({e})") from None
     if len(records) < 2:
         raise BadInput(f"--data={c.data}: {len(records)} records; some to train on and some to hold out are needed")
-    if c.teacher != "none":
-        tokenizer = load_tokenizer(c.teacher)
-    elif c.tokenizer == "bpe":
+    if c.tokenizer == "bpe":
         ranks = train_bpe((text for record in records for text in record[1:]), c.vocab_size - 1)
         if len(ranks) < c.vocab_size - 1:
             raise BadInput(f"--vocab_size={c.vocab_size}: the text of --data={c.data} has pairs for {len(ranks) + 1} "
                            "tokens only")
         tokenizer = make_tokenizer("bpe", ranks, PATTERN)
     else:
-        tokenizer = named_tokenizer(c.tokenizer)
+        tokenizer = named_tokenizer(c.tokenizer, c.teacher)
     enc, sequences = tokenizer_from_dict(tokenizer), []
     tasks = ((c.label_prefix, 2), (c.rationale_prefix, 3))[:2 if recipe_of(c).weight else 1]
     for record in records:
@@ -1282,8 +1286,9 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                 if run(replace(t, resume=str(path) if done else ""), stop_signals)["interrupted"]:
                     return {"interrupted": True, "checkpoint": None}
                 say("student:")
-        cache = state_cache(c, path, data, sequences, let_stop, devices) if c.let_cache != "none" and not c.dry_run else None
-        if cache and cache.found():
+        cached = guided and c.let_cache != "none" and not c.dry_run
+        cache = state_cache(c, path, data, sequences, let_stop, devices) if cached else None
+        if cache and cache.found() and not (c.init_from_teacher and not resumed):
             teacher = cache.teacher()
         elif path:
             bf16 = devices.bf16 and not is_checkpoint(path)  # one of ours stays in fp32 and runs under autocast
@@ -1300,9 +1305,6 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             let = let.to(devices.device)
         elif guided:
             rival = Rival(teacher, c.distill, recipe, c.distill_top_k, c.distill_new_tokens, c.seed)
-    let_optimizer = None
-    if let and let.projection:
-        let_optimizer = torch.optim.AdamW(let.parameters(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=0.0)
 
     # The model and its optimizers
     torch.manual_seed(c.seed)
@@ -1311,6 +1313,9 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
         N, D = model.num_params() - model.embed.weight.numel(), c.steps * c.batch_tokens
         c = replace(c, lr=law_rate(load_law(c.lr_law, "--lr_law"), N, D))
         say(f"--lr={c.lr:.4g}, by {c.lr_law} at N = {N:,} and D = {D:,}")
+    let_optimizer = None
+    if let and let.projection:
+        let_optimizer = torch.optim.AdamW(let.parameters(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=0.0)
     if c.dry_run:
         print_plan(c, model, devices, data, let or rival, let_stop)
         return {"interrupted": False, "checkpoint": None}
@@ -1346,6 +1351,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
         if let_optimizer and resumed["let"]:
             let.load_state_dict(resumed["let"])
             let_optimizer.load_state_dict(resumed["let_optimizer"])
+            let_optimizer.param_groups[0].update(lr=c.lr, betas=(c.beta1, c.beta2))
         torch.set_rng_state(resumed["rng"])
     net = model
     if c.compile == "true" or c.compile == "auto" and devices.device.type == "cuda":

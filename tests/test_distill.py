@@ -573,7 +573,8 @@ def test_a_student_learns_step_by_step_and_from_its_teachers_weights(tiny, recor
     first = t.train(stepwise(tiny, records, steps=30, eval_every=30, lr=0.02, out_dir=str(tmp_path / "first")))
     values = [h["val_loss"] for h in first["history"] if "val_loss" in h]
     assert values[-1] < 0.6 * values[0]
-    second = t.train(stepwise(tiny, records, steps=1, warmup_steps=0, teacher=first["checkpoint"], init_from_teacher=True))
+    second = t.train(stepwise(tiny, records, steps=1, warmup_steps=0, teacher=first["checkpoint"], init_from_teacher=True,
+                              tokenizer="teacher"))
     assert second["history"][0]["val_loss"] == pytest.approx(first["val_loss"], rel=1e-6)
 
 
