@@ -459,6 +459,22 @@ def let_flags(small_teacher):
     return dict(teacher=small_teacher, let_weight=1.0, let_stop=6, let_student_layer=1, let_resize="project")
 
 
+def test_the_projection_learns_at_the_laws_rate_and_at_the_rate_of_now_when_resumed(tiny, small_teacher, tmp_path):
+    law = {"version": t.LAW_VERSION, "units": "parameters, tokens", "a": math.log(0.01), "b": 0.0, "c": 0.0, "N": [1, 2],
+           "D": [1, 2], "draws": []}
+    (tmp_path / "law.json").write_text(json.dumps(law))
+    flags = dict(teacher=small_teacher, let_student_layer=1, let_resize="project", let_stop=8)
+    ckpt = t.train(tiny(**flags, steps=4, lr=0.0, lr_law=str(tmp_path / "law.json")))["checkpoint"]
+    assert load_checkpoint(ckpt)["let_optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.01)
+    ckpt = t.train(t.parse_flags([f"--resume={ckpt}", "--steps=6", "--lr=0.002"]))["checkpoint"]
+    assert load_checkpoint(ckpt)["let_optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.002)
+
+
+def test_a_teacher_without_a_name_is_refused(tiny):
+    with pytest.raises(t.BadInput, match="--teacher=: a name is needed"):
+        t.check(tiny(teacher=""))
+
+
 @pytest.mark.parametrize("extra", [{}, dict(multipliers="vector", normuon=True), dict(optimizer="adamw",
                                    multipliers="scalar", tie_embeddings=True)], ids=["plain", "muon", "adamw"])
 @pytest.mark.parametrize("ranks", [2, 4])
