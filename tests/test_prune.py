@@ -253,11 +253,13 @@ def text(tmp_path, corpus):
 
 
 RUNS = {"attention": dict(n_layer=3, multipliers="scalar", linearity="mse", linearity_weight=0.01, linearity_from=2),
-        "mamba2": dict(SSM, mixer="mamba2"), "hybrid": dict(SSM, mixer="hybrid", n_layer=3), "experts": dict(n_experts=3)}
+        "mamba2": dict(SSM, mixer="mamba2"), "hybrid": dict(SSM, mixer="hybrid", n_layer=3), "experts": dict(n_experts=3),
+        "completep": dict(n_layer=3, param="completep", base_n_embd=16, base_n_layer=1)}
 
 
 @pytest.mark.parametrize("kind, arm, pattern", [("attention", "remove", "AA"), ("attention", "distil_all", None),
-                                                ("mamba2", "replace", None), ("hybrid", "distil", None), ("experts", "remove", "A")])
+                                                ("mamba2", "replace", None), ("hybrid", "distil", None), ("experts", "remove", "A"),
+                                                ("completep", "remove", "AA"), ("completep", "replace", None)])
 def test_a_pruned_checkpoint_samples_is_measured_and_trains_like_any_other(tiny, tmp_path, text, capsys, kind, arm, pattern):
     ckpt = train_module.train(tiny(**RUNS[kind]))["checkpoint"]
     before = open(ckpt, "rb").read()
@@ -277,6 +279,8 @@ def test_a_pruned_checkpoint_samples_is_measured_and_trains_like_any_other(tiny,
     probes.main(["linearity", str(pruned), f"--text={text}", "--tokens=500", "--device=cpu"])
     evaluated = train_module.train(train_module.parse_flags([f"--resume={pruned}"]))
     assert evaluated["step"] == 10 and math.isfinite(evaluated["val_loss"])
+    kept = load_checkpoint(pruned)["model"], load_checkpoint(evaluated["checkpoint"])["model"]
+    assert all(torch.equal(kept[0][name], w) for name, w in kept[1].items() if not name.endswith(".load"))
     after = train_module.train(train_module.parse_flags([f"--resume={pruned}", "--steps=20"]))
     assert after["val_loss"] < evaluated["val_loss"] and after["tokens"] == 20 * 256
 
