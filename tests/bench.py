@@ -262,8 +262,8 @@ def bench_mixers(a, devices, report):
     A, B, C = -torch.rand(8, device=devices.device) * 16, *torch.randn(2, 4, 1024, 1, 64, device=devices.device)
     args = [t.requires_grad_() for t in (x, dt, A, B, C)]
     dy = torch.randn_like(x)  # a gradient as training has it: that of a plain sum has stride 0, on which products crawl
-    forms = {"scan, split products": lambda: ssd(*args, 64)[0].backward(dy),
-             "scan, four-operand einsum": lambda: ssd_by_einsum(*args, 64).backward(dy)}
+    forms = {"scan, split products": lambda: torch.autograd.grad(ssd(*args, 64)[0], args, dy),
+             "scan, four-operand einsum": lambda: torch.autograd.grad(ssd_by_einsum(*args, 64), args, dy)}
     error = (ssd(*args, 64)[0] - ssd_by_einsum(*args, 64)).abs().max().item()
     seconds = take_turns(forms, a.seconds / 2, devices, warm_up=1)
     for n, s in seconds.items():

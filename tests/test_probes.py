@@ -9,8 +9,8 @@ from conftest import ROOT, run_python, tiny_model
 
 import train as train_module
 from model import BadInput
-from probes import (Moments, compare, linearity, linearity_penalty, linearity_profile, plot_sweep, read_sweep, stream_scales,
-                    sweep)
+from probes import (Moments, bars, compare, linearity, linearity_penalty, linearity_profile, plot_sweep, read_sweep,
+                    stream_scales, sweep)
 
 torch.set_num_threads(1)
 
@@ -200,7 +200,9 @@ def test_linearity_of_a_checkpoint_from_the_command_line(tiny, tmp_path):
     done = run_python(ROOT / "probes.py", "linearity", ckpt, "--text", tmp_path / "text.txt", "--plot", tmp_path / "a.png")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and "free_held_out" in done.stdout
-    assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["1", "2"]
+    lines = [line.split() for line in done.stdout.splitlines()[2:]]
+    assert [line[0] for line in lines] == ["1", "2", "full_held_out", "free_held_out"]
+    assert [len(line[1]) for line in lines[2:]] == [2, 2] and bars([0, 0.5, 0.999, 1, 2, -1], 0, 1) == "▁▅███▁"
     (tmp_path / "short.txt").write_text("too short")
     done = run_python(ROOT / "probes.py", "linearity", ckpt, "--text", tmp_path / "short.txt")
     assert done.returncode == 2 and "at least 128, four times the width, are needed" in done.stderr
