@@ -456,8 +456,8 @@ class Block(nn.Module):
 
 
 class AffineBlock(nn.Module):
-    """x + W x + b, each token by itself: what `probes.py prune` puts in a block's place. W = 0 is no block at all, so weight
-    decay pulls it towards removal."""
+    """x + (W x + b) / m_L, each token by itself: what `probes.py prune` puts in a block's place. W = 0 is no block at
+    all, so weight decay pulls it towards removal."""
 
     mixer = ssm = mlp = None  # of the parts of a Block it has none
 

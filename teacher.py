@@ -270,6 +270,14 @@ class HFModel(nn.Module):
         return 3 * forward if backward else forward
 
 
+def compile_trunk(teacher):
+    """Compile what of a teacher is run at every step."""
+    if isinstance(teacher, HFModel):
+        teacher.base.compile(dynamic=False)
+    else:
+        teacher.trunk = torch.compile(teacher.trunk, dynamic=False)
+
+
 def first_line(e) -> str:
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
@@ -666,11 +674,7 @@ class LET(nn.Module):
         return self.loss(resized(h_M), h_T)
 
     def compile_teacher(self):
-        teacher = self._teacher[0]
-        if isinstance(teacher, HFModel):
-            teacher.base.compile(dynamic=False)
-        elif teacher is not None:
-            teacher.trunk = torch.compile(teacher.trunk, dynamic=False)
+        compile_trunk(self._teacher[0])
 
     def average_gradients(self):
         """The projection is no part of the model that DDP looks after: its gradients are averaged here."""
@@ -980,7 +984,7 @@ class Rival:
                 **({"on_policy": on_policy} if self.recipe.on_policy else {})}
 
     def compile_teacher(self):
-        self.teacher.trunk = torch.compile(self.teacher.trunk, dynamic=False)
+        compile_trunk(self.teacher)
 
     def flops_per_token(self, length: int) -> int:
         """The teacher's forward pass with its head, on sequences of this length."""

@@ -719,6 +719,17 @@ def encode_to_file(documents, enc: tiktoken.Encoding, path: Path, what: str):
             progress.update(sum(len(text) for _, text in some))
 
 
+def tokenizer_of(c: Config, texts) -> dict:
+    """The tokenizer of --tokenizer; `bpe` is trained on these texts."""
+    if c.tokenizer != "bpe":
+        return named_tokenizer(c.tokenizer, c.teacher)
+    with bar(c.vocab_size - 257, "training the tokenizer", "merge") as progress:
+        ranks = train_bpe(texts, c.vocab_size - 1, progress)
+    if len(ranks) < c.vocab_size - 1:
+        raise BadInput(f"--vocab_size={c.vocab_size}: the text of --data={c.data} has pairs for {len(ranks) + 1} tokens only")
+    return make_tokenizer("bpe", ranks, PATTERN)
+
+
 def tokenize_text(c: Config) -> tuple[list, list, dict]:
     """Text to tokens on disk, once: the result is kept under a key of the files (name, size, time) and the tokenizer."""
     root, files = find_files(c.data)
@@ -728,15 +739,7 @@ def tokenize_text(c: Config) -> tuple[list, list, dict]:
     tokenizer_file = folder / "tokenizer.json"
     if not tokenizer_file.exists():  # it is written last
         train, held_out = split_documents(read_documents(root, files, c.data))
-        if c.tokenizer == "bpe":
-            with bar(c.vocab_size - 257, "training the tokenizer", "merge") as progress:
-                ranks = train_bpe((text for _, text in train), c.vocab_size - 1, progress)
-            if len(ranks) < c.vocab_size - 1:
-                raise BadInput(f"--vocab_size={c.vocab_size}: the text of --data={c.data} has pairs for {len(ranks) + 1} "
-                               "tokens only")
-            tokenizer = make_tokenizer("bpe", ranks, PATTERN)
-        else:
-            tokenizer = named_tokenizer(c.tokenizer, c.teacher)
+        tokenizer = tokenizer_of(c, (text for _, text in train))
         enc = tokenizer_from_dict(tokenizer)
         for part, documents in (("train", train), ("val", held_out)):
             with written_whole(folder / f"{part}.bin") as tmp:
@@ -882,14 +885,7 @@ def load_records(c: Config) -> Data:
             raise BadInput(f"--data={c.data}: line {number} is no record of input, rationale and label ({e})") from None
     if len(records) < 2:
         raise BadInput(f"--data={c.data}: {len(records)} records; some to train on and some to hold out are needed")
-    if c.tokenizer == "bpe":
-        ranks = train_bpe((text for record in records for text in record[1:]), c.vocab_size - 1)
-        if len(ranks) < c.vocab_size - 1:
-            raise BadInput(f"--vocab_size={c.vocab_size}: the text of --data={c.data} has pairs for {len(ranks) + 1} "
-                           "tokens only")
-        tokenizer = make_tokenizer("bpe", ranks, PATTERN)
-    else:
-        tokenizer = named_tokenizer(c.tokenizer, c.teacher)
+    tokenizer = tokenizer_of(c, (text for record in records for text in record[1:]))
     enc, sequences = tokenizer_from_dict(tokenizer), []
     tasks = ((c.label_prefix, 2), (c.rationale_prefix, 3))[:2 if recipe_of(c).weight else 1]
     for record in records:
