@@ -178,6 +178,9 @@ def linearity_profile(model, batches, skip_first=False, progress=None) -> list[d
     return [{"block": k + 1, **linearity(fit[k], held_out[k])} for k in range(blocks)]
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
 def open_model(name, device="cpu", dtype=torch.float32):
     """(model, frozen, its tiktoken.Encoding, the checkpoint) of a checkpoint of ours; of anything else that
     teacher.load_pretrained reads with what a checkpoint of it would hold beside the model."""
@@ -575,7 +578,8 @@ def spectrum(model, batches, steps=32, probes=2, seed=0, top=3, progress=None) -
     with torch.no_grad():
         losses = [(next_token_loss(model, *b).item(), b[0].numel()) for b in batches]
     return {"loss": sum(x * n for x, n in losses) / sum(n for _, n in losses), "parameters": N,
-            "top": [value for value, _ in largest], "least": least[0], "residual": max(r for _, r in [*largest, least]), "trace": statistics.mean(traces),
+            "top": [value for value, _ in largest], "least": least[0],
+            "residual": max(r for _, r in [*largest, least]), "trace": statistics.mean(traces),
             "trace_se": statistics.stdev(traces) / math.sqrt(probes) if probes > 1 else math.nan,
             "rms": math.sqrt(statistics.mean((w * t.square()).sum().item() for t, w, _ in runs)),
             "ritz": [(t, w) for t, w, _ in runs]}
@@ -602,7 +606,7 @@ def curvature_command(a) -> str:
     the same step and seed."""
     if min(a.tokens, a.steps - 1, a.probes, a.micro_batch, a.top) < 1 or not 0 <= a.seed < 2**63:
         raise BadInput("--tokens, --probes, --top and --micro_batch have to be at least 1, --steps 2, --seed from 0 to 2^63 - 1")
-    rows, found, dtype = [], [], {"fp32": torch.float32, "fp64": torch.float64}[a.dtype]
+    rows, found, dtype = [], [], DTYPES[a.dtype]
     names = run_checkpoints(a.checkpoints)
     with tqdm(total=len(names) * a.probes * a.steps, unit="product", disable=None) as progress:
         for name in names:
@@ -1003,7 +1007,7 @@ def eval_command(a) -> str:
     if not (a.task or a.text):
         raise BadInput("eval: --task=FILE.jsonl or --text=FILE is needed")
     tasks = [(path, read_task(path)[:a.items or None]) for path in a.task]
-    model, enc, _ = open_model(a.checkpoint, a.device, getattr(torch, a.dtype))
+    model, enc, _ = open_model(a.checkpoint, a.device, DTYPES[a.dtype])
     stride = a.stride or model.config.block_size
     if not (0 < stride <= model.config.block_size and a.batch_tokens > 0 and a.items >= 0):
         raise BadInput(f"--stride={a.stride} --batch_tokens={a.batch_tokens} --items={a.items}: a stride from 1 to the "
@@ -1315,7 +1319,7 @@ def main(argv):
     e.add_argument("--tokens", type=int, default=0, help="how many of its tokens; 0: all")
     e.add_argument("--stride", type=int, default=0, help="tokens from window to window; 0: a context, no overlap")
     e.add_argument("--batch_tokens", type=int, default=8192, help="tokens in one forward pass")
-    e.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
+    e.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp64"))
     e.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     o = commands.add_parser("plot", help="losses, cosine(T, M) and multiplier drift of runs in one picture")
     o.add_argument("runs", nargs="+", help="folders of runs; those named NAME-SEED are one line with a band")
