@@ -397,6 +397,22 @@ def fit_slices(runs, tolerance: float = 0.05) -> list[dict]:
     return fitted
 
 
+def loss_horizons(fitted) -> list[dict]:
+    """Of each N and group with at least 3 horizons, its best losses over D: {N, group, L_0, A, gamma, n}, and with 4 or more
+    also longest, the largest D; predicted, its loss by a fit on the shorter ones alone; and loss, what it is."""
+    rows = []
+    for N, group in sorted({(f["N"], f["group"]) for f in fitted}):
+        mine = sorted((f["D"], f["L_min"]) for f in fitted if (f["N"], f["group"]) == (N, group))
+        D, loss = np.array(mine, float).T
+        if len(D) >= 3:
+            fit = fit_horizon(D, loss)
+            rows.append({"N": N, "group": group, "n": len(D), **{k: fit[k] for k in ("L_0", "A", "gamma")}})
+            if len(D) >= 4:
+                shorter = fit_horizon(D[:-1], loss[:-1])["predict"]
+                rows[-1] |= {"longest": D[-1], "loss": loss[-1], "predicted": float(shorter(D[-1]))}
+    return rows
+
+
 def near_optima(runs, within: float = 0.0025) -> list[dict]:
     """The middle (mean of ln lr) of all runs of an (N, D), over all groups, whose loss is within that share of the
     least: what remains when the batch is chosen together with the rate."""
@@ -755,6 +771,14 @@ def report(law: dict, fitted: list[dict], diverged: int) -> str:
             continue
         lines.append(f"  group {group:>8} alone: " + " ".join(f"{n}^{one[k]:+.3f}" for n, k in (("N", "b"), ("D", "c"))
                                                               if one[k] is not None) + f"   R^2 {one['r2']:.3f}, {len(mine)} optima")
+    horizons = loss_horizons([f for f in fitted if f["inside"]])
+    for h in horizons if len(horizons) <= 10 else []:
+        lines.append(f"  N {h['N']:.3g}  {h['group']:>8}  best loss L(D) = {h['L_0']:.4g} + {h['A']:.4g} D^-{h['gamma']:.3f}, "
+                     f"{h['n']} horizons")
+    if held := [h for h in horizons if "longest" in h]:
+        error = np.median([abs(h["predicted"] - h["loss"]) for h in held])
+        lines.append(f"best loss at the longest of 4 or more horizons, from the shorter ones: median error {error:.4f} nats over "
+                     f"{len(held)} sizes and groups")
     return "\n".join(lines)
 
 

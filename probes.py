@@ -901,13 +901,14 @@ def rows_of(cache: Cache, rows) -> Cache:
 
 
 @torch.no_grad()
-def log_likelihoods(model, items, batch_tokens=8192, progress=None) -> list[list[float]]:
+def log_likelihoods(model, items, batch_tokens=1024, progress=None) -> list[list[float]]:
     """Of every sequence of every item, the sum over tokens i >= start of log p(token i | tokens before it), in nats.
 
     items: lists of sequences (token ids, start), 1 <= start < len(ids) <= block_size + 1. What the sequences of an item
     have in common before their starts, a long context with several endings, goes through the model once, and its
     caches serve all of them: items with contexts of about one length together, all cut at the shortest, so that no
-    filling stands before a token. The rest goes in order of length, filled up at the end, where a causal model does
+    filling stands before a token. batch_tokens: in one forward pass; a CPU is fastest where their states fit in its
+    caches. The rest goes in order of length, filled up at the end, where a causal model does
     not see it; the head runs only where a token is scored."""
     V, device = model.config.vocab_size, next(model.parameters()).device
     totals = [[0.0] * len(item) for item in items]
@@ -963,7 +964,7 @@ def right(scores, label: int) -> tuple[float, bool]:
     return (1 / len(top) if label in top else 0.0), len(top) > 1
 
 
-def evaluate_task(model, enc, task, batch_tokens=8192, progress=None) -> dict:
+def evaluate_task(model, enc, task, batch_tokens=1024, progress=None) -> dict:
     """Multiple choice over (context, choices, label): `sum` and `per_character`, the accuracies by summed
     log-likelihood and by that over the characters of the choice (the harness's acc and acc_norm), with standard errors
     *_se and *_ties, items with several best choices; chance; items; cut: of these, those that lost the beginning of
@@ -989,7 +990,7 @@ def evaluate_task(model, enc, task, batch_tokens=8192, progress=None) -> dict:
     return out
 
 
-def evaluate_text(model, ids, n_bytes: int, stride: int, batch_tokens=8192, progress=None) -> dict:
+def evaluate_text(model, ids, n_bytes: int, stride: int, batch_tokens=1024, progress=None) -> dict:
     """nats, mean per token of a text of n_bytes, with nats_se over windows; perplexity; bits_per_byte; tokens.
     ids: its tokens after an end-of-text token. Every window of block_size inputs scores its last `stride` tokens."""
     T = model.config.block_size
@@ -1009,14 +1010,15 @@ def eval_command(a) -> str:
     tasks = [(path, read_task(path)[:a.items or None]) for path in a.task]
     model, enc, _ = open_model(a.checkpoint, a.device, DTYPES[a.dtype])
     stride = a.stride or model.config.block_size
-    if not (0 < stride <= model.config.block_size and a.batch_tokens > 0 and a.items >= 0):
+    if not (0 < stride <= model.config.block_size and a.batch_tokens >= 0 and a.items >= 0):
         raise BadInput(f"--stride={a.stride} --batch_tokens={a.batch_tokens} --items={a.items}: a stride from 1 to the "
-                       f"context of {model.config.block_size}, a batch of at least 1 and items not negative are needed")
+                       f"context of {model.config.block_size}, a batch and items not negative are needed")
+    batch_tokens = a.batch_tokens or (1024 if a.device == "cpu" else 32_768)
     lines, done = [], []
     for path, task in tasks:
         texts = sum(len(choices) for _, choices, _ in task)
         with tqdm(total=texts, unit="text", desc=Path(path).name, disable=None) as progress:
-            done.append((Path(path).stem, evaluate_task(model, enc, task, a.batch_tokens, progress)))
+            done.append((Path(path).stem, evaluate_task(model, enc, task, batch_tokens, progress)))
     if done:
         lines += ["| task | items | accuracy by sum, % | per character, % | chance | ties | context cut | left out |",
                   "|---" * 8 + "|"]
@@ -1032,7 +1034,7 @@ def eval_command(a) -> str:
         if len(ids) < 2:
             raise BadInput(f"--text={a.text}: no text in it")
         with tqdm(total=-(-(len(ids) - 1) // stride), unit="window", disable=None) as progress:
-            r = evaluate_text(model, ids, len(enc.decode_bytes(ids[1:])), stride, a.batch_tokens, progress)
+            r = evaluate_text(model, ids, len(enc.decode_bytes(ids[1:])), stride, batch_tokens, progress)
         lines += [f"{a.text}: {r['nats']:.4f} ± {r['nats_se']:.4f} nats per token, perplexity {r['perplexity']:.3f}, "
                   f"{r['bits_per_byte']:.4f} bits per byte, over {r['tokens']:,} tokens"]
     return "\n".join(lines)
@@ -1318,7 +1320,7 @@ def main(argv):
     e.add_argument("--text", default="", help="a text file to take the perplexity of")
     e.add_argument("--tokens", type=int, default=0, help="how many of its tokens; 0: all")
     e.add_argument("--stride", type=int, default=0, help="tokens from window to window; 0: a context, no overlap")
-    e.add_argument("--batch_tokens", type=int, default=8192, help="tokens in one forward pass")
+    e.add_argument("--batch_tokens", type=int, default=0, help="tokens in one forward pass; 0: 1,024 on a CPU, else 32,768")
     e.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp64"))
     e.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     o = commands.add_parser("plot", help="losses, cosine(T, M) and multiplier drift of runs in one picture")

@@ -10,6 +10,7 @@ nanogpt, 124m (CUDA: GPT-2's shape, compiled and eager, with MFU). The variants 
 that a noisy machine slows all of them; the figure is the median over the steps. FLOPs as GPT.flops_per_token counts them.
 """
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -171,17 +172,18 @@ def bench_loss(a, devices, report):
 
 
 def bench_eval(a, devices, report):
-    """Multiple choice of HellaSwag's shape, 64 items of 4 endings of 10 to 40 tokens after contexts of 30 to 90: batched
-    and with shared contexts, against one text and against one item (its endings filled up) per forward pass."""
+    """64 items of HellaSwag's shape (contexts of 30 to 90 tokens, 4 endings of 10 to 40) and 256 minimal pairs of BLiMP's (8
+    to 16 tokens): batched and with shared contexts, against one text and against one item (filled up) per forward pass."""
     torch.manual_seed(0)
     c = shape_of(DEFAULT)
-    model, items = GPT(c).to(devices.device).eval(), []
+    model = GPT(c).to(devices.device).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02) if p.ndim == 2 and not p.any() else None
-    for _ in range(64):
-        start, ends = int(torch.randint(30, 91, ())), torch.randint(10, 41, (4,)).tolist()
-        context = torch.randint(c.vocab_size, (start,)).tolist()
-        items.append([(context + torch.randint(c.vocab_size, (n,)).tolist(), start) for n in ends])
+
+    def item(context, n_choices, choice):
+        start = int(torch.randint(*context, ()))
+        first = torch.randint(c.vocab_size, (start,)).tolist()
+        return [(first + torch.randint(c.vocab_size, (n,)).tolist(), start) for n in torch.randint(*choice, (n_choices,)).tolist()]
 
     @torch.no_grad()
     def plain(texts):
@@ -189,14 +191,16 @@ def bench_eval(a, devices, report):
         log_p = model(idx)[0].log_softmax(-1)
         return [log_p[row, range(start - 1, len(ids) - 1), ids[start:]].sum().item() for row, (ids, start) in enumerate(texts)]
 
-    ours, texts = log_likelihoods(model, items), sum(map(len, items))
-    error = max(abs(x - y) for item, scores in zip(items, ours) for x, y in zip(plain(item), scores))
-    seconds = take_turns({"batched, contexts shared": lambda: log_likelihoods(model, items),
-                          "one item a pass": lambda: [plain(item) for item in items],
-                          "one text a pass": lambda: [plain([text]) for item in items for text in item]}, a.seconds, devices, warm_up=1)
-    for n, s in seconds.items():
-        report(name=f"eval, {n}", texts_per_second=texts / s, time_over_ours=s / seconds["batched, contexts shared"],
-               largest_difference=error)
+    for shape, items in (("choices", [item((30, 91), 4, (10, 41)) for _ in range(64)]),
+                         ("pairs", [item((1, 2), 2, (8, 17)) for _ in range(256)])):
+        error = max(abs(x - y) for item, scores in zip(items, log_likelihoods(model, items)) for x, y in zip(plain(item), scores))
+        seconds = take_turns({"batched": lambda: log_likelihoods(model, items),
+                              "one item a pass": lambda: [plain(item) for item in items],
+                              "one text a pass": lambda: [plain([text]) for item in items for text in item]}, a.seconds / 2, devices,
+                             warm_up=1)
+        for n, s in seconds.items():
+            report(name=f"{shape}, {n}", texts_per_second=sum(map(len, items)) / s, time_over_ours=s / seconds["batched"],
+                   largest_difference=error)
 
 
 def kept_for_backward(loss_of) -> int:
@@ -257,17 +261,25 @@ def bench_mixers(a, devices, report):
                    over_attention=seconds[n] / seconds["attention"], kept_kb_per_token=kept / 8192 / 1e3,
                    **({"over_length_512": us / first[n]} if first.get(n) else {}))
 
-    torch.manual_seed(0)
-    x, dt = torch.randn(4, 1024, 8, 64, device=devices.device), torch.rand(4, 1024, 8, device=devices.device) * 0.1
-    A, B, C = -torch.rand(8, device=devices.device) * 16, *torch.randn(2, 4, 1024, 1, 64, device=devices.device)
-    args = [t.requires_grad_() for t in (x, dt, A, B, C)]
-    dy = torch.randn_like(x)  # a gradient as training has it: that of a plain sum has stride 0, on which products crawl
-    forms = {"scan, split products": lambda: torch.autograd.grad(ssd(*args, 64)[0], args, dy),
-             "scan, four-operand einsum": lambda: torch.autograd.grad(ssd_by_einsum(*args, 64), args, dy)}
-    error = (ssd(*args, 64)[0] - ssd_by_einsum(*args, 64)).abs().max().item()
-    seconds = take_turns(forms, a.seconds / 2, devices, warm_up=1)
-    for n, s in seconds.items():
-        report(name=n, ms=1e3 * s, time_over_split=s / seconds["scan, split products"], largest_difference=error)
+    for dtype in (torch.float32, torch.bfloat16) if devices.bf16 else (torch.float32,):
+        torch.manual_seed(0)  # 16 heads of 64 channels: what a block of width 512 scans
+        x, dt = torch.randn(4, 1024, 16, 64, device=devices.device, dtype=dtype), torch.rand(4, 1024, 16, device=devices.device) / 10
+        A = -torch.rand(16, device=devices.device) * 16
+        B, C = torch.randn(2, 4, 1024, 1, 64, device=devices.device, dtype=dtype)
+        args = [t.requires_grad_() for t in (x, dt, A, B, C)]
+        dy = torch.randn_like(x)  # a gradient as training has it: that of a plain sum has stride 0, on which products crawl
+
+        def scan(form):
+            with devices.autocast() if dtype == torch.bfloat16 else contextlib.nullcontext():
+                y = form(*args, 64)
+            torch.autograd.grad(y, args, dy.to(y.dtype))
+            return y
+
+        forms = {"split products": lambda: scan(lambda *a: ssd(*a)[0]), "four-operand einsum": lambda: scan(ssd_by_einsum)}
+        error = (forms["split products"]().float() - forms["four-operand einsum"]().float()).abs().max().item()
+        seconds = take_turns(forms, a.seconds / 2, devices, warm_up=1)
+        for n, s in seconds.items():
+            report(name=f"scan, {n}, {dtype}", ms=1e3 * s, time_over_split=s / seconds["split products"], largest_difference=error)
 
     model = models["mamba2"].eval()
     with torch.no_grad():

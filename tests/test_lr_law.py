@@ -11,7 +11,7 @@ from conftest import ROOT, run_python
 
 import train
 from lr_law import (COLUMNS, LAWS, RATIOS, basin, fit_horizon, fit_law, fit_parabola, fit_slices, hold_out, horizon_factors,
-                    interval, main, near_optima, predict_law, published, read_runs, shape_statistics)
+                    interval, loss_horizons, main, near_optima, predict_law, published, read_runs, shape_statistics)
 from model import BadInput
 from train import load_law
 
@@ -52,6 +52,20 @@ def test_horizon_returns_its_constants_and_predicts(L_0, A, gamma):
     got = fit_horizon(D, L_0 + A * D**-gamma)
     assert (got["L_0"], got["A"], got["gamma"]) == pytest.approx((L_0, A, gamma), rel=1e-6)
     assert got["predict"](1e11) == pytest.approx(L_0 + A * 1e11**-gamma, rel=1e-6)
+
+
+def test_the_longest_horizon_follows_from_the_shorter_ones():
+    D = np.array([1e5, 2e5, 4e5, 8e5, 16e5])
+    runs = [{"N": N, "D": d, "lr": lr, "group": g, "loss": 2 + N / 1e6 + 40 * d**-0.35 + 0.02 * math.log(lr / 0.01) ** 2}
+            for N, g, n in ((1e5, "a", 5), (1e5, "b", 3), (2e5, "a", 2)) for d in D[:n] for lr in LR]
+    long, short = loss_horizons(fit_slices(runs, 10.0))  # two horizons are not enough
+    assert (long["group"], short["group"], "longest" in short) == ("a", "b", False)
+    assert [long["L_0"], long["A"], long["gamma"]] == pytest.approx([2.1, 40, 0.35], rel=1e-6)
+    assert long["predicted"] == pytest.approx(long["loss"], rel=1e-9)
+    for r in runs:
+        r["loss"] += 0.1 * (r["D"] == D[-1] and r["group"] == "a")  # the longest is not looked at by its prediction
+    long = loss_horizons(fit_slices(runs, 10.0))[0]
+    assert long["loss"] - long["predicted"] == pytest.approx(0.1, rel=1e-6)
 
 
 def test_horizon_is_scipys_curve_fit():
