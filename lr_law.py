@@ -728,7 +728,9 @@ def transfer_command(a, flags) -> str:
         c, param=a.param, **base, n_layer=to_layers, n_embd=to_width, n_head=a.target_n_head or c.n_head, batch_tokens=batch,
         n_kv_head=c.n_kv_head, steps=round(tokens / batch), lr=rounded(found[0]["lr"] * by_steps["lr"]),
         weight_decay=rounded(c.weight_decay * by_steps["decay"]), adam_eps=rounded(c.adam_eps * by_steps["eps"]),
-        beta1=max(0.0, 1 - rounded((1 - c.beta1) * by_steps["beta"])), beta2=max(0.0, 1 - rounded((1 - c.beta2) * by_steps["beta"])))
+        **{n: rounded(getattr(c, n) * by_steps[k]) for n, k in (("multiplier_lr", "lr"), ("multiplier_weight_decay", "decay"))
+           if c.multipliers != "none"},
+        **{n: max(0.0, 1 - rounded((1 - getattr(c, n)) * by_steps["beta"])) for n in ("beta1", "beta2")})
     train.check(target)
     ratios = train.param_ratios(target)
     line = " ".join(shlex.quote(f"--{name}={value}") for name, value in vars(target).items() if value != train.FLAGS[name].default)

@@ -851,7 +851,7 @@ def read_task(path) -> list[tuple[str, list[str], int]]:
 
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:
             need(False, f"not JSON ({e})")
         need(isinstance(record, dict), "not a JSON object")
         names = max(TASK_FIELDS, key=lambda names: sum(n in record for n in names if n != "label"))
@@ -861,7 +861,7 @@ def read_task(path) -> list[tuple[str, list[str], int]]:
         need(isinstance(context, str), f"`{names[0]}` is no text")
         need(isinstance(choices, list) and len(choices) > 1 and all(isinstance(t, str) and t.strip() for t in choices),
              f"`{names[1]}`: two texts or more are needed" if len(names) == 3 else "two sentences are needed")
-        label = int(label) if isinstance(label, str) and label.isdecimal() else label  # HellaSwag has "3"
+        label = int(label) if isinstance(label, str) and label.isdecimal() and len(label) < 10 else label  # HellaSwag has "3"
         need(type(label) is int and 0 <= label < len(choices),
              f"`label` {label!r}: a number from 0 to {len(choices) - 1} is needed")
         items.append((context, choices, label))

@@ -403,6 +403,8 @@ def check(c: Config, world: int = 1):
         need(r.hard_weight >= 0, "distill_weight", why="above 1 it needs --distill_hard_weight beside it")
         need(r.teaches() or c.distill_hard_weight == -1, "distill_weight", "distill_hard_weight", why="training is "
              "plain without the first, and the second has no effect")
+        need(r.on_policy > 0 or c.distill_new_tokens == FLAGS["distill_new_tokens"].default, "distill_new_tokens", "distill",
+             why="no step of it trains on the student's own text; --distill_on_policy says what share does")
     if c.distill == "step_by_step":
         for name in (n for n in rivals if n != "distill_weight"):
             need(getattr(c, name) == FLAGS[name].default, name, "distill", why="has no effect there")

@@ -489,7 +489,7 @@ def test_a_dry_run_counts_the_teacher(tiny, taught, capsys):
 
 @pytest.mark.parametrize("changes", [dict(distill_weight=-0.5), dict(distill_weight=2.0), dict(distill_beta=1.5),
                                      dict(distill_temperature=0.0), dict(distill_stop=1.5), dict(distill_new_tokens=0),
-                                     dict(distill_top_k=-1), dict(distill_on_policy=2.0), dict(let_weight=0.2)])
+                                     dict(distill_new_tokens=5), dict(distill_top_k=-1), dict(distill_on_policy=2.0), dict(let_weight=0.2)])
 def test_settings_that_make_no_sense_are_refused(tiny, taught, changes):
     name, value = next(iter(changes.items()))
     with pytest.raises(BadInput, match=f"--{name}={value}"):

@@ -438,11 +438,14 @@ def test_transfer_gives_the_flags_of_the_target(tmp_path, tiny_sweep, capsys):
     assert re.search(r"head +lr 0.02 +weight decay 0.1 +AdamW, eps 2.5e-11", out)
     c = train.parse_flags(out.splitlines()[-1].removeprefix("python train.py ").split())
     assert (c.param, c.base_n_embd, c.base_n_layer, c.n_layer, c.n_embd, c.lr, c.steps) == ("completep", 32, 2, 4, 128, 0.02, 20)
-    main([*words, "--param=mup", "--target_n_head=8", "--target_tokens=40960", "--target_batch_tokens=512", *tiny_sweep])
+    assert "multiplier" not in out, "there are none"
+    main([*words, "--param=mup", "--target_n_head=8", "--target_tokens=40960", "--target_batch_tokens=512", *tiny_sweep,
+          "--multipliers=vector"])
     out = capsys.readouterr().out
     c = train.parse_flags(out.splitlines()[-1].removeprefix("python train.py ").split())
     assert (c.param, c.base_n_head, c.n_head, c.steps, c.batch_tokens) == ("mup", 2, 8, 80, 512)  # 4 times the steps
     assert (c.lr, c.weight_decay, c.beta1, c.beta2, c.adam_eps) == pytest.approx((0.01, 0.05, 0.975, 0.9875, 2e-10))
+    assert (c.multiplier_lr, c.multiplier_weight_decay) == (0.005, 0.001)
     assert "m_D 1" in out and re.search(r"hidden +lr 0.01 .*Muon, its update times 0.5 ", out)
 
 

@@ -278,7 +278,8 @@ def test_long_contexts_lose_their_beginning_and_are_counted(enc):
     ('{"a": 1}', "no field `ctx`"), ('{"ctx": "a", "endings": ["b", "c"], "label": 2}', "`label` 2: a number from 0 to 1"),
     ('{"ctx": "a", "endings": ["b", "c"], "label": ""}', "`label` ''"), ('{"ctx": "a", "endings": ["b"], "label": 0}', "two texts"),
     ('{"context": "a", "choices": "bc", "label": 0}', "two texts"), ('{"context": 1, "choices": ["b", "c"], "label": 0}', "no text"),
-    ("[1]", "not a JSON object"), ('{"ctx', "not JSON"), ("", "no line in it")])
+    ("[1]", "not a JSON object"), ('{"ctx', "not JSON"), ("[" * 100_000, "not JSON"), ("1" * 5000, "not JSON"), ("", "no line in it"),
+    ('{"ctx": "a", "endings": ["b", "c"], "label": "%s"}' % ("1" * 5000), "`label`")], ids=lambda v: v[:40])
 def test_a_task_that_is_none_is_refused_by_line(tmp_path, line, why):
     good = '{"sentence_good": "a b", "sentence_bad": "b a"}\n\n' if line else ""
     (tmp_path / "t.jsonl").write_text(good + line)
