@@ -808,6 +808,13 @@ def plot_fit(runs, fitted, law, path):
     left.set(xscale="log", xlabel="learning rate", ylabel="loss, nats", title="slices and their parabolas")
     right.set(xscale="log", yscale="log", xlabel="D, tokens", ylabel="lr*", title="optima and the law, 90 % interval")
     right.legend(fontsize="small")
+    for panel, name in ((left, "lr"), (right, "D")):  # matplotlib's own labels of a log axis overlap
+        values, ticks = sorted({r[name] for r in runs}), []
+        for v in values:
+            if not ticks or v > ticks[-1] * (values[-1] / values[0]) ** (1 / 6):
+                ticks.append(v)
+        panel.tick_params(axis="x", which="minor", labelbottom=False)
+        panel.set_xticks(ticks, [f"{v:.2g}" for v in ticks])
     figure.savefig(path, dpi=120)
 
 

@@ -251,7 +251,7 @@ def linearity_command(a) -> str:
             axis.plot(depth, [p[key] for p in profile], style, marker="o", color="C0" if "full" in key else "C1",
                       label=key.replace("_", " "))
         axis.set(xlabel="depth, block over blocks", ylabel="linearity score", title="linearity of each block")
-        axis.legend()
+        figure.legend(loc="outside lower center", ncols=4)
         figure.savefig(a.plot, dpi=120)
     return "\n".join(lines)
 
