@@ -877,7 +877,7 @@ class LinearDistillation(torch.autograd.Function):
             v = F.linear(x_T[rows], head_T[:V], bias_T).to(full)  # (chunk, V)
             log_q1 = z.log_softmax(-1)
             log_q = log_q1 if r.temperature == 1 and V == vocab_size else (z[:, :V] / r.temperature).log_softmax(-1)
-            log_p = (v / r.temperature).log_softmax(-1)
+            log_p = (v if r.temperature == 1 else v / r.temperature).log_softmax(-1)
             if 0 < top_k < V:
                 log_p = with_rest_bucket(log_p, log_q, top_k)
             d, soft_dz = divergence(log_p, log_q, r.beta)
@@ -920,10 +920,10 @@ def linear_distillation(x, weight, targets, x_T, head_T, vocab_size: int, recipe
     is over those that both have, each side renormalised. agreement: how often both like the same token best.
 
     Neither's logits ever exist whole: a chunk's are turned into its share of the gradients and forgotten. chunk: rows
-    at a time; 0: as many as a CPU's cache holds (256 K logits) or keep a GPU busy (8 M), at least 64. FLOPs per token:
-    6 C V, which the plain loss takes too, and 2 C_T V for the teacher's. Memory: up to ten arrays of (chunk, V)
-    float32, 330 MB for 8 M logits; a single one of 8,192 tokens and V = 49,152 would be 1.6 GB."""
-    chunk = chunk or max(64, (2**18 if x.device.type == "cpu" else 2**23) // vocab_size)
+    at a time; 0: 4 M logits, at least 64 rows. FLOPs per token: 6 C V, which the plain loss takes too, and 2 C_T V for
+    the teacher's. Memory: up to ten arrays of (chunk, V) float32, 170 MB; a single one of 8,192 tokens and V = 49,152
+    would be 1.6 GB."""
+    chunk = chunk or max(64, 2**22 // vocab_size)
     device = "cpu" if x.is_meta else x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     need_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

@@ -30,7 +30,7 @@ import train as t  # noqa: E402
 from model import GPT, Cache, ModelConfig, linear_cross_entropy, ssd  # noqa: E402
 from optim import Muon, newton_schulz  # noqa: E402
 from probes import log_likelihoods  # noqa: E402
-from teacher import LET  # noqa: E402
+from teacher import LET, RECIPES, Rival  # noqa: E402
 
 DEFAULT = t.Config()
 NANO = dict(vocab_size=4096, block_size=256, n_layer=6, n_embd=256, n_head=4, n_kv_head=4, mlp="gelu", qk_norm=False)
@@ -47,7 +47,7 @@ def random_batch(config, rows, device):
 
 
 def training_step(config: ModelConfig, rows: int, devices: t.Devices, optimizer="muon", compile=False, teacher=None,
-                  multipliers=None):
+                  distill="let", multipliers=None):
     """(a function that makes one training step, the model, FLOPs of the step)."""
     torch.manual_seed(0)
     model = GPT(config).to(devices.device)
@@ -57,18 +57,23 @@ def training_step(config: ModelConfig, rows: int, devices: t.Devices, optimizer=
     clipped = t.clipped_parameters(model, multipliers)
     idx, targets = random_batch(config, rows, devices.device)
     flops = model.flops_per_token() * idx.numel()
-    let = None
+    let = rival = None
     if teacher is not None:
-        let = LET(GPT(teacher).to(devices.device).eval().requires_grad_(False), config.n_embd).to(devices.device)
-        flops += let.flops_per_token(config.block_size) * idx.numel()
+        teacher = GPT(teacher).to(devices.device).eval().requires_grad_(False)
+        let = LET(teacher, config.n_embd).to(devices.device) if distill == "let" else None
+        rival = Rival(teacher, distill, RECIPES[distill]) if distill != "let" else None
+        flops += (let or rival).flops_per_token(config.block_size) * idx.numel()
     if compile:
         model.compile(dynamic=False)
-        if let:
-            let.compile_teacher()
+        if let or rival:
+            (let or rival).compile_teacher()
 
     def step():
         with devices.autocast():
-            loss, states = model(idx, targets, hidden=(3,) if let else ())
+            if rival:
+                loss = rival.loss(model(idx, head=False)[0], model.head.weight, targets, rival.teach(idx), config.vocab_size)[0]
+            else:
+                loss, states = model(idx, targets, hidden=(3,) if let else ())
             if let:
                 loss = loss + let(states[0], let.teach(idx))[0]
         loss.backward()
@@ -137,16 +142,17 @@ def bench_gpt(a, devices, report):
 
 
 def bench_let(a, devices, report):
-    """A step while the teacher runs, over one without; beside it the same ratio in FLOPs."""
+    """A step while the teacher runs, by LET and by RKD, over one without; beside it the same ratio in FLOPs."""
     config = shape_of(DEFAULT)
     strings = [bytes([i]) for i in range(256)] + [bytes([i // 256, i % 256]) for i in range(DEFAULT.vocab_size - 257)]
     tokenizer = t.make_tokenizer("bench", {token: rank for rank, token in enumerate(strings)}, t.PATTERN)
     teacher = t.model_config(t.auto_teacher(DEFAULT, tokenizer), config.vocab_size)
-    made = {"plain": training_step(config, DEFAULT.micro_batch, devices),
-            "LET": training_step(config, DEFAULT.micro_batch, devices, teacher=teacher)}
+    made = {"plain": training_step(config, DEFAULT.micro_batch, devices)}
+    made |= {n: training_step(config, DEFAULT.micro_batch, devices, teacher=teacher, distill=n) for n in ("let", "rkd")}
     seconds = take_turns({n: m[0] for n, m in made.items()}, a.seconds, devices)
-    report(name="LET over plain", ms_plain=1e3 * seconds["plain"], ms_let=1e3 * seconds["LET"],
-           time_ratio=seconds["LET"] / seconds["plain"], flops_ratio=made["LET"][2] / made["plain"][2])
+    for n in ("let", "rkd"):
+        report(name=f"{n} over plain", ms_plain=1e3 * seconds["plain"], ms=1e3 * seconds[n],
+               time_ratio=seconds[n] / seconds["plain"], flops_ratio=made[n][2] / made["plain"][2])
 
 
 def bench_loss(a, devices, report):
