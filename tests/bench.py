@@ -4,9 +4,10 @@
     python tests/bench.py gpt --json                   # one part, one JSON object a line
     python tests/bench.py nanogpt --nanogpt=PATH       # against a checkout of nanoGPT, at its shape
 
-Parts: gpt (AdamW against Muon), let (a step with the teacher against one without), loss (the chunked loss against
-torch's), eval (multiple choice against one text per forward pass), optim (Muon against torch's, multipliers, the split over ranks), mixers (attention against Mamba-2 by length),
-nanogpt, 124m (CUDA: GPT-2's shape, compiled and eager, with MFU). The variants of a part take turns, step by step, so
+Parts: gpt (AdamW against Muon), let (a step with the teacher, by LET and by RKD, against one without), loss (the chunked
+loss against torch's), eval (scoring in batches against one text per forward pass), optim (Muon against torch's,
+multipliers, the split over ranks), mixers (attention against Mamba-2 by length, the scan against one einsum), nanogpt,
+124m (CUDA: GPT-2's shape, compiled and eager, with MFU). The variants of a part take turns, step by step, so
 that a noisy machine slows all of them; the figure is the median over the steps. FLOPs as GPT.flops_per_token counts them.
 """
 import argparse
@@ -189,7 +190,8 @@ def bench_eval(a, devices, report):
     def item(context, n_choices, choice):
         start = int(torch.randint(*context, ()))
         first = torch.randint(c.vocab_size, (start,)).tolist()
-        return [(first + torch.randint(c.vocab_size, (n,)).tolist(), start) for n in torch.randint(*choice, (n_choices,)).tolist()]
+        lengths = torch.randint(*choice, (n_choices,)).tolist()
+        return [(first + torch.randint(c.vocab_size, (n,)).tolist(), start) for n in lengths]
 
     @torch.no_grad()
     def plain(texts):
@@ -199,11 +201,12 @@ def bench_eval(a, devices, report):
 
     for shape, items in (("choices", [item((30, 91), 4, (10, 41)) for _ in range(64)]),
                          ("pairs", [item((1, 2), 2, (8, 17)) for _ in range(256)])):
-        error = max(abs(x - y) for item, scores in zip(items, log_likelihoods(model, items)) for x, y in zip(plain(item), scores))
-        seconds = take_turns({"batched": lambda: log_likelihoods(model, items),
-                              "one item a pass": lambda: [plain(item) for item in items],
-                              "one text a pass": lambda: [plain([text]) for item in items for text in item]}, a.seconds / 2, devices,
-                             warm_up=1)
+        ours = log_likelihoods(model, items)
+        error = max(abs(x - y) for item, scores in zip(items, ours) for x, y in zip(plain(item), scores))
+        ways = {"batched": lambda: log_likelihoods(model, items),
+                "one item a pass": lambda: [plain(item) for item in items],
+                "one text a pass": lambda: [plain([text]) for item in items for text in item]}
+        seconds = take_turns(ways, a.seconds / 2, devices, warm_up=1)
         for n, s in seconds.items():
             report(name=f"{shape}, {n}", texts_per_second=sum(map(len, items)) / s, time_over_ours=s / seconds["batched"],
                    largest_difference=error)
@@ -269,7 +272,8 @@ def bench_mixers(a, devices, report):
 
     for dtype in (torch.float32, torch.bfloat16) if devices.bf16 else (torch.float32,):
         torch.manual_seed(0)  # 16 heads of 64 channels: what a block of width 512 scans
-        x, dt = torch.randn(4, 1024, 16, 64, device=devices.device, dtype=dtype), torch.rand(4, 1024, 16, device=devices.device) / 10
+        x = torch.randn(4, 1024, 16, 64, device=devices.device, dtype=dtype)
+        dt = torch.rand(4, 1024, 16, device=devices.device) / 10
         A = -torch.rand(16, device=devices.device) * 16
         B, C = torch.randn(2, 4, 1024, 1, 64, device=devices.device, dtype=dtype)
         args = [t.requires_grad_() for t in (x, dt, A, B, C)]
@@ -285,7 +289,8 @@ def bench_mixers(a, devices, report):
         error = (forms["split products"]().float() - forms["four-operand einsum"]().float()).abs().max().item()
         seconds = take_turns(forms, a.seconds / 2, devices, warm_up=1)
         for n, s in seconds.items():
-            report(name=f"scan, {n}, {dtype}", ms=1e3 * s, time_over_split=s / seconds["split products"], largest_difference=error)
+            report(name=f"scan, {n}, {dtype}", ms=1e3 * s, time_over_split=s / seconds["split products"],
+                   largest_difference=error)
 
     model = models["mamba2"].eval()
     with torch.no_grad():
@@ -434,8 +439,8 @@ def bench_124m(a, devices, report):
             torch._dynamo.reset()
 
 
-PARTS = {"gpt": bench_gpt, "let": bench_let, "loss": bench_loss, "eval": bench_eval, "optim": bench_optim, "mixers": bench_mixers,
-         "nanogpt": bench_nanogpt, "124m": bench_124m}
+PARTS = {"gpt": bench_gpt, "let": bench_let, "loss": bench_loss, "eval": bench_eval, "optim": bench_optim,
+         "mixers": bench_mixers, "nanogpt": bench_nanogpt, "124m": bench_124m}
 
 
 def main():
