@@ -5,7 +5,7 @@
     python lr_law.py fit runs.csv -o law.json --plot law.png
     python lr_law.py predict --law law.json --n_params 4e9 --tokens 1.2e11
     python lr_law.py predict --law step --n_params 4e9 --tokens 1.2e11        # a published law
-    python lr_law.py transfer runs.csv --proxy=2x64 --target=8x256            # the rival: muTransfer from a small size
+    python lr_law.py transfer runs.csv --proxy=2x64 --target=8x256 -- --vocab_size=1024  # the rival: muTransfer
     python lr_law.py coordcheck --plot=check.png                              # that its activations move alike at every size
 
 The procedure of Zhou et al. 2026 (arXiv 2601.05049): at each size N and number of tokens D the loss is a parabola in
@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 import train
-from model import GPT, BadInput, command
+from model import GPT, BadInput, command, load_checkpoint
 from optim import Multipliers, Muon, make_optimizers, muon_scale, place_parameters, rule_of
 from probes import plotting
 from train import LAW_VERSION, law_rate, load_law
@@ -52,7 +52,7 @@ def numbers(flag: str, text: str) -> list[float]:
     try:
         if ":" in text:
             low, high, count = text.split(":")
-            values = np.geomspace(float(low), float(high), int(count)).tolist()
+            values = np.geomspace(float(low), float(high), int(count)).tolist() if int(count) <= 1000 else []
         else:
             values = [float(v) for v in text.split(",")]
         if not values or not all(0 < v < math.inf for v in values):
@@ -77,10 +77,10 @@ def planned_runs(sizes: str, lrs: str, tokens: str, seeds: str, flags: list[str]
     One run a (size, rate, seed): it is read at each number of tokens on the way. That makes O(n C_eta) runs for n sizes
     and C_eta rates where the full grid has O(n^3), the paper's saving. N counts all parameters but the embedding's."""
     base, runs = train.parse_flags(flags), []
-    for size in sizes.split(","):
+    for size in dict.fromkeys(sizes.split(",")):
         n_layer, n_embd = parse_size("--sizes", size)
-        for lr, seed in itertools.product(numbers("--lrs", lrs), seeds.split(",")):
-            if not seed.isdigit():
+        for lr, seed in itertools.product(numbers("--lrs", lrs), dict.fromkeys(seeds.split(","))):
+            if not (seed.isascii() and seed.isdigit() and len(seed) < 10):
                 raise BadInput(f"--seeds={seeds}: whole numbers separated by commas are needed")
             c = replace(base, n_layer=n_layer, n_embd=n_embd, lr=lr, seed=int(seed), sample_tokens=0)
             steps = sorted({max(1, round(D / c.batch_tokens)) for D in numbers("--tokens", tokens)})
@@ -162,7 +162,7 @@ def run_one(run: dict, path, folder, method: str, share: float):
     (`stable`) or after a decay of `share` of its length that branches off (`decay`). A row is appended as each point is
     known. What a kill leaves behind is gone on with. A run that diverges has the loss inf there and at all later points."""
     c, done = replace(run["c"], schedule="constant", decay_fraction=train.FLAGS["decay_fraction"].default), rows_done(path)
-    out = Path(folder, f"{c.n_layer}x{c.n_embd}-{c.lr:.3e}-{c.seed}")
+    out = Path(folder, f"{c.n_layer}x{c.n_embd}-{c.lr:.3e}-{c.seed}" + ("-decay" if method == "decay" else ""))
     key = {"N": run["N"], "lr": c.lr, "seed": c.seed, "n_layer": c.n_layer, "n_embd": c.n_embd, "method": method}
     diverged = False
     for steps in run["steps"]:
@@ -172,6 +172,8 @@ def run_one(run: dict, path, folder, method: str, share: float):
         point = {"loss": math.inf, "flops": 0, "seconds": 0}
         until = steps if method == "stable" else max(c.warmup_steps, round((1 - share) * steps))
         trunk = str(out / "ckpt.pt") if (out / "ckpt.pt").exists() else ""
+        if trunk and not diverged and load_checkpoint(trunk)["step"] > until:
+            raise BadInput(f"--tokens={D}: the run in {out} is past step {until}, where that would be read; name another --folder")
         try:
             if not diverged:
                 stretch = replace(c, steps=until, eval_every=until, save_every=until, out_dir=str(out), resume=trunk)
@@ -348,8 +350,8 @@ def predict_law(law: dict, N, D, level: float = 0.9) -> dict:
 
 def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
     """Rows of a CSV with a header as dicts of N, D, lr, loss (numbers) and group (a text), and how many were left out
-    as diverged (a loss that is inf or nan). columns: the names in the file; group may be several, separated by
-    commas."""
+    as diverged (a loss that is inf or nan) or as another seed of what diverged, whose survivors alone would flatter that
+    rate. columns: the names in the file; group may be several, separated by commas."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             table = list(csv.DictReader(file))
@@ -361,20 +363,27 @@ def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
     if missing := [f"--{k}={columns[k]}" for k in ("N", "D", "lr", "loss") if columns[k] not in table[0]] + [
             f"--group={g}" for g in groups if g not in table[0]]:
         raise BadInput(f"{path}: no such column: {', '.join(missing)}; there are {', '.join(filter(None, table[0]))}")
-    runs, diverged = [], 0
+    methods = {row["method"] for row in table if row.get("method")}
+    if len(methods) > 1 and "method" not in groups:
+        raise BadInput(f"{path}: runs of {len(methods)} methods, {' and '.join(sorted(methods))}, whose losses do not compare; "
+                       "--group=method keeps them apart")
+    runs, diverged = [], set()
     for i, row in enumerate(table, start=2):
         try:
             run = {k: float(row[columns[k]]) for k in ("N", "D", "lr", "loss")}
         except (TypeError, ValueError):
             raise BadInput(f"{path}, line {i}: {columns['N']}, {columns['D']}, {columns['lr']} and {columns['loss']} must be "
                            "numbers") from None
+        if None in row.values():
+            raise BadInput(f"{path}, line {i}: fewer columns than the header")
+        run["group"] = ",".join(row[g] for g in groups)
         if not math.isfinite(run["loss"]):
-            diverged += 1
-            continue
-        if not all(0 < run[k] < math.inf for k in ("N", "D", "lr")):
+            diverged.add(tuple(run[k] for k in ("N", "D", "lr", "group")))
+        elif not all(0 < run[k] < math.inf for k in ("N", "D", "lr")):
             raise BadInput(f"{path}, line {i}: {columns['N']}, {columns['D']} and {columns['lr']} must be positive")
-        runs.append(run | {"group": ",".join(row[g] for g in groups)})
-    return runs, diverged
+        runs.append(run)
+    kept = [r for r in runs if math.isfinite(r["loss"]) and tuple(r[k] for k in ("N", "D", "lr", "group")) not in diverged]
+    return kept, len(runs) - len(kept)
 
 
 def slices_of(runs) -> dict[tuple, tuple[np.ndarray, np.ndarray]]:
@@ -527,14 +536,13 @@ def published(name: str, N: float, D: float, anchor=None) -> float:
     if name not in LAWS | RATIOS:
         raise BadInput(f"--law={name}: no file and no published law; those are {', '.join(LAWS | RATIOS)}")
     rate = (LAWS | RATIOS)[name][3]
-    if anchor:
-        return anchor[2] * rate(N, D) / rate(*anchor[:2])
-    if name in RATIOS:
+    if name in RATIOS and not anchor:
         raise BadInput(f"--law={name}: its units are not known, so it gives ratios only: --anchor=N,D,LR, a point of yours, is "
                        "needed")
-    if rate(N, D) <= 0:
-        raise BadInput(f"--law={name}: gives {rate(N, D):.3g} at --n_params={N:g}, far beyond where it was made")
-    return rate(N, D)
+    for n, d in [(N, D)] + ([anchor[:2]] if anchor else []):
+        if rate(n, d) <= 0:
+            raise BadInput(f"--law={name}: gives {rate(n, d):.3g} at {n:g} parameters, far beyond where it was made")
+    return anchor[2] * rate(N, D) / rate(*anchor[:2]) if anchor else rate(N, D)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -788,11 +796,10 @@ def plot_fit(runs, fitted, law, path):
     """Left: losses over lr with their parabolas. Right: optima over D by N with the law and its interval."""
     plt = plotting(path)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    sizes = sorted({f["N"] for f in fitted})
+    sizes, slices = sorted({f["N"] for f in fitted}), slices_of(runs)
     for f in fitted:
         color = f"C{sizes.index(f['N'])}"
-        points = sorted((r["lr"], r["loss"]) for r in runs if (r["N"], r["D"], r["group"]) == (f["N"], f["D"], f["group"]))
-        lr, loss = np.array(points).T
+        lr, loss = slices[f["N"], f["D"], f["group"]]
         valley = basin(loss)
         left.plot(lr[valley], loss[valley], ".", color=color)
         fine = np.geomspace(lr[valley].min(), lr[valley].max(), 50)
@@ -829,7 +836,10 @@ def fit_command(a) -> str:
     optima = near_optima(runs) if a.joint else [f for f in fitted if f["inside"]]
     if not optima:
         raise BadInput(f"{a.runs}: no slice has its optimum inside the swept rates; at least 3 rates around it are needed")
-    law = fit_law(*([o[k] for o in optima] for k in ("N", "D", "lr")))
+    try:
+        law = fit_law(*([o[k] for o in optima] for k in ("N", "D", "lr")))
+    except BadInput as e:
+        raise BadInput(f"{a.runs}: {e}") from None
     for name, k in (("N", "b"), ("D", "c")):
         if (law[k] is None) != (a.fixed == name):
             raise BadInput(f"{a.runs}: --fixed={name}, but {name} is not the same in all optima" if a.fixed == name else
@@ -952,6 +962,8 @@ def main(argv):
     for name in ("jobs", "flops_per_second"):
         if not 0 < getattr(a, name, 1) < math.inf:
             raise BadInput(f"--{name}={getattr(a, name):g}: must be positive")
+    if (a.command == "sweep" or a.command == "transfer" and a.lrs) and not (a.folder or Path(a.csv).suffix):
+        raise BadInput(f"{a.csv}: a name such as runs.csv is needed; the runs go to the folder of that name without its end")
     if a.command in ("plan", "sweep"):
         runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, argv[at + 1:])
         if a.command == "plan":

@@ -770,6 +770,12 @@ def tokenizer_id(d: dict) -> str:
     return hashlib.sha256(rules.encode()).hexdigest()[:16]
 
 
+def checkpoint_file(name) -> str:
+    """The checkpoint in a run's folder, for the folder's name; any other name as it is."""
+    inside = Path(name, "ckpt.pt")
+    return str(inside if inside.is_file() else name)
+
+
 def load_checkpoint(path, device="cpu", flag="") -> dict:
     """Read a checkpoint that train.py wrote. Raises BadInput, naming the file, when it is no such thing; `flag` is what
     the user wrote before its name, such as `--resume=`."""
@@ -786,14 +792,22 @@ def load_checkpoint(path, device="cpu", flag="") -> dict:
         raise BadInput(f"{where}: truncated, or no checkpoint at all ({reason})") from None
     if not isinstance(ckpt, dict) or ckpt.get("format") != "nanolet-1":
         raise BadInput(f"{where}: not a nanolet checkpoint (another program's?)")
+    if missing := {"model", "model_config", "tokenizer"} - {*ckpt}:
+        raise BadInput(f"{where}: damaged, without {', '.join(sorted(missing))}")
     return ckpt
 
 
-def model_from_checkpoint(ckpt: dict, device="cpu") -> GPT:
-    """The model of a loaded checkpoint, with its weights."""
+def model_from_checkpoint(ckpt: dict, device="cpu", where="the checkpoint") -> GPT:
+    """The model of a loaded checkpoint, with its weights. Raises BadInput, naming `where`, when they are not its own."""
     names = {f.name for f in fields(ModelConfig)}
-    model = GPT(ModelConfig(**{k: v for k, v in ckpt["model_config"].items() if k in names}))
-    model.load_state_dict(ckpt["model"])
+    try:
+        model = GPT(ModelConfig(**{k: v for k, v in ckpt["model_config"].items() if k in names}))
+        model.load_state_dict(ckpt["model"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise BadInput(f"{where}: damaged, its weights do not fit its settings ({reason})") from None
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise BadInput(f"{where}: has weights that are not finite")
     return model.to(device)
 
 
@@ -844,9 +858,9 @@ def main(argv):
         (not 0 < a.top_p <= 1, f"--top_p={a.top_p}: above 0, at most 1")) if bad]
     if problems:
         raise BadInput("\n       ".join(problems))
-    ckpt = load_checkpoint(a.checkpoint)
+    ckpt = load_checkpoint(checkpoint_file(a.checkpoint))
     enc = tokenizer_from_dict(ckpt["tokenizer"])
-    model = model_from_checkpoint(ckpt, a.device).eval()
+    model = model_from_checkpoint(ckpt, a.device, a.checkpoint).eval()
     ids = [enc.eot_token] + enc.encode_ordinary(a.prompt)
     out = generate(model, torch.tensor([ids] * a.samples, device=a.device), a.tokens, a.temperature, a.top_k, a.top_p,
                    a.seed)

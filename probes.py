@@ -41,8 +41,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from model import (GPT, AffineBlock, BadInput, Cache, ModelConfig, command, device_exists, load_checkpoint,
-                   model_from_checkpoint, param_factor, tokenizer_from_dict)
+from model import (GPT, AffineBlock, BadInput, Cache, Failed, ModelConfig, checkpoint_file, command, device_exists,
+                   load_checkpoint, model_from_checkpoint, param_factor, tokenizer_from_dict)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Linearity
@@ -187,10 +187,10 @@ def open_model(name, device="cpu", dtype=torch.float32):
     from teacher import is_checkpoint, load_pretrained  # here alone: nothing but the measuring of models needs it
     if not device_exists(device):
         raise BadInput(f"--device={device}: no such device here")
-    name = str(Path(name, "ckpt.pt")) if Path(name, "ckpt.pt").exists() else name  # a run's folder
+    name = checkpoint_file(name)
     if is_checkpoint(name):
         ckpt = load_checkpoint(name)
-        model, tokenizer = model_from_checkpoint(ckpt, device).eval().requires_grad_(False), ckpt["tokenizer"]
+        model, tokenizer = model_from_checkpoint(ckpt, device, name).eval().requires_grad_(False), ckpt["tokenizer"]
     else:
         model, tokenizer = load_pretrained(name, device, dtype, flag="")
         ckpt = {"format": "nanolet-1", "tokenizer": tokenizer, "step": 0, "config": {"optimizer": "muon"}}
@@ -260,8 +260,8 @@ def plotting(path: str):
     """matplotlib.pyplot without a screen; refuses names that make no picture."""
     if Path(path).suffix not in (".png", ".pdf", ".svg"):
         raise BadInput(f"--plot={path}: a name that ends in .png, .pdf or .svg is needed")
-    if not Path(path).absolute().parent.is_dir():
-        raise BadInput(f"--plot={path}: no folder {Path(path).parent}")
+    if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
+        raise BadInput(f"--plot={path}: " + ("is a folder" if Path(path).is_dir() else f"no folder {Path(path).parent}"))
     try:
         import matplotlib
     except ImportError:
@@ -457,11 +457,14 @@ def prune_command(a) -> str:
     if not (orders and arms and counts) or max(counts) > most:
         raise BadInput(f"--blocks={a.blocks}: {a.checkpoint} has {c.n_layer} blocks, of which 1 to {most} can go")
     ids = read_contexts(a, whole, enc, 16)
-    source = Path(a.checkpoint)
+    source = Path(checkpoint_file(a.checkpoint))
     out = Path(a.out_dir or (source.parent if is_checkpoint(source) else Path("runs", source.name)) / "pruned") / "ckpt.pt"
     if out.exists():
         raise BadInput(f"--out_dir={out.parent}: holds a checkpoint already; name another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"--out_dir={out.parent}: no folder can be made there ({e.strerror})") from None
     ids, judged = ids[:-(len(ids) // 4)], ids[-(len(ids) // 4):]  # the last quarter is for the losses
     batches, judged = ids.split(min(8, len(ids) // 8)), judged.split(8)
     profile = linearity_profile(whole, batches, a.skip_first)
@@ -485,6 +488,8 @@ def prune_command(a) -> str:
                 if count == max(counts):
                     best = min(best, (loss, order, arm, chosen, model), key=lambda found: found[0])
                 progress.update()
+    if len(best) == 1:
+        raise Failed(f"--arms={a.arms} --distil_lr={a.distil_lr:g}: no model with {max(counts)} blocks gone has a finite loss")
     seconds = dict(zip(shapes, seconds_per_pass(shapes.values(), batches[0])))
     rows = ["| order | arm | blocks | held-out nats | perplexity | parameters | of the whole | speed over the whole |",
             "|---|---|---|---|---|---|---|---|"]
@@ -597,15 +602,16 @@ def run_checkpoints(names) -> list[str]:
     found = []
     for name in names:
         kept = sorted(map(str, Path(name).glob("step-*.pt")))
-        found += kept or [str(Path(name, "ckpt.pt")) if Path(name, "ckpt.pt").exists() else name]
+        found += kept or [checkpoint_file(name)]
     return found
 
 
 def curvature_command(a) -> str:
     """A row a checkpoint; where the folders are NAME-SEED, also each NAME's eigenvalues over those of the first NAME at
     the same step and seed."""
-    if min(a.tokens, a.steps - 1, a.probes, a.micro_batch, a.top) < 1 or not 0 <= a.seed < 2**63:
-        raise BadInput("--tokens, --probes, --top and --micro_batch have to be at least 1, --steps 2, --seed from 0 to 2^63 - 1")
+    if min(a.tokens, a.steps - 1, a.probes, a.micro_batch, a.top) < 1 or a.steps > 10_000 or not 0 <= a.seed < 2**63:
+        raise BadInput("--tokens, --probes, --top and --micro_batch have to be at least 1, --steps from 2 to 10,000, --seed "
+                       "from 0 to 2^63 - 1")
     rows, found, dtype = [], [], DTYPES[a.dtype]
     names = run_checkpoints(a.checkpoints)
     with tqdm(total=len(names) * a.probes * a.steps, unit="product", disable=None) as progress:
@@ -1014,6 +1020,9 @@ def eval_command(a) -> str:
         raise BadInput(f"--stride={a.stride} --batch_tokens={a.batch_tokens} --items={a.items}: a stride from 1 to the "
                        f"context of {model.config.block_size}, a batch and items not negative are needed")
     batch_tokens = a.batch_tokens or (1024 if a.device == "cpu" else 32_768)
+    ids = [enc.eot_token, *read_ids(a.text, enc, a.tokens)] if a.text else []  # as in training
+    if len(ids) == 1:
+        raise BadInput(f"--text={a.text}: no text in it")
     lines, done = [], []
     for path, task in tasks:
         texts = sum(len(choices) for _, choices, _ in task)
@@ -1029,10 +1038,7 @@ def eval_command(a) -> str:
     if len(done) > 1:
         means = [f"{100 * statistics.mean(r[key] for _, r in done):.2f}" for key in ("sum", "per_character", "chance")]
         lines.append(" | ".join(("| mean", f"{sum(r['items'] for _, r in done):,}", *means, "", "", "")) + " |")
-    if a.text:
-        ids = [enc.eot_token, *read_ids(a.text, enc, a.tokens)]  # as in training
-        if len(ids) < 2:
-            raise BadInput(f"--text={a.text}: no text in it")
+    if ids:
         with tqdm(total=-(-(len(ids) - 1) // stride), unit="window", disable=None) as progress:
             r = evaluate_text(model, ids, len(enc.decode_bytes(ids[1:])), stride, batch_tokens, progress)
         lines += [f"{a.text}: {r['nats']:.4f} ± {r['nats_se']:.4f} nats per token, perplexity {r['perplexity']:.3f}, "
@@ -1057,7 +1063,10 @@ def read_metrics(run) -> list[dict]:
                 raise
     except (OSError, ValueError) as e:
         raise BadInput(f"{path}: not the metrics of a run ({e})") from None
-    return [line for line in lines if isinstance(line, dict)]
+    lines, numbers = [line for line in lines if isinstance(line, dict)], ("step", "val_loss", "flops", "seconds")
+    if not all("step" in line and all(isinstance(line[k], (int, float)) for k in numbers if k in line) for line in lines):
+        raise BadInput(f"{path}: not the metrics of a run (a line without a step, or with a text for a number)")
+    return lines
 
 
 def read_evaluations(run) -> list[dict]:
@@ -1067,7 +1076,11 @@ def read_evaluations(run) -> list[dict]:
     if not lines:
         raise BadInput(f"{Path(run) / 'metrics.jsonl'}: no evaluation in it")
     config = Path(run) / "config.json"
-    if config.exists() and lines[-1]["step"] < json.loads(config.read_text())["steps"]:
+    try:
+        unfinished = config.exists() and lines[-1]["step"] < json.loads(config.read_text())["steps"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise BadInput(f"{config}: not the settings of a run ({e!r})") from None
+    if unfinished:
         lines[-1] = {**lines[-1], "val_loss": math.inf, "bits_per_byte": math.inf}
     return lines
 
@@ -1095,12 +1108,12 @@ def mean_sd(values, digits) -> str:
 def by_name_and_seed(runs) -> dict[str, dict[str, list[dict]]]:
     """Folders NAME-SEED as {name: {seed: evaluations}}, in the order they were given."""
     groups = {}
-    for run in runs:
+    for run in dict.fromkeys(str(Path(run)) for run in runs):  # once each: the patterns of a shell overlap
         name, dash, seed = Path(run).name.rpartition("-")
         if not dash or not name:
             raise BadInput(f"{run}: the folder's name has to end in -SEED")
         if seed in groups.setdefault(name, {}):
-            raise BadInput(f"{run}: given twice, or two folders of one name")
+            raise BadInput(f"{run}: the second folder of this name")
         groups[name][seed] = read_evaluations(run)
     return groups
 
@@ -1120,14 +1133,16 @@ def compare(runs) -> str:
         shares = {k: [] for k in ("step", "flops", "seconds")}
         for seed, lines in group.items():
             target = reference[seed][-1]
-            if found := first_reached(lines, target["val_loss"]):
+            if math.isfinite(target["val_loss"]) and (found := first_reached(lines, target["val_loss"])):
                 for k, share in shares.items():
                     share.append(100 * found[k] / target[k] if target[k] else 0.0)
+        beyond = [f["val_loss"] - reference[seed][-1]["val_loss"] for seed, f in final.items()
+                  if math.isfinite(reference[seed][-1]["val_loss"])]
         reached = len(shares["step"])
         note = "" if reached == len(group) else f" ({reached} of {len(group)} seeds)"
         rows.append(" | ".join((
             f"| {name}", str(len(group)), mean_sd([f["val_loss"] for f in final.values()], 4),
-            mean_sd([f["val_loss"] - reference[seed][-1]["val_loss"] for seed, f in final.items()], 4),
+            mean_sd(beyond, 4) if beyond else "the first did not finish",
             mean_sd([f["bits_per_byte"] for f in final.values()], 4),
             *((mean_sd(share, 1) + " %" + note) if share else "never" for share in shares.values()))) + " |")
     return "\n".join(rows)

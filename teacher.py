@@ -51,8 +51,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from model import (END_OF_TEXT, GPT, IGNORE, BadInput, Cache, ModelConfig, command, device_exists, generate,
-                   linear_cross_entropy, load_checkpoint, model_from_checkpoint, rope_tables, tokenizer_from_dict,
+from model import (END_OF_TEXT, GPT, IGNORE, BadInput, Cache, ModelConfig, checkpoint_file, command, device_exists,
+                   generate, linear_cross_entropy, load_checkpoint, model_from_checkpoint, rope_tables, tokenizer_from_dict,
                    tokenizer_id, tokenizer_to_dict)
 
 
@@ -516,13 +516,14 @@ def is_checkpoint(name) -> bool:
 def load_pretrained(name, device="cpu", dtype=torch.float32, flag="--teacher="):
     """(model, tokenizer) of a pretrained model, frozen and in eval mode.
 
-    name: a checkpoint of ours, `smollm2`, a GGUF file, a folder that transformers' save_pretrained wrote, or an id of
+    name: a checkpoint of ours or its folder, `smollm2`, a GGUF file, a folder that transformers' save_pretrained wrote, or an id of
     the Hugging Face hub. model: our GPT where that is the same function, else an HFModel. tokenizer: as checkpoints hold
     it. dtype: of the weights, except a checkpoint's, which keeps its own. flag: what the user wrote before the name."""
+    name = checkpoint_file(name)
     where = f"{flag}{name}"
     if is_checkpoint(name):
         ckpt = load_checkpoint(name, flag=flag)
-        model, tokenizer = model_from_checkpoint(ckpt), ckpt["tokenizer"]
+        model, tokenizer = model_from_checkpoint(ckpt, where=where), ckpt["tokenizer"]
     else:
         tokenizer = load_tokenizer(name, flag)
         n_vocab = tokenizer_from_dict(tokenizer).n_vocab
@@ -545,6 +546,7 @@ def load_pretrained(name, device="cpu", dtype=torch.float32, flag="--teacher="):
 
 def load_tokenizer(name, flag="--teacher=") -> dict:
     """The tokenizer of a pretrained model alone; see load_pretrained."""
+    name = checkpoint_file(name)
     where = f"{flag}{name}"
     if is_checkpoint(name):
         return load_checkpoint(name, flag=flag)["tokenizer"]
@@ -1200,8 +1202,8 @@ def load_reward(name: str):
     def checked(prompts, texts):
         try:
             scores = [float(s) for s in reward(prompts=prompts, completions=texts)]
-        except (TypeError, ValueError) as e:
-            raise BadInput(f"--score={name}: takes prompts and completions, returns a list of numbers ({e})") from None
+        except Exception as e:
+            raise BadInput(f"--score={name}: takes prompts and completions, returns a list of numbers ({e!r})") from None
         if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
             raise BadInput(f"--score={name}: a finite number for each of {len(texts)} texts is needed, not {scores[:4]}")
         return scores
@@ -1226,7 +1228,7 @@ def read_samples(path: Path) -> dict[int, dict]:
     try:
         records = [json.loads(line) for line in data[:size].splitlines()]
         for record in records:
-            record["prompt"], record["text"], record["score"]
+            record["prompt"], record["text"], record["score"] is None or float(record["score"])
         return {record["sample"]: record for record in records}
     except (ValueError, KeyError, TypeError) as e:
         raise BadInput(f"{path}: damaged ({e!r}); delete it, and it is made again") from None
@@ -1286,21 +1288,20 @@ def generate_command(a) -> str:
                 "temperatures": a.temperatures, "seeds": a.seeds, "top_p": a.top_p, "score": a.score,
                 "judge": weights_id(judge) if a.score == "likelihood" else ""}
     config, path = folder / "config.json", folder / "samples.jsonl"
+    done = read_samples(path)
     if config.exists():
         try:
             before = json.loads(config.read_text())
             changed = [k for k, v in settings.items() if before.get(k) != v]
         except (ValueError, AttributeError):
             raise BadInput(f"{config}: damaged, or another program's; name another folder") from None
-        if changed:
+        if changed and done:
             raise BadInput(f"{folder}: holds samples of other {', '.join(changed)}; name another folder")
     elif folder.exists() and any(folder.iterdir()):
         raise BadInput(f"{folder}: is there already, with other things in it; name another folder")
-    else:
-        with whole(config) as tmp:
-            tmp.write_text(json.dumps(settings, indent=1))
+    with whole(config) as tmp:
+        tmp.write_text(json.dumps(settings, indent=1))
 
-    done = read_samples(path)
     V, special = model.config.vocab_size, {*enc._special_tokens.values()}
     tokens = {*enc._mergeable_ranks.values(), *special} if hasattr(enc, "_mergeable_ranks") else range(enc.n_vocab)
     banned = torch.tensor([i for i in range(V) if i not in tokens], dtype=torch.int64, device=a.device)
@@ -1536,9 +1537,11 @@ def export(checkpoint, folder, dtype="fp32") -> str:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{folder}: is there already and not empty; name a new folder")
+    checkpoint = checkpoint_file(checkpoint)
     ckpt = load_checkpoint(checkpoint)
+    model = model_from_checkpoint(ckpt, where=checkpoint)
     try:
-        config, weights = to_hf(model_from_checkpoint(ckpt))
+        config, weights = to_hf(model)
     except BadInput as e:
         raise BadInput(f"{checkpoint}: {e}") from None
     end, torch_dtype = ckpt["tokenizer"]["special"].get(END_OF_TEXT), {
@@ -1617,6 +1620,7 @@ def main(argv):
         (len({*a.seeds}) < len(a.seeds), "seeds", "one of them twice"),
         (not 0 < a.top_p <= 1, "top_p", "above 0, at most 1"),
         (a.best < 0, "best", "not negative"), (not 0 <= a.min_distinct <= 1, "min_distinct", "from 0 to 1"),
+        (a.min_score != a.min_score, "min_score", "a number is needed"), (not a.prompts, "prompts", "a name is needed"),
         (a.min_score is not None and a.score == "none", "min_score", "there is no score with --score=none"),
         (a.best > 0 and a.score == "none", "best", "there is no score with --score=none"),
         (bool(a.judge) and a.score != "likelihood", "judge", "is asked for --score=likelihood alone"),

@@ -3,7 +3,8 @@
     python train.py                                       # a small GPT on Python's own standard library, on this machine
     python train.py --teacher=auto --let_weight=1         # the same, guided by a smaller pretrained teacher (LET)
     torchrun --nproc_per_node=8 train.py --n_layer=12     # eight GPUs of one machine; on CPUs it works too
-    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 train.py      # and with --node_rank=1
+    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 train.py \
+        --batch_tokens=4096                               # and with --node_rank=1 on the other
     python train.py --resume=runs/1/ckpt.pt               # go on where a run stopped, bit for bit on a CPU
 
 Read `train` first: it is the whole loop. Above it stand, in the order it uses them, the flags, the tokens, the
@@ -1666,6 +1667,12 @@ def load_law(path, flag: str) -> dict:
         raise BadInput(f"{flag}={path}: in units of {law.get('units')}, parameters, tokens are needed")
     if missing := {"a", "b", "c", "N", "D", "draws"} - {*law}:
         raise BadInput(f"{flag}={path}: damaged, without {', '.join(sorted(missing))}")
+    try:
+        sound = np.asarray(law["draws"], float).shape[1:] == (3,) and law["draws"] and 0 < law_rate(law, 1e9, 1e10) < math.inf
+    except (TypeError, ValueError, OverflowError):
+        sound = False
+    if not sound:
+        raise BadInput(f"{flag}={path}: damaged, its constants or draws are none of a law's")
     return law
 
 

@@ -2,7 +2,7 @@
 
     python tests/bench.py                              # every part that this machine can run
     python tests/bench.py gpt --json                   # one part, one JSON object a line
-    python tests/bench.py nanogpt --nanogpt=PATH       # against a checkout of nanoGPT, at its shape
+    python tests/bench.py nanogpt --nanogpt=PATH       # against a checkout of nanoGPT; without PATH, its operations
 
 Parts: gpt (AdamW against Muon), let (a step with the teacher, by LET and by RKD, against one without), loss (the chunked
 loss against torch's), eval (scoring in batches against one text per forward pass), optim (Muon against torch's,
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -382,18 +383,52 @@ def split_step(devices):
               sum(v.nbytes for s in muon.state.values() for kept in s.values() for v in kept.values()) / 1e6)
 
 
+class NanoGPT(torch.nn.Module):
+    """The operations of nanoGPT's model, in its order: LayerNorm without bias, GELU, learned positions, one matrix for the
+    embedding and the head, all logits at once. For where no checkout of it is at hand."""
+
+    def __init__(self, block_size, vocab_size, n_layer, n_head, n_embd, bias=False, **_):
+        super().__init__()
+        self.n_head, linear = n_head, partial(torch.nn.Linear, bias=bias)
+        self.wte, self.wpe = torch.nn.Embedding(vocab_size, n_embd), torch.nn.Embedding(block_size, n_embd)
+        self.blocks = torch.nn.ModuleList(torch.nn.ModuleDict({
+            "norm_1": torch.nn.LayerNorm(n_embd, bias=bias), "qkv": linear(n_embd, 3 * n_embd), "proj": linear(n_embd, n_embd),
+            "norm_2": torch.nn.LayerNorm(n_embd, bias=bias), "up": linear(n_embd, 4 * n_embd), "down": linear(4 * n_embd, n_embd),
+        }) for _ in range(n_layer))
+        self.norm, self.head = torch.nn.LayerNorm(n_embd, bias=bias), linear(n_embd, vocab_size)
+        for p in self.parameters():
+            torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 else None
+        self.wte.weight = self.head.weight
+
+    def forward(self, idx, targets):
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
+        for b in self.blocks:
+            q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in b["qkv"](b["norm_1"](x)).chunk(3, dim=-1))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + b["proj"](y.transpose(1, 2).flatten(2))
+            x = x + b["down"](F.gelu(b["up"](b["norm_2"](x))))
+        logits = self.head(self.norm(x))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self, weight_decay, lr, betas, device):
+        groups = [{"params": [p for p in self.parameters() if p.ndim > 1], "weight_decay": weight_decay},
+                  {"params": [p for p in self.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device == "cuda")
+
+
 def bench_nanogpt(a, devices, report):
-    """nanoGPT's own model and optimizer (AdamW, fused where it asks for that) at its small shape against ours."""
-    if not a.nanogpt:
-        return
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(a.nanogpt) / "model.py")
-    nanogpt = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(nanogpt)
+    """nanoGPT's model and optimizer (AdamW, fused where it asks for that) at its small shape against ours: of the checkout
+    at --nanogpt, or else written out again, above."""
+    make = NanoGPT
+    if a.nanogpt:
+        spec = importlib.util.spec_from_file_location("nanogpt_model", Path(a.nanogpt) / "model.py")
+        nanogpt = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(nanogpt)
+        make = lambda **shape: nanogpt.GPT(nanogpt.GPTConfig(**shape))  # noqa: E731
 
     def theirs(bf16):
         torch.manual_seed(0)
-        model = nanogpt.GPT(nanogpt.GPTConfig(block_size=256, vocab_size=4096, n_layer=6, n_head=4, n_embd=256,
-                                              dropout=0.0, bias=False)).to(devices.device)
+        model = make(block_size=256, vocab_size=4096, n_layer=6, n_head=4, n_embd=256, dropout=0.0, bias=False).to(devices.device)
         optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), devices.device.type)
         idx, targets = random_batch(ModelConfig(**NANO), 8, devices.device)
 

@@ -110,6 +110,12 @@ def test_intervals_cover_the_truth_about_nine_times_in_ten(n):
     assert ((0.85 <= covered / 200) & (covered / 200 <= 0.95)).all(), covered / 200
 
 
+def test_a_published_law_far_from_home_is_refused_from_an_anchor_too():
+    for at, anchor in (((1e9, 1e9), (1e11, 1e9, 1e-3)), ((1e12, 1e9), (1e9, 1e9, 1e-3))):
+        with pytest.raises(BadInput, match="--law=kaplan: gives -.* far beyond"):
+            published("kaplan", *at, anchor)
+
+
 def test_one_size_leaves_its_exponent_open():
     D = np.geomspace(1e8, 1e10, 5)
     law = fit_law(np.full(5, 1e7), D, 0.5 * D**-0.2)
@@ -125,6 +131,9 @@ def test_published_laws_have_their_published_values():
     assert published("bjorck", 1e9, 1e9) == pytest.approx(1.55e-3)
     assert published("zhou", 12e9, 5e11, anchor=(4e9, 1.2e11, 1.0)) == pytest.approx(0.475, abs=0.001)
     assert published("step", 4e9, 1.2e11, anchor=(4e9, 1.2e11, 0.5)) == pytest.approx(0.5)
+    by_hand = {"kaplan": 3.481e-4, "deepseek": 9.638e-4, "porian": 2.129e-3, "minicpm": 0.01, "ling": 9.850e-4}
+    for name, rate in by_hand.items():
+        assert published(name, 1e9, 2e10) == pytest.approx(rate, rel=1e-3), name
     for name in LAWS:
         assert 1e-5 < published(name, 1e9, 2e10) < 2e-2, name
     for name in RATIOS:
@@ -421,6 +430,25 @@ def test_a_foreign_or_unwritable_table_is_refused_and_kept(tmp_path, tiny_sweep,
     ("bjorck", 10, 10, 10**-0.32, 1, 1, 1), ("none", 4, 4, 1, 1, 1, 1)])
 def test_rules_of_horizon_and_batch(rule, steps, tokens, lr, decay, beta, eps):
     assert horizon_factors(steps, tokens, rule) == pytest.approx(dict(lr=lr, decay=decay, beta=beta, eps=eps))
+
+
+def test_stable_and_decayed_readings_of_one_table_neither_share_a_run_nor_a_fit(tmp_path, tiny_sweep):
+    words = ["sweep", str(tmp_path / "runs.csv"), "--sizes=1x16", "--lrs=0.003", *tiny_sweep]
+    at = words.index("--")
+    main([*words[:at], "--tokens=2560", *words[at:]])
+    main([*words[:at], "--tokens=2560", "--method=decay", *words[at:]])
+    assert {r["method"] for r in csv.DictReader(open(tmp_path / "runs.csv"))} == {"stable", "decay"}
+    with pytest.raises(BadInput, match="--tokens=1280: the run in .* is past step 5.*--folder"):
+        main([*words[:at], "--tokens=1280", *words[at:]])
+    with pytest.raises(BadInput, match="2 methods, decay and stable.*--group=method"):
+        read_runs(tmp_path / "runs.csv", {k: k for k in ("N", "D", "lr", "loss", "group")})
+
+
+def test_a_rate_at_which_one_seed_diverged_is_not_scored_by_the_others(tmp_path):
+    path = write_table(tmp_path / "runs.csv", [(1e6, 1e8, 0.01, 2, "a"), (1e6, 1e8, 0.02, 1, "a"), (1e6, 1e8, 0.02, "inf", "a"),
+                                               (1e6, 1e8, 0.02, 3, "b"), (1e6, 2e8, 0.02, 4, "a")])
+    runs, diverged = read_runs(path, dict(N="N", D="D", lr="lr", loss="loss", group="bs"))
+    assert [r["loss"] for r in runs] == [2, 3, 4] and diverged == 2
 
 
 def proxy_table(path, best=0.02, method="stable"):

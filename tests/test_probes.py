@@ -310,8 +310,28 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
 
 
 def test_two_folders_of_one_name_are_refused(tmp_path):
-    with pytest.raises(BadInput, match="two folders of one name"):
+    with pytest.raises(BadInput, match="second folder of this name"):
         compare([write_run(tmp_path / "x" / "a-0", [8, 5]), write_run(tmp_path / "y" / "a-0", [8, 5])])
+
+
+def test_a_folder_that_two_patterns_name_counts_once(tmp_path):
+    runs = [write_run(tmp_path / "a-0", [8, 5]), write_run(tmp_path / "b-0", [8, 4])]
+    assert compare([*runs, runs[0], runs[1] + "/"]) == compare(runs)
+
+
+def test_nothing_is_measured_against_a_run_that_did_not_finish(tmp_path):
+    runs = [write_run(tmp_path / "wild-0", [8, 5, 4]), write_run(tmp_path / "plain-0", [8, 5, 4])]
+    (tmp_path / "wild-0" / "config.json").write_text('{"steps": 30}')
+    assert "| 4.0000 | the first did not finish |" in compare(runs) and compare(runs).splitlines()[3].count("never") == 3
+
+
+@pytest.mark.parametrize("file, text", [("metrics.jsonl", '{"step": 1, "val_loss": "low"}'), ("metrics.jsonl", '{"val_loss": 1}'),
+                                        ("config.json", "{"), ("config.json", "[]"), ("config.json", '{"steps": "x"}')])
+def test_files_that_are_none_of_a_run_are_refused_by_name(tmp_path, file, text):
+    run = write_run(tmp_path / "a-0", [8, 5])
+    (tmp_path / "a-0" / file).write_text(text)
+    with pytest.raises(BadInput, match=f"a-0/{file}: not the"):
+        compare([run])
 
 
 def write_sweep(folder, name, scale=1.0):

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
 import probes
+import teacher
 import train as train_module
 from model import GPT, BadInput, generate, load_checkpoint, model_from_checkpoint
 from optim import logical_pieces, module_of, place_parameters
@@ -316,6 +317,23 @@ def test_what_cannot_be_pruned_is_refused_and_nothing_written(tiny, tmp_path, te
     with pytest.raises(BadInput, match=message):
         probes.main(["prune", str(folder / "ckpt.pt"), f"--text={text}", *flags])
     assert [p.name for p in folder.iterdir()] == ["ckpt.pt"]
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda c: c.pop("tokenizer"), "ckpt.pt: damaged, without tokenizer"),
+    (lambda c: c["model_config"].update(n_embd=8), "ckpt.pt: damaged, its weights do not fit"),
+    (lambda c: c["model_config"].update(n_embd="wide"), "ckpt.pt: damaged, its weights do not fit"),
+    (lambda c: c["model"]["head.weight"].fill_(math.nan), "ckpt.pt: has weights that are not finite")])
+def test_damaged_checkpoints_are_refused_by_name(tiny, tmp_path, text, damage, message):
+    model = tiny_model(vocab_size=257, n_layer=2)
+    ckpt = {"format": "nanolet-1", "model": model.state_dict(), "model_config": dict(vars(model.config)), "config": vars(tiny()),
+            "tokenizer": train_module.named_tokenizer("bytes")}
+    damage(ckpt)
+    torch.save(ckpt, tmp_path / "ckpt.pt")
+    for command in (probes.main, lambda words: teacher.main(["export", words[1], str(tmp_path / "out")])):
+        with pytest.raises(BadInput, match=message):
+            command(["prune", str(tmp_path), f"--text={text}"])
+    assert {p.name for p in tmp_path.iterdir()} == {"text.txt", "ckpt.pt"}
 
 
 def test_a_folder_that_holds_a_checkpoint_is_left_alone(tiny, tmp_path, text):

@@ -52,7 +52,7 @@ def test_prompts_are_beginnings_of_lines_all_different_and_the_seeds(corpus):
     prompts = draw_prompts(documents, ENC, 6, 4, 0)
     lines = {line + "\n" for d in documents for line in d.split("\n")}
     texts = [bytes(ids).decode() for ids in prompts]  # whole characters
-    assert len({*texts}) == 6 and all(any((line + "wörlast").startswith(t[:1]) for line in lines) for t in texts)
+    assert len({*texts}) == 6 and all(any((line + "x").startswith(t) or t.startswith(line) for line in lines) for t in texts)
     assert max(map(len, prompts)) == 4 and [3] == [len(p) for p in prompts if bytes(p).decode() == "日"]
     assert draw_prompts(documents, ENC, 6, 4, 0) == prompts
     with pytest.raises(BadInput, match="--n_prompts=7"):

@@ -4,7 +4,6 @@ import math
 import os
 import random
 import re
-import shlex
 import signal
 import subprocess
 import sys
