@@ -58,12 +58,18 @@ def linearity_penalty(states, kind: str = "cosine", reduction: str = "sum", stop
     held fixed: tokens are averaged here as the loss is; reduction: over blocks, `sum` or `mean`; stop_gradient: which
     of the two states of a pair gets no gradient, `none`, `lower` or `upper`; train.py's --linearity_from says where it
     begins."""
-    terms = []
-    for lower, upper in zip(states, states[1:]):
-        lower, upper = (lower.detach() if stop_gradient == "lower" else lower).float(), (
-            upper.detach() if stop_gradient == "upper" else upper).float()
-        terms.append(1 - F.cosine_similarity(upper, lower, dim=-1).mean() if kind == "cosine"
-                     else (upper - lower).square().sum(-1).mean())
+    def held(t, side):
+        return t.detach() if side == stop_gradient else t
+
+    states, terms = [h.float() for h in states], []
+    if kind == "cosine":  # each norm once: F.cosine_similarity on every pair takes three times as long
+        norms = [torch.linalg.vector_norm(h, dim=-1).clamp_min(1e-8) for h in states]
+    for i in range(1, len(states)):
+        a, b = held(states[i - 1], "lower"), held(states[i], "upper")
+        if kind == "cosine":
+            terms.append(1 - ((a * b).sum(-1) / (held(norms[i - 1], "lower") * held(norms[i], "upper"))).mean())
+        else:
+            terms.append((b - a).square().sum(-1).mean())
     return torch.stack(terms).sum() if reduction == "sum" else torch.stack(terms).mean()
 
 

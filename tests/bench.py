@@ -4,11 +4,12 @@
     python tests/bench.py gpt --json                   # one part, one JSON object a line
     python tests/bench.py nanogpt --nanogpt=PATH       # against a checkout of nanoGPT; without PATH, its operations
 
-Parts: gpt (AdamW against Muon), let (a step with the teacher, by LET and by RKD, against one without), loss (the chunked
-loss against torch's), eval (scoring in batches against one text per forward pass), optim (Muon against torch's,
-multipliers, the split over ranks), mixers (attention against Mamba-2 by length, the scan against one einsum), nanogpt,
-124m (CUDA: GPT-2's shape, compiled and eager, with MFU). The variants of a part take turns, step by step, so
-that a noisy machine slows all of them; the figure is the median over the steps. FLOPs as GPT.flops_per_token counts them.
+Parts: gpt (AdamW against Muon), let (a step with the teacher, by LET and by RKD, or with the linearity regulariser,
+against a plain one), loss (the chunked loss against torch's), eval (scoring in batches against one text per forward
+pass), optim (Muon against torch's, multipliers, the split over ranks), mixers (attention against Mamba-2 by length, the
+scan against one einsum), nanogpt, 124m (CUDA: GPT-2's shape, compiled and eager, with MFU). The variants of a part take
+turns, step by step, so that a noisy machine slows all of them; the figure is the median over the steps. FLOPs as
+GPT.flops_per_token counts them.
 """
 import argparse
 import contextlib
@@ -31,7 +32,7 @@ import torch.nn.functional as F  # noqa: E402
 import train as t  # noqa: E402
 from model import GPT, Cache, ModelConfig, linear_cross_entropy, ssd  # noqa: E402
 from optim import Muon, newton_schulz  # noqa: E402
-from probes import log_likelihoods  # noqa: E402
+from probes import linearity_penalty, log_likelihoods  # noqa: E402
 from teacher import LET, RECIPES, Rival  # noqa: E402
 
 DEFAULT = t.Config()
@@ -49,7 +50,7 @@ def random_batch(config, rows, device):
 
 
 def training_step(config: ModelConfig, rows: int, devices: t.Devices, optimizer="muon", compile=False, teacher=None,
-                  distill="let", multipliers=None):
+                  distill="let", multipliers=None, linearity=""):
     """(a function that makes one training step, the model, FLOPs of the step)."""
     torch.manual_seed(0)
     model = GPT(config).to(devices.device)
@@ -75,9 +76,12 @@ def training_step(config: ModelConfig, rows: int, devices: t.Devices, optimizer=
             if rival:
                 loss = rival.loss(model(idx, head=False)[0], model.head.weight, targets, rival.teach(idx), config.vocab_size)[0]
             else:
-                loss, states = model(idx, targets, hidden=(3,) if let else ())
+                hidden = (3,) if let else tuple(range(config.n_layer + 1)) if linearity else ()
+                loss, states = model(idx, targets, hidden=hidden)
             if let:
                 loss = loss + let(states[0], let.teach(idx))[0]
+            if linearity:
+                loss = loss + 0.5 * linearity_penalty(states, linearity)
         loss.backward()
         if multipliers:
             multipliers.split_gradients()
@@ -144,15 +148,17 @@ def bench_gpt(a, devices, report):
 
 
 def bench_let(a, devices, report):
-    """A step while the teacher runs, by LET and by RKD, over one without; beside it the same ratio in FLOPs."""
+    """A step while the teacher runs, by LET and by RKD, and one with the linearity regulariser, over a plain one; beside it
+    the same ratio in FLOPs."""
     config = shape_of(DEFAULT)
     strings = [bytes([i]) for i in range(256)] + [bytes([i // 256, i % 256]) for i in range(DEFAULT.vocab_size - 257)]
     tokenizer = t.make_tokenizer("bench", {token: rank for rank, token in enumerate(strings)}, t.PATTERN)
     teacher = t.model_config(t.auto_teacher(DEFAULT, tokenizer), config.vocab_size)
     made = {"plain": training_step(config, DEFAULT.micro_batch, devices)}
     made |= {n: training_step(config, DEFAULT.micro_batch, devices, teacher=teacher, distill=n) for n in ("let", "rkd")}
-    seconds = take_turns({n: m[0] for n, m in made.items()}, a.seconds, devices)
-    for n in ("let", "rkd"):
+    made |= {n: training_step(config, DEFAULT.micro_batch, devices, linearity=n) for n in ("cosine", "mse")}
+    seconds = take_turns({n: m[0] for n, m in made.items()}, 2 * a.seconds, devices)
+    for n in ("let", "rkd", "cosine", "mse"):
         report(name=f"{n} over plain", ms_plain=1e3 * seconds["plain"], ms=1e3 * seconds[n],
                time_ratio=seconds[n] / seconds["plain"], flops_ratio=made[n][2] / made["plain"][2])
 

@@ -231,6 +231,13 @@ def test_penalty_stops_the_gradient_where_it_is_told(stop, free):
     assert {i for i, h in enumerate(states) if h.grad is not None and h.grad.any()} == free
     if stop == "lower":  # state 1 is moved towards state 0 alone
         torch.testing.assert_close(states[1].grad, (2 * (states[1] - states[0]) / 2).detach(), rtol=1e-5, atol=1e-6)
+    states, same = ([randn(2, 3, 4, seed=i).requires_grad_() for i in range(3)] for _ in range(2))
+    linearity_penalty(states, "cosine", stop_gradient=stop).backward()
+    for a, b in zip(same, same[1:]):
+        (1 - F.cosine_similarity(a.detach() if stop == "lower" else a, b.detach() if stop == "upper" else b, dim=-1)).mean().backward()
+    for h, other in zip(states, same):
+        torch.testing.assert_close(h.grad if h.grad is not None else 0 * h, other.grad if other.grad is not None else 0 * h,
+                                   rtol=1e-5, atol=1e-6)
 
 
 def test_the_penalty_in_a_run_pulls_states_together_and_is_none_at_weight_0(tiny, tmp_path):
