@@ -516,9 +516,10 @@ def is_checkpoint(name) -> bool:
 def load_pretrained(name, device="cpu", dtype=torch.float32, flag="--teacher="):
     """(model, tokenizer) of a pretrained model, frozen and in eval mode.
 
-    name: a checkpoint of ours or its folder, `smollm2`, a GGUF file, a folder that transformers' save_pretrained wrote, or an id of
-    the Hugging Face hub. model: our GPT where that is the same function, else an HFModel. tokenizer: as checkpoints hold
-    it. dtype: of the weights, except a checkpoint's, which keeps its own. flag: what the user wrote before the name."""
+    name: a checkpoint of ours or its run's folder, `smollm2`, a GGUF file, a folder that transformers' save_pretrained
+    wrote, or an id of the Hugging Face hub. model: our GPT where that is the same function, else an HFModel. tokenizer:
+    as checkpoints hold it. dtype: of the weights, except a checkpoint's, which keeps its own. flag: what the user wrote
+    before the name."""
     name = checkpoint_file(name)
     where = f"{flag}{name}"
     if is_checkpoint(name):

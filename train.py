@@ -3,8 +3,8 @@
     python train.py                                       # a small GPT on Python's own standard library, on this machine
     python train.py --teacher=auto --let_weight=1         # the same, guided by a smaller pretrained teacher (LET)
     torchrun --nproc_per_node=8 train.py --n_layer=12     # eight GPUs of one machine; on CPUs it works too
-    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 train.py \
-        --batch_tokens=4096                               # and with --node_rank=1 on the other
+    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 train.py --batch_tokens=4096
+                                                          # two machines; the other one's has --node_rank=1
     python train.py --resume=runs/1/ckpt.pt               # go on where a run stopped, bit for bit on a CPU
 
 Read `train` first: it is the whole loop. Above it stand, in the order it uses them, the flags, the tokens, the
