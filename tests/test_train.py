@@ -460,7 +460,7 @@ def let_flags(small_teacher):
 
 def test_the_projection_learns_at_the_laws_rate_and_at_the_rate_of_now_when_resumed(tiny, small_teacher, tmp_path):
     law = {"version": t.LAW_VERSION, "units": "parameters, tokens", "a": math.log(0.01), "b": 0.0, "c": 0.0, "N": [1, 2],
-           "D": [1, 2], "draws": []}
+           "D": [1, 2], "draws": [[0.0, 0.0, 0.0]]}
     (tmp_path / "law.json").write_text(json.dumps(law))
     flags = dict(teacher=small_teacher, let_student_layer=1, let_resize="project", let_stop=8)
     ckpt = t.train(tiny(**flags, steps=4, lr=0.0, lr_law=str(tmp_path / "law.json")))["checkpoint"]
