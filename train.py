@@ -157,7 +157,7 @@ class Config:
     init_from_teacher: bool = flag(False, "begin as evenly spaced blocks of a deeper teacher of ours, the first and "
                                    "the last among them")
     let_weight: float = flag(0.1, "LET: lambda_0, weight of the alignment at step 0; 0.1 is the paper's")
-    let_stop: float = flag(0.3, "LET: S_stop, where the weight reaches 0: steps, or a fraction of the run if below 1")
+    let_stop: float = flag(0.3, "LET: S_stop, where the weight reaches 0: steps, or a fraction of the run if 1 or less")
     let_student_layer: int = flag(3, "LET: block of the student whose state is guided, from 1; 0 is the embedding")
     let_teacher_layer: int = flag(-1, "LET: block of the teacher that guides, from 1; -1 is the last")
     let_teacher_norm: bool = flag(True, "LET: take the teacher's state after its final norm")
@@ -179,8 +179,8 @@ class Config:
     distill_on_policy: float = flag(-1.0, "rivals: share of the steps that train on the student's own continuations; "
                                     "gkd's own is 0.5")
     distill_new_tokens: int = flag(128, "rivals: tokens of such a continuation, at the end of each sequence")
-    distill_stop: float = flag(-1.0, "rivals: where plain training takes over: steps, or a fraction of the run if "
-                               "below 1; 0: never; salt's own is 0.17")
+    distill_stop: float = flag(-1.0, "rivals: where plain training takes over: steps, or a fraction of the run if 1 "
+                               "or less; 0: never; salt's own is 0.17")
     # linearity
     linearity: str = flag("none", "regulariser that pulls neighbouring states together: none, cosine or mse",
                           ("none", "cosine", "mse"))
@@ -302,7 +302,7 @@ def recipe_of(c: Config) -> Recipe:
 def stop_of(c: Config, steps: int) -> int:
     """The step from which the teacher is not called, for shares of a run of `steps`."""
     stop = c.let_stop if c.distill == "let" else recipe_of(c).stop
-    return (round(stop * steps) if stop < 1 else int(stop)) if stop or c.distill == "let" else sys.maxsize
+    return (round(stop * steps) if stop <= 1 else int(stop)) if stop or c.distill == "let" else sys.maxsize
 
 
 def check(c: Config, world: int = 1):
@@ -397,7 +397,7 @@ def check(c: Config, world: int = 1):
     for name in ("distill_beta", "distill_on_policy"):
         need(getattr(c, name) <= 1, name, why="must be in [0, 1]")
     need(c.distill_stop < 1 or c.distill_stop == int(c.distill_stop), "distill_stop", why="a whole number of steps, or "
-         "a fraction below 1")
+         "a fraction of the run")
     need(c.distill_new_tokens >= 1, "distill_new_tokens", why="at least 1 is needed")
     if c.distill in RECIPES:
         r = recipe_of(c)
@@ -436,7 +436,7 @@ def check(c: Config, world: int = 1):
              "such block")
         need(c.let_stop > 0, "let_stop", why="must be positive")
         need(c.let_stop < 1 or c.let_stop == int(c.let_stop), "let_stop", why="a whole number of steps, or a fraction "
-             "below 1")
+             "of the run")
     for name in ("let_student_layer", "let_teacher_layer"):
         need(not c.let_pair or getattr(c, name) == FLAGS[name].default, "let_pair", name, why="each names the layers; give one")
     need(c.tokenizer != "teacher" or c.teacher not in ("none", "auto"), "tokenizer", "teacher", why="there is no teacher to "
@@ -1693,7 +1693,8 @@ def branch_decay(c: Config, resumed: dict) -> tuple[Config, int]:
     stop = max(1, stop_of(c, then.steps))
     c = replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps)
     if c.teacher != "none" and stop < sys.maxsize:
-        c = replace(c, **{"let_stop" if c.distill == "let" else "distill_stop": stop})
+        name = "let_stop" if c.distill == "let" else "distill_stop"
+        c = replace(c, **{name: stop if stop > 1 else 1 / c.steps})  # as a share, 1 would be the whole run
     return c, stop
 
 

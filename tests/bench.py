@@ -14,6 +14,7 @@ GPT.flops_per_token counts them.
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -203,11 +204,12 @@ def bench_eval(a, devices, report):
     @torch.no_grad()
     def plain(texts):
         idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in texts], batch_first=True).to(devices.device)
-        log_p = model(idx)[0].log_softmax(-1)
+        log_p = model(idx)[0].float().log_softmax(-1)
         return [log_p[row, range(start - 1, len(ids) - 1), ids[start:]].sum().item() for row, (ids, start) in enumerate(texts)]
 
-    for shape, items in (("choices", [item((30, 91), 4, (10, 41)) for _ in range(64)]),
-                         ("pairs", [item((1, 2), 2, (8, 17)) for _ in range(256)])):
+    shapes = (("choices", [item((30, 91), 4, (10, 41)) for _ in range(64)]), ("pairs", [item((1, 2), 2, (8, 17)) for _ in range(256)]))
+    for dtype, (shape, items) in itertools.product((torch.float32, torch.bfloat16) if devices.bf16 else (torch.float32,), shapes):
+        model.to(dtype)
         ours = log_likelihoods(model, items)
         error = max(abs(x - y) for item, scores in zip(items, ours) for x, y in zip(plain(item), scores))
         ways = {"batched": lambda: log_likelihoods(model, items),
@@ -215,8 +217,8 @@ def bench_eval(a, devices, report):
                 "one text a pass": lambda: [plain([text]) for item in items for text in item]}
         seconds = take_turns(ways, a.seconds / 2, devices, warm_up=1)
         for n, s in seconds.items():
-            report(name=f"{shape}, {n}", texts_per_second=sum(map(len, items)) / s, time_over_ours=s / seconds["batched"],
-                   largest_difference=error)
+            report(name=f"{shape}, {n}, {dtype}", texts_per_second=sum(map(len, items)) / s,
+                   time_over_ours=s / seconds["batched"], largest_difference=error)
 
 
 def kept_for_backward(loss_of) -> int:

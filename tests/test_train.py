@@ -116,6 +116,12 @@ def test_let_weight_is_logged_as_the_formula_has_it(tiny, small_teacher):
     assert logged == pytest.approx([0.8, 0.6, 0.4, 0.2] + [None] * 6)
 
 
+@pytest.mark.parametrize("stop, steps, step", [(0.25, 40, 10), (1.0, 40, 40), (2.0, 40, 2), (40.0, 40, 40), (1 / 40, 40, 1)])
+def test_a_stop_up_to_1_is_a_share_of_the_run_and_above_it_steps(tiny, stop, steps, step):
+    assert t.stop_of(tiny(let_stop=stop), steps) == step
+    assert t.stop_of(tiny(distill="salt", distill_stop=stop), steps) == step
+
+
 @pytest.mark.parametrize("resize", ["interpolate", "project"])
 def test_after_let_stop_the_run_is_bitwise_one_that_never_had_a_teacher(tiny, small_teacher, tmp_path, resize):
     let = dict(teacher=small_teacher, let_weight=1.0, let_stop=5, let_student_layer=1, let_resize=resize)
@@ -382,12 +388,15 @@ def test_a_decay_branches_off_and_is_the_run_planned_to_that_length(tiny, tmp_pa
     assert not again.decay_now, "a branch is resumed as any run"
 
 
-def test_a_decay_keeps_the_trunks_let_stop(tiny, small_teacher, tmp_path):
-    flags = dict(teacher=small_teacher, let_student_layer=1, let_stop=0.2, decay_fraction=0.5)
+@pytest.mark.parametrize("share, stop", [(0.2, 8), (0.025, 1)])  # a stop at step 1 is none at share 1 of the branch
+def test_a_decay_keeps_the_trunks_let_stop(tiny, small_teacher, tmp_path, share, stop):
+    flags = dict(teacher=small_teacher, let_student_layer=1, let_stop=share, decay_fraction=0.5)
     trunk = stop_at(tiny(**flags, steps=40, out_dir=str(tmp_path / "trunk")), 5)
-    history = t.train(t.parse_flags([f"--resume={trunk}", "--decay_now", f"--out_dir={tmp_path}/branch"]))["history"]
-    assert {h["step"]: h["let_weight"] for h in history if "let_weight" in h} == pytest.approx(
-        {s + 1: 0.1 * (8 - s) / 8 for s in range(5, 8)})
+    branch = t.train(t.parse_flags([f"--resume={trunk}", "--decay_now", f"--out_dir={tmp_path}/branch"]))
+    assert {h["step"]: h["let_weight"] for h in branch["history"] if "let_weight" in h} == pytest.approx(
+        {s + 1: 0.1 * (8 - s) / 8 for s in range(5, stop)})
+    kept = t.Config(**load_checkpoint(tmp_path / "branch/ckpt.pt")["config"])
+    assert t.stop_of(kept, kept.steps) == stop
 
 
 @pytest.mark.parametrize("flags, words, message", [
