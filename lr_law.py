@@ -9,12 +9,13 @@
     python lr_law.py coordcheck --plot=check.png                              # that its activations move alike at every size
 
 The procedure of Zhou et al. 2026 (arXiv 2601.05049): at each size N and number of tokens D the loss is a parabola in
-the log of the learning rate, whose lowest point is found from a few rates; at each size and rate the loss falls with D
-as a power law, so that longer runs can be guessed from shorter ones; and the lowest points lie on a plane in ln N and
-ln D. Only texts derived from the paper could be read: see each docstring for what it leaves open.
+the log of the learning rate, whose lowest point is found from a few rates; at each size the least loss falls with D as
+a power law, so that longer runs can be guessed from shorter ones; and the lowest points lie on a plane in ln N and ln D,
+which is the law. Only texts derived from the paper could be read: see each docstring for what it leaves open.
 
 Names and symbols
-    N, D        parameters of a model, tokens that it was trained on: two columns of a table of runs
+    N, D        parameters of a model (without its embedding, where `sweep` counts them), tokens that it was trained on:
+                two columns of a table of runs
     eta, lr     peak learning rate; eta* the one of least loss
     L           loss in nats per token
     group       what else tells runs apart, such as the batch: only runs of one group are held against each other

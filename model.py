@@ -2,20 +2,22 @@
 
     python model.py runs/1/ckpt.pt --prompt "def " --tokens 200
 
-A decoder-only model in the style of Llama and Qwen3: pre-norm RMSNorm, rotary positions, grouped-query attention,
-gated MLP, no biases. In place of attention, or beside it, Mamba-2 (`--mixer`); in place of the MLP, a mixture of
-experts (`--n_experts`). Read it from `GPT.forward` upwards or from the top downwards.
+A decoder-only model in the style of Llama and Qwen3: pre-norm RMSNorm, rotary positions, grouped-query attention, an
+MLP (squared ReLU, gated or GELU), no biases but in Mamba-2 and in AffineBlock. In place of attention, or beside it,
+Mamba-2 (`--mixer`); in place of the MLP, a mixture of experts (`--n_experts`). Read it from `GPT.forward` upwards or
+from the top downwards.
 
 Names and symbols
     B, T, C     sequences in a batch, tokens in a sequence, width of the residual stream (n_embd, d_model in papers)
     H, H_kv, D  query heads, key/value heads, channels of one head (head_dim, C / H where nothing else is asked for)
     mixer       what moves information between tokens: attention, Mamba-2, or both side by side
-    E, k        experts, and experts that each token goes to
+    E, k        experts, and experts that each token goes to (experts_per_token)
+    P, N, G, Q  Mamba-2: channels of a head, numbers of state per channel, groups, tokens of a chunk
     V           vocabulary size; V_pad is V rounded up to a multiple of 64, which matrix units like
     x           the residual stream, (B, T, C)
     state k     x after block k; blocks are numbered from 1 and state 0 is the output of the embedding
     rope        rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves paired as in Llama
-    nats        the unit of every loss here: mean negative log-likelihood per token, natural logarithm
+    nats        the unit of the loss: mean negative log-likelihood per token, natural logarithm
 """
 import argparse
 import hashlib

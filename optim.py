@@ -1,7 +1,7 @@
 """optim.py: how weights change. AdamW, Muon, learnable multipliers, gradient clipping, learning-rate schedules.
 
 AdamW is torch's. Muon is here: momentum, then the nearest (semi-)orthogonal matrix to it, as the update of every
-weight matrix inside the blocks. Embedding, head and gains stay with AdamW: a row of the embedding is a token's own
+weight matrix inside the blocks. Embedding, head and all vectors stay with AdamW: a row of the embedding is a token's own
 vector, not a map between two spaces, so the spectral argument for Muon does not apply to it.
 
 Learnable multipliers (Velikanov et al. 2026, arXiv 2601.04890) are here too. A matrix that is trained with weight decay
@@ -16,7 +16,8 @@ Names and symbols (the papers' own)
     W~, G       the matrix that the forward pass uses, and dL/dW~; without multipliers W~ is W itself
     r, c, s     multipliers of W's rows (out,) and columns (in,), or of all of it (1,): W~_ij = r_i W_ij c_j, or s W_ij
     m           momentum buffer, an exponential moving average of dL/dW with factor mu (Jordan et al. 2024, muon.py)
-    O           the orthogonalised update: U V^T of the singular value decomposition m = U S V^T, approximately
+    u           what is orthogonalised: Nesterov's g + mu (m - g) with g = dL/dW, or m itself
+    O           the orthogonalised update: U V^T of the singular value decomposition u = U S V^T, approximately
     eta, lambda learning rate and weight decay; decay is decoupled, W <- (1 - eta lambda) W (Loshchilov & Hutter 2019)
     kappa       the factor on O that depends on the shape: `--muon_scale`, see muon_scale()
     piece       a logical matrix within a stored one: q, k and v of the tensor qkv are three pieces

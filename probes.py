@@ -21,7 +21,7 @@ Names and symbols
     run         a folder that train.py wrote; its metrics.jsonl is what is read here
     seed        what follows the last dash of its name; runs that differ in it alone are one row of a table
     x           of a sweep: the number between @ and the seed, such as a factor on a learning rate
-    piece       a kind of logical matrix: q, k, v, o, gate, up, down, embed, head
+    piece       a kind of logical matrix: q, k, v, o, gate, up, down, embed, head, router, affine; z, x, B, C, dt, out of Mamba-2
 """
 import argparse
 import copy
@@ -49,8 +49,8 @@ from model import (GPT, AffineBlock, BadInput, Cache, Failed, ModelConfig, check
 
 
 def linearity_penalty(states, kind: str = "cosine", reduction: str = "sum", stop_gradient: str = "none"):
-    """The pretraining regulariser (the paper's section 4): it pulls neighbouring states together, and the score above
-    is reported to fall, as blocks do more of their work off the line. 0-d, float32.
+    """The pretraining regulariser (the paper's section 4): it pulls neighbouring states together, and the residual-free
+    score is reported to fall, as blocks do more of their work off the line. 0-d, float32.
 
         cosine: sum_i mean over tokens of 1 - cos(h_i, h_{i-1});    mse: sum_i mean over tokens of ||h_i - h_{i-1}||^2
 

@@ -1,4 +1,9 @@
-"""teacher.py: what a frozen, already trained model can teach. Loading teachers, ours and published ones; LET; its rivals.
+"""teacher.py: what a frozen, already trained model can teach. Loading teachers, ours and published ones; LET; its rivals;
+learning from text that a teacher wrote; and the way out, as a Hugging Face folder.
+
+    python train.py --teacher=auto --let_weight=3                      # learn from one: flags of train.py
+    python teacher.py generate runs/1/ckpt.pt samples --n_prompts=200  # let one write text to train on
+    python teacher.py export runs/1/ckpt.pt folder                     # for transformers, vLLM, llama.cpp
 
 Late-to-early training (LET, Zhao et al. 2026, arXiv 2602.05393): a small pretrained teacher T reads the same tokens as
 the larger student M. T's *late* state guides one of M's *early* blocks, and only *early* in training:
@@ -12,7 +17,8 @@ its docstring here says so.
 Names and symbols
     M, T                student and teacher; d_M, d_T their widths
     h_M^(k)             let_student_layer: M's residual stream after block k, before any norm; (B, T, d_M)
-    h_T^(L_T)           let_teacher_layer: T's state after its last block; -1 counts from the end; (B, T, d_T)
+    h_T^(L_T)           let_teacher_layer: T's state after that block, -1 being the last, and through T's final norm
+                        unless --let_teacher_norm=false; (B, T, d_T)
     lambda_0, S_stop    let_weight, let_stop (in optimizer steps here; train.py also takes a fraction of the run)
     s                   optimizer steps taken so far, from 0
     L_proj              let_loss: `cosine`, or `logsum` (Miles & Mikolajczyk 2023, arXiv 2303.11098)

@@ -1,14 +1,14 @@
 """train.py: one training run: flags, tokens, the loop, evaluation, checkpoints, one device or many.
 
     python train.py                                       # a small GPT on Python's own standard library, on this machine
-    python train.py --teacher=auto --let_weight=1         # the same, guided by a smaller pretrained teacher (LET)
+    python train.py --teacher=auto --let_weight=3         # the same, guided by a smaller teacher, trained first (LET)
     torchrun --nproc_per_node=8 train.py --n_layer=12     # eight GPUs of one machine; on CPUs it works too
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 train.py --batch_tokens=4096
                                                           # two machines; the other one's has --node_rank=1
     python train.py --resume=runs/1/ckpt.pt               # go on where a run stopped, bit for bit on a CPU
 
-Read `train` first: it is the whole loop. Above it stand, in the order it uses them, the flags, the tokens, the
-devices and the checkpoint.
+Read `run` first, near the end: it is the whole loop (`train` only wraps it). Above it stand the flags, the tokenizers,
+the tokens, the devices, checkpoints and evaluation; below it what it calls for laws, decays and the automatic teacher.
 
 Names and symbols
     step            optimizer steps taken so far; N in the papers' tables of runs is the model's size, D its tokens
