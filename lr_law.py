@@ -29,6 +29,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,9 @@ def planned_runs(sizes: str, lrs: str, tokens: str, seeds: str, flags: list[str]
             steps = sorted({max(1, round(D / c.batch_tokens)) for D in numbers("--tokens", tokens)})
             c = replace(c, steps=steps[-1], warmup_steps=min(c.warmup_steps, steps[0]))
             train.check(c)
+            if c.teacher == "auto":
+                raise BadInput("--teacher=auto: depends on the length of a run, which here is read at several; name a checkpoint")
+            c = train.with_stop_in_steps(c, c.steps)
             with torch.device("meta"):
                 model = GPT(train.model_config(c, c.vocab_size))
             runs.append({"c": c, "N": model.num_params() - model.embed.weight.numel(), "steps": steps, "seed": int(seed),
@@ -180,6 +184,7 @@ def run_one(run: dict, path, folder, method: str, share: float):
                 stretch = replace(c, steps=until, eval_every=until, save_every=until, out_dir=str(out), resume=trunk)
                 point = train.train(stretch)
                 if method == "decay" and not point["interrupted"]:
+                    shutil.rmtree(out / f"decay-{steps}", ignore_errors=True)  # what a kill left of it
                     point = train.train(replace(stretch, resume=point["checkpoint"], decay_now=True, schedule="wsd", steps=steps,
                                                 eval_every=steps, out_dir=str(out / f"decay-{steps}")))
         except train.NonFinite:

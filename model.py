@@ -325,8 +325,9 @@ class Mamba2(nn.Module):
         xBC, past = self.conv(torch.cat((x, B, C), dim=-1), None if cache is None else cache.conv)
         x, B, C = F.silu(xBC).split(self.sizes, dim=-1)
         x, B, C = x.view(b, T, self.heads, -1), B.view(b, T, self.groups, -1), C.view(b, T, self.groups, -1)
-        dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)  # (b, T, H), in float32 whatever the autocast
-        A = -self.A_log.exp()
+        full = torch.promote_types(self.A_log.dtype, torch.float32)  # decays need it, whatever the autocast or the weights
+        dt = F.softplus(dt.to(full) + self.dt_bias.to(full))  # (b, T, H)
+        A = -self.A_log.to(full).exp()
         if cache is not None and cache.state is not None and T == 1:
             y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], cache.state)
             y = y[:, None]
@@ -414,7 +415,8 @@ class MoE(nn.Module):
         device = "cpu" if x.is_meta else x.device.type
         if torch.is_autocast_enabled(device):
             rows = rows.to(torch.get_autocast_dtype(device))
-        grouped = x.is_cuda and rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+        strides = (n for weight in (self.up, self.down) for n in weight.shape[1:])  # grouped_mm wants rows of 16 bytes
+        grouped = x.is_cuda and rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm") and not any(n % 8 for n in strides)
         h = expert_products(rows, self.up, counts, grouped)
         if self.kind == "swiglu":
             gate, up = h.chunk(2, dim=-1)
@@ -816,24 +818,29 @@ def model_from_checkpoint(ckpt: dict, device="cpu", where="the checkpoint") -> G
 def device_exists(name: str) -> bool:
     """Whether `name` (cpu, cuda, cuda:1, mps) can hold a tensor on this machine."""
     try:
-        torch.empty(1, device=name)
+        device = torch.device(name)
+        if device.type == "cuda":  # a tensor there would be a context on that GPU, for as long as this process lives
+            return (device.index or 0) < torch.cuda.device_count()
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
         return False
     return True
 
 
 def command(main):
-    """Run a command line: bad input is one message and exit code 2; a run that failed, or a full disk, 1."""
+    """Run a command line: bad input is one message and exit code 2; a run that failed, or a full disk, 1. Of torchrun's
+    processes rank 0 speaks for all, and each other one of what it alone may have met: `alone`, or its disk's errors."""
     try:
         sys.exit(main(sys.argv[1:]))
     except BadInput as e:
-        message, code = str(e), 2
+        message, code, alone = str(e), 2, False
     except Failed as e:
-        message, code = str(e), 1
+        message, code, alone = str(e), 1, getattr(e, "alone", False)
     except OSError as e:
-        message, code = f"{e.filename or 'the disk'}: {e.strerror or e}", 1
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks for all
-        print(f"error: {message}", file=sys.stderr)
+        message, code, alone = f"{e.filename or 'the disk'}: {e.strerror or e}", 1, getattr(e, "alone", True)
+    rank = os.environ.get("RANK", "0")
+    if alone or rank == "0":
+        print(f"error{f' of rank {rank}' if rank != '0' else ''}: {message}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -325,6 +325,7 @@ class Muon(torch.optim.Optimizer):
         if self.world > 1:
             part = part.clone()
             dist.broadcast(part, self.owners[p][k])
+            part = part.cpu()  # or all ranks' shares would stand side by side on every GPU
         return part
 
     def load_state_dict(self, packed):

@@ -945,7 +945,7 @@ def log_likelihoods(model, items, batch_tokens=1024, progress=None) -> list[list
                       reverse=True)
         while rows:
             width = rows[0][0]
-            n = max(1, batch_tokens // width)
+            n = max(1, batch_tokens // (width + (P if device.type != "cpu" else 0)))  # a GPU's memory holds every row's cache
             batch, rows = rows[:n], rows[n:]
             idx, picked = torch.zeros(len(batch), width, dtype=torch.int64), []  # (row, place, token) of what is scored
             for row, (size, _, k, i) in enumerate(batch):

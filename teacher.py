@@ -35,6 +35,7 @@ import glob
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import itertools
 import json
 import math
@@ -578,8 +579,18 @@ def interpolate(h, width: int):
     features next to each other mean anything is not claimed: it is what the paper is reported to do."""
     if h.shape[-1] == width:
         return h
+    if h.is_cuda:  # where torch's kernel walks over the tokens one by one
+        return gather_neighbours(h, width)
     return F.interpolate(h.flatten(0, -2)[:, None], size=width, mode="linear", align_corners=False).view(
         *h.shape[:-1], width)
+
+
+def gather_neighbours(h, width: int):
+    """interpolate, by indices."""
+    x = ((torch.arange(width, device=h.device, dtype=torch.promote_types(h.dtype, torch.float32)) + 0.5) * (h.shape[-1] / width) - 0.5).clamp_min(0)
+    below = x.long()
+    above = (below + 1).clamp_max(h.shape[-1] - 1)
+    return torch.lerp(h[..., below], h[..., above], (x - below).to(h.dtype))
 
 
 def cosine_loss(student, teacher):
@@ -1226,14 +1237,12 @@ def weights_id(model) -> str:
 
 
 def read_samples(path: Path) -> dict[int, dict]:
-    """The records of a samples.jsonl by their number. Half a line at its end, from a kill, is cut off the file."""
+    """The records of a samples.jsonl by their number, but for half a line at its end, from a kill."""
     if not path.exists():
         return {}
     data = path.read_bytes()
-    if (size := data.rfind(b"\n") + 1) < len(data):
-        os.truncate(path, size)
     try:
-        records = [json.loads(line) for line in data[:size].splitlines()]
+        records = [json.loads(line) for line in data[:data.rfind(b"\n") + 1].splitlines()]
         for record in records:
             record["prompt"], record["text"], record["score"] is None or float(record["score"])
         return {record["sample"]: record for record in records}
@@ -1280,11 +1289,14 @@ def generate_command(a) -> str:
     if model.has_attention and 1 + a.prompt_tokens + a.tokens > model.config.block_size:
         raise BadInput(f"--prompt_tokens={a.prompt_tokens} --tokens={a.tokens}: with the end-of-text token more than "
                        f"the teacher's context of {model.config.block_size} tokens")
+    if isinstance(model, HFModel) and "past_key_values" not in inspect.signature(model.base.forward).parameters:
+        raise BadInput(f"{a.teacher}: transformers' {type(model.base).__name__} keeps no past_key_values, with which texts "
+                       "are continued")
     if a.judge:
         judge, its = load_pretrained(a.judge, a.device, dtype, "--judge=")
         judge_enc = tokenizer_from_dict(its)
-    for p in (*model.parameters(), *judge.parameters()) if a.dtype == "bf16" else ():  # a checkpoint's come in fp32;
-        p.data = p.data.to(dtype) if p.ndim > 1 else p.data  # vectors stay so, for Mamba-2's decays
+    for p in (*model.parameters(), *judge.parameters()):  # a checkpoint's come in fp32
+        p.data = p.data.to(dtype)
     if a.score not in ("likelihood", "none"):
         reward = load_reward(a.score)
     prompts = draw_prompts(read_corpus(a.prompts), enc, a.n_prompts, a.prompt_tokens, a.seeds[0])
@@ -1295,6 +1307,8 @@ def generate_command(a) -> str:
                 "temperatures": a.temperatures, "seeds": a.seeds, "top_p": a.top_p, "score": a.score,
                 "judge": weights_id(judge) if a.score == "likelihood" else ""}
     config, path = folder / "config.json", folder / "samples.jsonl"
+    if not config.exists() and folder.exists() and any(folder.iterdir()):
+        raise BadInput(f"{folder}: is there already, with other things in it; name another folder")
     done = read_samples(path)
     if config.exists():
         try:
@@ -1304,8 +1318,8 @@ def generate_command(a) -> str:
             raise BadInput(f"{config}: damaged, or another program's; name another folder") from None
         if changed and done:
             raise BadInput(f"{folder}: holds samples of other {', '.join(changed)}; name another folder")
-    elif folder.exists() and any(folder.iterdir()):
-        raise BadInput(f"{folder}: is there already, with other things in it; name another folder")
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     with whole(config) as tmp:
         tmp.write_text(json.dumps(settings, indent=1))
 

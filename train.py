@@ -4,7 +4,8 @@
     python train.py --teacher=auto --let_weight=3         # the same, guided by a smaller teacher, trained first (LET)
     torchrun --nproc_per_node=8 train.py --n_layer=12     # eight GPUs of one machine; on CPUs it works too
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 train.py --batch_tokens=4096
-                                                          # two machines; the other one's has --node_rank=1
+                                                          # two machines; the other one's has --node_rank=1. They share
+                                                          # the folders of runs and of NANOLET_CACHE
     python train.py --resume=runs/1/ckpt.pt               # go on where a run stopped, bit for bit on a CPU
 
 Read `run` first, near the end: it is the whole loop (`train` only wraps it). Above it stand the flags, the tokenizers,
@@ -20,9 +21,11 @@ Names and symbols
 """
 import contextlib
 import ctypes
+import datetime
 import difflib
 import errno
 import functools
+import gc
 import glob
 import hashlib
 import heapq
@@ -265,7 +268,10 @@ def parse_flags(argv) -> Config:
         if given.get("decay_now"):  # a run of its own, as long as one with this share of decay would be
             share = given.get("decay_fraction", stored["decay_fraction"])
             stored |= {"out_dir": "", "steps": round(ckpt["step"] / (1 - share)) if share < 1 else 0}
-        given = {**stored, **given}
+        c = Config(**{**stored, **given})
+        if c.steps != stored["steps"] and not {"let_stop", "distill_stop"} & given.keys() and not c.decay_now:  # stop as before
+            c = with_stop_in_steps(c, stored["steps"])
+        return c
     return Config(**given)
 
 
@@ -305,6 +311,15 @@ def stop_of(c: Config, steps: int) -> int:
     return (round(stop * steps) if stop <= 1 else int(stop)) if stop or c.distill == "let" else sys.maxsize
 
 
+def with_stop_in_steps(c: Config, steps: int) -> Config:
+    """c with its stop, where that is a share of a run of `steps`, as this number of steps: one of another length stops there
+    too."""
+    stop, name = stop_of(c, steps), "let_stop" if c.distill == "let" else "distill_stop"
+    if c.teacher == "none" or c.distill == "step_by_step" or stop == sys.maxsize:
+        return c
+    return replace(c, **{name: stop if stop > 1 else 1 / c.steps})  # a stop of 1 would be the whole run
+
+
 def check(c: Config, world: int = 1):
     """Refuse values that are out of range or contradict each other, all in one BadInput."""
     bad = []
@@ -338,12 +353,13 @@ def check(c: Config, world: int = 1):
         need(c.param == "completep" or c.param == "mup" and name != "base_n_layer" or getattr(c, name) == FLAGS[name].default,
              name, "param", why="has no effect with it")
     need(c.multiplier_lr > 0, "multiplier_lr", why="must be positive")
-    for name in ("module_lr", "module_decay"):
+    factors = {"module_lr": {}, "module_decay": {}}
+    for name in factors:
         try:
-            factors = module_factors(getattr(c, name))
-            need("head" not in factors or not c.tie_embeddings, name, "tie_embeddings", why="a tied head is the embedding")
-            need("embedding" not in factors or name == "module_lr", name, why="the embedding has no weight decay")
-            need(name != "module_lr" or all(factors.values()), name, why="learning rates must be positive")
+            factors[name] = module_factors(getattr(c, name))
+            need("head" not in factors[name] or not c.tie_embeddings, name, "tie_embeddings", why="a tied head is the embedding")
+            need("embedding" not in factors[name] or name == "module_lr", name, why="the embedding has no weight decay")
+            need(name != "module_lr" or all(factors[name].values()), name, why="learning rates must be positive")
         except ValueError as e:
             need(False, name, why=str(e))
     modules = c.multiplier_modules.split(",")
@@ -360,6 +376,16 @@ def check(c: Config, world: int = 1):
          "(affine), are needed")
     need(len(kinds) == c.n_layer, "layer_pattern", "n_layer", why=f"{len(kinds)} letters for {c.n_layer} blocks")
     need(not c.layer_pattern or c.mixer == "attention", "layer_pattern", "mixer", why="each says what the blocks are; give one")
+    here = {"embedding", "head", *(["router"] if c.n_experts else []), *(["affine"] if "L" in kinds else []),
+            *(["attention", "mlp"] if {*kinds} & {*"AH"} else []), *(["ssm"] if {*kinds} & {*"MH"} else [])}
+    for name, named in [("module_lr", factors["module_lr"]), ("module_decay", factors["module_decay"]), *(
+            [("multiplier_modules", modules)] if c.multiplier_modules != FLAGS["multiplier_modules"].default else [])]:
+        need(not {*MODULES} & {*named} - here, name, why=f"this model has no {', '.join(sorted({*named} - here))}")
+    need(not c.tie_embeddings or c.embedding_lr == FLAGS["embedding_lr"].default, "embedding_lr", "tie_embeddings", why="is for "
+         "an embedding of its own")
+    if not {*kinds} & {*"AH"}:
+        for name in ("mlp", "qk_norm", "n_kv_head"):
+            need(getattr(c, name) == FLAGS[name].default, name, why="no block has attention or an MLP")
     if {*kinds} & {*"MH"}:
         if min(c.expand, c.ssm_head_dim, c.n_groups) >= 1:
             heads, rest = divmod(c.expand * c.n_embd, c.ssm_head_dim)
@@ -402,8 +428,9 @@ def check(c: Config, world: int = 1):
     if c.distill in RECIPES:
         r = recipe_of(c)
         need(r.hard_weight >= 0, "distill_weight", why="above 1 it needs --distill_hard_weight beside it")
-        need(r.teaches() or c.distill_hard_weight == -1, "distill_weight", "distill_hard_weight", why="training is "
-             "plain without the first, and the second has no effect")
+        for name in (n for n in rivals if n != "distill_weight" and not r.teaches() and c.distill != "step_by_step"):
+            need(getattr(c, name) == FLAGS[name].default, "distill_weight", name, why="training is plain without the first, "
+                 "and the second has no effect")
         need(r.on_policy > 0 or c.distill_new_tokens == FLAGS["distill_new_tokens"].default, "distill_new_tokens", "distill",
              why="no step of it trains on the student's own text; --distill_on_policy says what share does")
     if c.distill == "step_by_step":
@@ -461,11 +488,14 @@ def check(c: Config, world: int = 1):
             need(getattr(c, name) == FLAGS[name].default, name, "optimizer", why="is a setting of Muon")
     need(c.momentum > 0.85 or not c.momentum_warmup, "momentum", "momentum_warmup", why="the warm-up begins at 0.85")
     need(c.device == "auto" or device_exists(c.device), "device", why="no such device here")
+    need(world == 1 or ":" not in c.device, "device", why="of several processes each takes one of its own; give cuda")
     if c.out_dir:
         parent = next(p for p in [Path(c.out_dir), *Path(c.out_dir).resolve().parents] if p.exists())
         need(parent.is_dir() and os.access(parent, os.W_OK), "out_dir", why=f"{parent} is no folder to write to")
-        need(c.resume and not c.decay_now or c.dry_run or not (Path(c.out_dir) / "ckpt.pt").exists(), "out_dir", why="holds a run already; "
-             "go on with it by --resume=auto, or name another folder")
+        holds = Path(c.out_dir) / "ckpt.pt"
+        own = c.resume and not c.decay_now and Path(c.resume).resolve() == holds.resolve()
+        need(own or c.dry_run or not holds.exists(), "out_dir", why="holds a run already; go on with it by --resume=auto, or "
+             "name another folder")
     if bad:
         raise BadInput("\n       ".join(bad))
 
@@ -966,7 +996,7 @@ class Devices:
     def peak_flops(self):
         """Of all devices together; None for one that is not in the table."""
         name = self.name()
-        return next((peak * self.world for part, peak in PEAK_FLOPS.items() if part in name), None)
+        return next((peak * self.world for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
     def sync(self):
         if self.device.type == "cuda":
@@ -999,6 +1029,9 @@ def set_up_devices(c: Config) -> Devices:
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if kind == "cuda":
+        here, found = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > found:
+            raise BadInput(f"--nproc_per_node={here}: this machine has {found} GPUs")
         kind = f"cuda:{local}"
     device = torch.device(kind)
     if device.type == "cuda":
@@ -1012,7 +1045,8 @@ def set_up_devices(c: Config) -> Devices:
         libc.mallopt(-1, 2**31 - 1)
     if "RANK" in os.environ and not dist.is_initialized():
         nccl = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
-        dist.init_process_group(**nccl)
+        # The default is minutes, and rank 0 may download and tokenize for hours before the others hear of it.
+        dist.init_process_group(**nccl, timeout=datetime.timedelta(days=1))
     return Devices(device, rank, world, c.dtype == "bf16" or c.dtype == "auto" and has_fast_bf16(device))
 
 
@@ -1028,6 +1062,7 @@ def on_rank_0(work):
             box[1] = e
     dist.broadcast_object_list(box)
     if box[1] is not None:
+        box[1].alone = False  # rank 0 says it
         raise box[1]
     return box[0]
 
@@ -1231,8 +1266,10 @@ def train(c: Config) -> dict:
         try:
             return run(c, stop_signals)
         except torch.OutOfMemoryError as e:
-            raise Failed(f"out of memory with --micro_batch={c.micro_batch}; a lower one needs less "
-                         f"({str(e).splitlines()[0]})") from None
+            failed = Failed(f"out of memory with --micro_batch={c.micro_batch}; a lower one needs less "
+                            f"({str(e).splitlines()[0]})")
+            failed.alone = True  # other ranks may have more
+            raise failed from None
 
 
 def run(c: Config, stop_signals: StopSignals) -> dict:
@@ -1275,7 +1312,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
     if c.teacher != "none" and (guided or c.init_from_teacher and not resumed):
         path = c.teacher
         if path == "auto":
-            t = auto_teacher(c, data.tokenizer)
+            t = auto_teacher(c, data.tokenizer, tokens_id(data))
             path = Path(t.out_dir) / "ckpt.pt"
             done = load_checkpoint(path)["step"] if path.exists() else 0
             if done < t.steps and c.dry_run:  # one of its shape will do
@@ -1348,10 +1385,16 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             for group, now in zip(optimizer.param_groups, settings):  # the flags of now, not of then
                 group.update(now)
         if let_optimizer and resumed["let"]:
+            there, here = ([tuple(p.shape) for p in state.values()] for state in (resumed["let"], let.state_dict()))
+            if there != here or resumed["config"]["let_resize_side"] != c.let_resize_side:
+                raise BadInput(f"--resume={c.resume}: its learned projection, {there[0]}, is of the "
+                               f"{resumed['config']['let_resize_side']}'s states; --let_resize_side={c.let_resize_side} with "
+                               f"--teacher={c.teacher} needs {here[0]}")
             let.load_state_dict(resumed["let"])
             let_optimizer.load_state_dict(resumed["let_optimizer"])
             let_optimizer.param_groups[0].update(lr=c.lr, betas=(c.beta1, c.beta2))
         torch.set_rng_state(resumed["rng"])
+        resumed = states = None  # weights and optimizer states, which live in their places now
     net = model
     if c.compile == "true" or c.compile == "auto" and devices.device.type == "cuda":
         model.compile(dynamic=False)
@@ -1430,8 +1473,10 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             if let and weight == 0:  # from here on the teacher is neither called nor kept
                 report_teacher()
                 let = let_optimizer = None
+                gc.collect()  # a compiled teacher refers to itself
             if rival and step >= let_stop:  # SALT's second part: plain training
                 rival = None
+                gc.collect()
             on_policy = bool(rival) and rival.on_policy(step)
             hidden = (layers[1],) if let else ()
             if linear:
@@ -1456,7 +1501,7 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
                         loss, nll, soft, cosine, agree = rival.loss(x, model.head.weight, targets, rival.teach(idx),
                                                                     enc.n_vocab, hard=not on_policy)
                         align = penalty = balance = router_z = torch.zeros_like(nll)
-                    elif data.train.rows == 2:  # step_by_step: label and rationale, each over its own tokens
+                    elif data.train.rows == 2:  # step_by_step: label and rationale, each over its own tokens in this pass
                         x, states = net(idx, hidden=hidden, head=False)
                         nll, soft = (linear_cross_entropy(x[task::2].flatten(0, 1), model.head.weight, targets[task::2].
                                                           flatten(), enc.n_vocab) for task in (0, 1))
@@ -1690,18 +1735,21 @@ def branch_decay(c: Config, resumed: dict) -> tuple[Config, int]:
                        f"phase, steps {then.warmup_steps} to {stable:.0f}")
     if c.steps <= step:
         raise BadInput(f"--decay_now --steps={c.steps}: the decay would begin at step {step}")
-    stop = max(1, stop_of(c, then.steps))
     c = replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps)
-    if c.teacher != "none" and stop < sys.maxsize:
-        name = "let_stop" if c.distill == "let" else "distill_stop"
-        c = replace(c, **{name: stop if stop > 1 else 1 / c.steps})  # as a share, 1 would be the whole run
-    return c, stop
+    return with_stop_in_steps(c, then.steps), stop_of(c, then.steps)
 
 
-def auto_teacher(c: Config, tokenizer: dict) -> Config:
+def tokens_id(data: Data) -> str:
+    """Tells training tokens apart: by their number, and 64 of their blocks."""
+    idx, _ = data.train.batch(np.linspace(0, len(data.train) - 1, 64).astype(int).tolist())
+    return key(len(data.train), idx.tolist())
+
+
+def auto_teacher(c: Config, tokenizer: dict, tokens: str) -> Config:
     """The run that makes the default small teacher: tied embeddings, the student's blocks or half of them, at most half
     its width and a quarter of its parameters, and a quarter more tokens than the student will see. All else is default
-    and its seed is fixed, so that students of any seed, optimizer and learning rate share it. Kept under a key of that."""
+    and its seed is fixed, so that students of any seed, optimizer and learning rate share it. Kept under a key of that and of
+    the tokens (tokens_id)."""
     vocab_size = tokenizer_from_dict(tokenizer).n_vocab
     shared = ("data", "tokenizer", "vocab_size", "block_size", "batch_tokens", "micro_batch", "device", "dtype", "compile")
 
@@ -1716,7 +1764,7 @@ def auto_teacher(c: Config, tokenizer: dict) -> Config:
                    warmup_steps=min(c.steps // 10, FLAGS["warmup_steps"].default), sample_tokens=0)
         if 0 < t.n_embd and size(t) <= size(c) / 4:
             flags = {k: v for k, v in asdict(t).items() if k not in ("device", "compile", "dtype", "micro_batch")}
-            return replace(t, out_dir=str(cache_dir() / "teachers" / key(flags, tokenizer_id(tokenizer))))
+            return replace(t, out_dir=str(cache_dir() / "teachers" / key(flags, tokenizer_id(tokenizer), tokens)))
     raise BadInput("--teacher=auto: the student is too small for a teacher of a quarter of its parameters")
 
 

@@ -154,7 +154,7 @@ def bench_let(a, devices, report):
     config = shape_of(DEFAULT)
     strings = [bytes([i]) for i in range(256)] + [bytes([i // 256, i % 256]) for i in range(DEFAULT.vocab_size - 257)]
     tokenizer = t.make_tokenizer("bench", {token: rank for rank, token in enumerate(strings)}, t.PATTERN)
-    teacher = t.model_config(t.auto_teacher(DEFAULT, tokenizer), config.vocab_size)
+    teacher = t.model_config(t.auto_teacher(DEFAULT, tokenizer, ""), config.vocab_size)
     made = {"plain": training_step(config, DEFAULT.micro_batch, devices)}
     made |= {n: training_step(config, DEFAULT.micro_batch, devices, teacher=teacher, distill=n) for n in ("let", "rkd")}
     made |= {n: training_step(config, DEFAULT.micro_batch, devices, linearity=n) for n in ("cosine", "mse")}

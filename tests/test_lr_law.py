@@ -11,7 +11,8 @@ from conftest import ROOT, run_python
 
 import train
 from lr_law import (COLUMNS, LAWS, RATIOS, basin, fit_horizon, fit_law, fit_parabola, fit_slices, hold_out, horizon_factors,
-                    interval, loss_horizons, main, near_optima, predict_law, published, read_runs, shape_statistics)
+                    interval, loss_horizons, main, near_optima, planned_runs, predict_law, published, read_runs,
+                    shape_statistics)
 from model import BadInput
 from train import load_law
 
@@ -380,6 +381,33 @@ def test_sweep_by_decays_shards_and_jobs(tmp_path, tiny_sweep):
     planned = train.train(replace(c, n_layer=1, n_embd=16, lr=0.01, steps=10, decay_fraction=0.4, sample_tokens=0,
                                   out_dir=str(tmp_path / "planned")))
     assert shards[0.01, 2560] == pytest.approx(planned["val_loss"], abs=1e-9), "a decay from a stable phase is the planned run"
+
+
+def test_a_sweep_killed_within_a_decay_goes_on(tmp_path, tiny_sweep, monkeypatch):
+    words = ["--sizes=1x16", "--lrs=0.01", "--tokens=1280,2560", "--method=decay", "--decay_share=0.4", *tiny_sweep]
+    main(["sweep", str(tmp_path / "whole.csv"), *words])
+    original = train.train
+
+    def killed_in_the_second_decay(c):
+        result = original(c)
+        if "decay-10" in c.out_dir:
+            raise InterruptedError
+        return result
+
+    monkeypatch.setattr(train, "train", killed_in_the_second_decay)
+    with pytest.raises(InterruptedError):
+        main(["sweep", str(tmp_path / "halved.csv"), *words])
+    monkeypatch.setattr(train, "train", original)
+    main(["sweep", str(tmp_path / "halved.csv"), *words])
+    assert [r["loss"] for r in table(tmp_path / "halved.csv")] == [r["loss"] for r in table(tmp_path / "whole.csv")]
+
+
+def test_runs_of_a_sweep_keep_the_teachers_stop_of_the_longest(tiny_sweep):
+    run, = planned_runs("2x16", "0.01", "1280,2560", "0", [*tiny_sweep[1:], "--teacher=small.pt", "--let_stop=0.5",
+                                                          "--let_student_layer=1"])
+    assert run["steps"] == [5, 10] and [train.stop_of(replace(run["c"], steps=n), n) for n in (5, 10)] == [5, 5]
+    with pytest.raises(BadInput, match="--teacher=auto: depends on the length"):
+        planned_runs("2x16", "0.01", "1280,2560", "0", [*tiny_sweep[1:], "--teacher=auto", "--let_student_layer=1"])
 
 
 def test_a_diverged_run_is_in_the_table_as_such(tmp_path, tiny_sweep):

@@ -9,7 +9,7 @@ from conftest import tiny_model
 
 import train as train_module
 from model import BadInput, load_checkpoint, tokenizer_to_dict
-from teacher import LET, cosine_loss, interpolate, let_weight, load_teacher, logsum_loss
+from teacher import LET, cosine_loss, gather_neighbours, interpolate, let_weight, load_teacher, logsum_loss
 
 torch.set_num_threads(1)
 
@@ -106,9 +106,10 @@ def interpolation_matrix(d, width):
 
 
 @pytest.mark.parametrize("d, width", [(12, 7), (7, 12), (16, 4), (16, 8), (5, 64), (64, 5), (8, 8), (1, 3), (3, 1)])
-def test_interpolation_and_its_gradient_equal_the_formula(d, width):
+@pytest.mark.parametrize("form", [interpolate, gather_neighbours])
+def test_interpolation_and_its_gradient_equal_the_formula(form, d, width):
     h, matrix = randn(2, 3, d, dtype=torch.float64).requires_grad_(), interpolation_matrix(d, width)
-    out, g = interpolate(h, width), randn(2, 3, width, seed=1, dtype=torch.float64)
+    out, g = form(h, width), randn(2, 3, width, seed=1, dtype=torch.float64)
     torch.testing.assert_close(out, h @ matrix.T)
     torch.testing.assert_close(torch.autograd.grad(out, h, g)[0], g @ matrix)
 

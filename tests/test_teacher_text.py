@@ -241,3 +241,13 @@ def test_damaged_samples_and_a_folder_of_other_things_are_refused(checkpoint, co
     with pytest.raises(BadInput, match="mine: is there already, with other things"):
         run(path, tmp_path / "mine", corpus)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes"]
+    (tmp_path / "mine" / "samples.jsonl").write_text('{"mine": 1}')  # without a line's end, as after a kill
+    with pytest.raises(BadInput, match="mine: is there already, with other things"):
+        run(path, tmp_path / "mine", corpus)
+    assert (tmp_path / "mine" / "samples.jsonl").read_text() == '{"mine": 1}'
+
+
+def test_a_model_with_affine_blocks_writes_in_bf16(checkpoint, corpus, tmp_path):
+    _, path = checkpoint(layer_pattern="ALA")
+    run(path, tmp_path / "out", corpus, "--dtype=bf16", "--score=none")
+    assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) > 1

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -459,7 +460,76 @@ def test_contradicting_optimizer_flags_are_listed_at_once(tiny, tmp_path):
         t.check(tiny(multipliers="scalar", multiplier_modules="head", tie_embeddings=True))
 
 
+def test_a_longer_run_keeps_the_stop_that_it_had(tiny, small_teacher, tmp_path):
+    ckpt = t.train(tiny(teacher=small_teacher, let_student_layer=1, let_stop=0.4))["checkpoint"]
+    assert [t.stop_of(c := t.parse_flags([f"--resume={ckpt}", *more]), c.steps) for more in (
+        [], ["--steps=40"], ["--steps=40", "--let_stop=0.4"])] == [4, 4, 16]
+    history = t.train(t.parse_flags([f"--resume={ckpt}", "--steps=14"]))["history"]
+    assert not any("let_weight" in h for h in history if h["step"] > 4)
+
+
+def test_a_run_is_not_resumed_into_the_folder_of_another(tiny, tmp_path):
+    a, b = (t.train(tiny(steps=2, save_every=1, keep_checkpoints=True, out_dir=str(tmp_path / name)))["checkpoint"] for name in "ab")
+    before = {p: p.read_bytes() for p in (tmp_path / "b").iterdir()}
+    for words in ([f"--resume={a}", f"--out_dir={tmp_path}/b"], [f"--resume={tmp_path}/b/step-0000001.pt"]):
+        with pytest.raises(t.BadInput, match=f"--out_dir={re.escape(str(tmp_path))}/b: holds a run already"):
+            t.train(t.parse_flags([*words, "--steps=3"]))
+    assert {p: p.read_bytes() for p in (tmp_path / "b").iterdir()} == before
+    assert t.train(t.parse_flags([f"--resume={b}", "--steps=3"]))["step"] == 3
+
+
+def test_a_projection_of_the_other_side_is_not_resumed(tiny, small_teacher, tmp_path):
+    ckpt = t.train(tiny(teacher=small_teacher, let_student_layer=1, let_resize="project", let_stop=8, steps=4))["checkpoint"]
+    before = Path(ckpt).read_bytes()
+    with pytest.raises(t.BadInput, match=r"its learned projection, \(32, 16\), is of the teacher's .*=student with .* needs \(16, 32\)"):
+        t.train(t.parse_flags([f"--resume={ckpt}", "--steps=6", "--let_resize_side=student"]))
+    assert Path(ckpt).read_bytes() == before
+
+
+def test_teachers_of_other_texts_are_others(tiny, tmp_path):
+    keys = set()
+    for text in ("one line\n", "another line\n"):
+        (tmp_path / "input.txt").write_text("".join(f"{text}{i}" for i in range(3000)))
+        c = tiny(data=str(tmp_path / "input.txt"), tokenizer="bytes", teacher="auto", n_embd=64, n_layer=4, let_student_layer=1)
+        data = t.load_data(c)
+        keys.add(t.auto_teacher(c, data.tokenizer, t.tokens_id(data)).out_dir)
+        assert t.tokens_id(data) == t.tokens_id(t.load_data(c))
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize("name, peak", [("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA RTX A1000", None), ("NVIDIA L40", None),
+                                        ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA L4", 121e12), ("NVIDIA RTX A4000", None)])
+def test_peak_of_a_gpu_is_its_own_or_none(name, peak, monkeypatch):
+    devices = t.Devices(torch.device("cpu"))
+    monkeypatch.setattr(devices, "name", lambda: name)
+    assert devices.peak_flops() == peak
+
+
 # Several ranks
+
+
+def test_ranks_and_their_gpus(tiny, monkeypatch):
+    with pytest.raises(t.BadInput, match="--device=cpu:0: of several processes each takes one of its own"):
+        t.check(tiny(device="cpu:0"), 2)
+    monkeypatch.setattr(t, "check", lambda *a: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(t.BadInput, match="--nproc_per_node=8: this machine has 2 GPUs"):
+        t.run(tiny(device="cuda"), None)
+
+
+@pytest.mark.parametrize("rank, error, said", [
+    ("0", t.BadInput("x"), "error: x\n"), ("1", t.BadInput("x"), ""), ("1", t.NonFinite("x"), ""),
+    ("1", FileNotFoundError(2, "No such file", "tokens"), "error of rank 1: tokens: No such file\n"),
+    ("0", FileNotFoundError(2, "No such file", "tokens"), "error: tokens: No such file\n")])
+def test_a_rank_speaks_of_what_it_met_alone(rank, error, said, monkeypatch, capsys):
+    def main(argv):
+        raise error
+
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as left:
+        t.command(main)
+    assert capsys.readouterr().err == said and left.value.code == (2 if isinstance(error, t.BadInput) else 1)
 
 
 @pytest.fixture
