@@ -537,11 +537,23 @@ LAWS = {
 RATIOS = {"zhou": ("unknown; MoE models", "unknown", "arXiv 2601.05049", lambda N, D: N**-0.2219 * D**-0.3509)}
 
 
-def published(name: str, N: float, D: float, anchor=None) -> float:
-    """The rate of a published law at (N, D); from a point of yours, anchor = (N, D, lr), it takes the ratio alone."""
+# Their batches in tokens per step, where these are known in numbers.
+BATCHES = {"step": lambda N, D: 0.58 * D**0.571, "bjorck": lambda N, D: 5e5, "porian": lambda N, D: 0.7576 * N**0.703,
+           "deepseek": lambda N, D: 0.2920 * (6 * N * D) ** 0.3271, "ling": lambda N, D: 0.0694 * (6 * N * D) ** 0.3644}
+
+
+def published(name: str, N: float, D: float, anchor=None, batch=0.0) -> float:
+    """The rate of a published law at (N, D); from a point of yours, anchor = (N, D, lr), it takes the ratio alone. batch:
+    yours in tokens, to which its rates are carried from its own batches by the square-root rule of horizon_factors."""
     if name not in LAWS | RATIOS:
         raise BadInput(f"--law={name}: no file and no published law; those are {', '.join(LAWS | RATIOS)}")
-    rate = (LAWS | RATIOS)[name][3]
+    if batch and name not in BATCHES:
+        raise BadInput(f"--law={name} --batch_tokens={batch:g}: its own batch is not known in numbers; {', '.join(BATCHES)} have one")
+    as_published = (LAWS | RATIOS)[name][3]
+
+    def rate(N, D):
+        return as_published(N, D) * (horizon_factors(BATCHES[name](N, D) / batch, 1, "sqrt")["lr"] if batch else 1)
+
     if name in RATIOS and not anchor:
         raise BadInput(f"--law={name}: its units are not known, so it gives ratios only: --anchor=N,D,LR, a point of yours, is "
                        "needed")
@@ -710,7 +722,8 @@ def group_table(c: train.Config) -> list[str]:
 def transfer_command(a, flags) -> str:
     """muTransfer: the best rate of a proxy, out of a sweep of it, and what the rules make of it at the target. At the base
     size, which is the proxy's, every parametrisation is the standard model: a standard sweep serves as it is."""
-    c, (layers, width), (to_layers, to_width) = train.parse_flags(flags), parse_size("--proxy", a.proxy), parse_size("--target", a.target)
+    c = train.parse_flags(flags)
+    (layers, width), (to_layers, to_width) = parse_size("--proxy", a.proxy), parse_size("--target", a.target)
     if c.param != "standard":
         raise BadInput(f"--param={c.param}: goes before the --, as the proxy is the standard model")
     if bool(a.lrs) != bool(a.tokens):
@@ -879,6 +892,8 @@ def fit_command(a) -> str:
 def predict_command(a) -> str:
     if not (0 < a.n_params < math.inf and 0 < a.tokens < math.inf):
         raise BadInput(f"--n_params={a.n_params:g} --tokens={a.tokens:g}: both must be positive")
+    if not 0 <= a.batch_tokens < math.inf:
+        raise BadInput(f"--batch_tokens={a.batch_tokens:g}: must not be negative")
     anchor = None
     if a.anchor:
         try:
@@ -889,10 +904,15 @@ def predict_command(a) -> str:
             raise BadInput(f"--anchor={a.anchor}: N,D,LR, three positive numbers, are needed") from None
     if a.law in LAWS | RATIOS:
         counts, batch, source, _ = (LAWS | RATIOS)[a.law]
-        return (f"lr {published(a.law, a.n_params, a.tokens, anchor):.4g}   ({a.law}: {source}; N: {counts}; batch: {batch}"
+        rate = published(a.law, a.n_params, a.tokens, anchor, a.batch_tokens)
+        carried = (f"; carried to yours by the square-root rule, from {BATCHES[a.law](a.n_params, a.tokens):,.0f} tokens"
+                   if a.batch_tokens else "")
+        return (f"lr {rate:.4g}   ({a.law}: {source}; N: {counts}; batch: {batch}{carried}"
                 + ("; as a ratio from your point)" if anchor else ")"))
     if not Path(a.law).exists():
         published(a.law, a.n_params, a.tokens)  # says what there is
+    if a.batch_tokens:
+        raise BadInput(f"--law={a.law} --batch_tokens={a.batch_tokens:g}: a law of yours is for the batch of its runs")
     at = predict_law(load_law(a.law, "--law"), a.n_params, a.tokens)
     text = f"lr {at['lr']:.4g}   90 % interval {at['interval'][0]:.4g} to {at['interval'][1]:.4g}"
     if at["decades"] > 0:
@@ -928,6 +948,8 @@ def main(argv):
     p.add_argument("--law", required=True, help=f"a file of `fit`, or one of {', '.join(LAWS | RATIOS)}")
     p.add_argument("--n_params", type=float, required=True)
     p.add_argument("--tokens", type=float, required=True)
+    p.add_argument("--batch_tokens", type=float, default=0, help="of a step of yours: a published law's rate is carried to it, by "
+                   "its square root; 0: as published, for its own batch")
     p.add_argument("--anchor", default="", help="N,D,LR: a point of yours from which a published law gives the ratio")
     for name, text in (("plan", "what a sweep costs"), ("sweep", "run it, one row of a CSV after the other")):
         s = commands.add_parser(name, help=text, epilog="flags of train.py follow after --")

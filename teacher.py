@@ -587,9 +587,10 @@ def interpolate(h, width: int):
 
 def gather_neighbours(h, width: int):
     """interpolate, by indices."""
-    x = ((torch.arange(width, device=h.device, dtype=torch.promote_types(h.dtype, torch.float32)) + 0.5) * (h.shape[-1] / width) - 0.5).clamp_min(0)
+    d, dtype = h.shape[-1], torch.promote_types(h.dtype, torch.float32)
+    x = ((torch.arange(width, device=h.device, dtype=dtype) + 0.5) * (d / width) - 0.5).clamp_min(0)
     below = x.long()
-    above = (below + 1).clamp_max(h.shape[-1] - 1)
+    above = (below + 1).clamp_max(d - 1)
     return torch.lerp(h[..., below], h[..., above], (x - below).to(h.dtype))
 
 
@@ -1435,7 +1436,8 @@ def to_hf(model) -> tuple[dict, dict]:
         config |= {"num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim,
                    "max_position_embeddings": c.block_size, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_base,
                    "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
-                   "intermediate_size": c.mlp_hidden, "hidden_act": "silu" if c.mlp == "swiglu" else c.mlp, "attention_bias": False, "mlp_bias": False}
+                   "intermediate_size": c.mlp_hidden, "hidden_act": "silu" if c.mlp == "swiglu" else c.mlp,
+                   "attention_bias": False, "mlp_bias": False}
     if mamba:
         config |= {"num_heads": c.expand * c.n_embd // c.ssm_head_dim, "head_dim": c.ssm_head_dim,
                    "state_size": c.d_state, "n_groups": c.n_groups, "expand": c.expand, "conv_kernel": c.d_conv, "chunk_size": c.chunk_size,

@@ -132,6 +132,11 @@ def test_published_laws_have_their_published_values():
     assert published("bjorck", 1e9, 1e9) == pytest.approx(1.55e-3)
     assert published("zhou", 12e9, 5e11, anchor=(4e9, 1.2e11, 1.0)) == pytest.approx(0.475, abs=0.001)
     assert published("step", 4e9, 1.2e11, anchor=(4e9, 1.2e11, 0.5)) == pytest.approx(0.5)
+    assert published("bjorck", 1e9, 1e9, batch=2e6) == pytest.approx(2 * 1.55e-3)  # four times its 0.5M: the root of it
+    own = {"step": 0.58 * 1e11**0.571, "deepseek": 0.2920 * (6 * 1e9 * 1e11) ** 0.3271, "porian": 0.00037 * 1e9**0.703 * 2048}
+    for name, batch in own.items():
+        assert published(name, 1e9, 1e11, batch=batch) == pytest.approx(published(name, 1e9, 1e11), rel=1e-3), name
+        assert published(name, 1e9, 1e11, (1e9, 1e11, 0.3), 4096) == pytest.approx(0.3)
     by_hand = {"kaplan": 3.481e-4, "deepseek": 9.638e-4, "porian": 2.129e-3, "minicpm": 0.01, "ling": 9.850e-4}
     for name, rate in by_hand.items():
         assert published(name, 1e9, 2e10) == pytest.approx(rate, rel=1e-3), name
@@ -298,6 +303,8 @@ def test_foreign_law_files_are_refused(tmp_path, text, message):
     (["--law=zhou", "--n_params=1e9", "--tokens=1e9"], "--anchor"),
     (["--law=step", "--n_params=-1", "--tokens=1e9"], "both must be positive"),
     (["--law=step", "--n_params=1e9", "--tokens=1e9", "--anchor=1,2"], "--anchor=1,2"),
+    (["--law=step", "--n_params=1e9", "--tokens=1e9", "--batch_tokens=-1"], "--batch_tokens=-1: must not be negative"),
+    (["--law=kaplan", "--n_params=1e9", "--tokens=1e9", "--batch_tokens=5e5"], "--batch_tokens=500000: its own batch is not known"),
     (["--law=kaplan", "--n_params=1e11", "--tokens=1e9"], "far beyond where it was made")])
 def test_rates_that_cannot_be_given_are_refused(words, message):
     with pytest.raises(BadInput, match=message):
