@@ -269,7 +269,7 @@ def parse_flags(argv) -> Config:
             share = given.get("decay_fraction", stored["decay_fraction"])
             stored |= {"out_dir": "", "steps": round(ckpt["step"] / (1 - share)) if share < 1 else 0}
         c = Config(**{**stored, **given})
-        if c.steps != stored["steps"] and not {"let_stop", "distill_stop"} & given.keys() and not c.decay_now:  # stop as before
+        if c.steps != stored.get("steps", c.steps) and not {"let_stop", "distill_stop"} & given.keys() and not c.decay_now:  # stop as before
             c = with_stop_in_steps(c, stored["steps"])
         return c
     return Config(**given)
