@@ -810,7 +810,7 @@ class Recipe:
     temperature: float = 1.0
     beta: float = 0.0
     on_policy: float = 0.0  # share of the steps that train on the student's own continuations
-    stop: float = 0.0  # where plain training takes over: steps, or a share of the run if 1 or less; 0: never
+    stop: float = 0.0  # where plain training takes over: steps, or a share of the run if below 1; 0: never
 
     def teaches(self) -> bool:
         return self.weight > 0 or self.cosine_weight > 0

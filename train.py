@@ -160,7 +160,7 @@ class Config:
     init_from_teacher: bool = flag(False, "begin as evenly spaced blocks of a deeper teacher of ours, the first and "
                                    "the last among them")
     let_weight: float = flag(0.1, "LET: lambda_0, weight of the alignment at step 0; 0.1 is the paper's")
-    let_stop: float = flag(0.3, "LET: S_stop, where the weight reaches 0: steps, or a fraction of the run if 1 or less")
+    let_stop: float = flag(0.3, "LET: S_stop, where the weight reaches 0: steps, or a fraction of the run if below 1")
     let_student_layer: int = flag(3, "LET: block of the student whose state is guided, from 1; 0 is the embedding")
     let_teacher_layer: int = flag(-1, "LET: block of the teacher that guides, from 1; -1 is the last")
     let_teacher_norm: bool = flag(True, "LET: take the teacher's state after its final norm")
@@ -182,8 +182,8 @@ class Config:
     distill_on_policy: float = flag(-1.0, "rivals: share of the steps that train on the student's own continuations; "
                                     "gkd's own is 0.5")
     distill_new_tokens: int = flag(128, "rivals: tokens of such a continuation, at the end of each sequence")
-    distill_stop: float = flag(-1.0, "rivals: where plain training takes over: steps, or a fraction of the run if 1 "
-                               "or less; 0: never; salt's own is 0.17")
+    distill_stop: float = flag(-1.0, "rivals: where plain training takes over: steps, or a fraction of the run if "
+                               "below 1; 0: never; salt's own is 0.17")
     # linearity
     linearity: str = flag("none", "regulariser that pulls neighbouring states together: none, cosine or mse",
                           ("none", "cosine", "mse"))
@@ -269,8 +269,8 @@ def parse_flags(argv) -> Config:
             share = given.get("decay_fraction", stored["decay_fraction"])
             stored |= {"out_dir": "", "steps": round(ckpt["step"] / (1 - share)) if share < 1 else 0}
         c = Config(**{**stored, **given})
-        if c.steps != stored.get("steps", c.steps) and not {"let_stop", "distill_stop"} & given.keys() and not c.decay_now:  # stop as before
-            c = with_stop_in_steps(c, stored["steps"])
+        if not c.decay_now and c.steps != stored.get("steps", c.steps) and not {"let_stop", "distill_stop"} & given.keys():
+            c = with_stop_in_steps(c, stored["steps"])  # the teacher stops where it did
         return c
     return Config(**given)
 
@@ -308,7 +308,7 @@ def recipe_of(c: Config) -> Recipe:
 def stop_of(c: Config, steps: int) -> int:
     """The step from which the teacher is not called, for shares of a run of `steps`."""
     stop = c.let_stop if c.distill == "let" else recipe_of(c).stop
-    return (round(stop * steps) if stop <= 1 else int(stop)) if stop or c.distill == "let" else sys.maxsize
+    return (round(stop * steps) if stop < 1 else int(stop)) if stop or c.distill == "let" else sys.maxsize
 
 
 def with_stop_in_steps(c: Config, steps: int) -> Config:
@@ -317,7 +317,7 @@ def with_stop_in_steps(c: Config, steps: int) -> Config:
     stop, name = stop_of(c, steps), "let_stop" if c.distill == "let" else "distill_stop"
     if c.teacher == "none" or c.distill == "step_by_step" or stop == sys.maxsize:
         return c
-    return replace(c, **{name: stop if stop > 1 else 1 / c.steps})  # a stop of 1 would be the whole run
+    return replace(c, **{name: float(max(1, stop))})
 
 
 def check(c: Config, world: int = 1):
@@ -423,7 +423,7 @@ def check(c: Config, world: int = 1):
     for name in ("distill_beta", "distill_on_policy"):
         need(getattr(c, name) <= 1, name, why="must be in [0, 1]")
     need(c.distill_stop < 1 or c.distill_stop == int(c.distill_stop), "distill_stop", why="a whole number of steps, or "
-         "a fraction of the run")
+         "a fraction below 1")
     need(c.distill_new_tokens >= 1, "distill_new_tokens", why="at least 1 is needed")
     if c.distill in RECIPES:
         r = recipe_of(c)
@@ -463,7 +463,7 @@ def check(c: Config, world: int = 1):
              "such block")
         need(c.let_stop > 0, "let_stop", why="must be positive")
         need(c.let_stop < 1 or c.let_stop == int(c.let_stop), "let_stop", why="a whole number of steps, or a fraction "
-             "of the run")
+             "below 1")
     for name in ("let_student_layer", "let_teacher_layer"):
         need(not c.let_pair or getattr(c, name) == FLAGS[name].default, "let_pair", name, why="each names the layers; give one")
     need(c.tokenizer != "teacher" or c.teacher not in ("none", "auto"), "tokenizer", "teacher", why="there is no teacher to "
@@ -1299,13 +1299,14 @@ def run(c: Config, stop_signals: StopSignals) -> dict:
             step += 1
 
     # The teacher, until its weight has fallen to 0
-    step, let, rival, let_stop = 0, None, None, stop_of(c, c.steps)
+    step, let, rival = 0, None, None
     resumed = load_checkpoint(c.resume, flag="--resume=") if c.resume else None
     if resumed:
         refuse_changes(c, resumed, data.tokenizer)
         step = resumed["step"]
     if c.decay_now:
-        c, let_stop = branch_decay(c, resumed)
+        c = branch_decay(c, resumed)
+    let_stop = stop_of(c, c.steps)
     recipe = recipe_of(c) if c.distill != "let" else None
     weighs = recipe.teaches() and c.distill != "step_by_step" if recipe else c.let_weight > 0
     guided = weighs and step < let_stop
@@ -1726,8 +1727,8 @@ def law_rate(law: dict, N: float, D: float) -> float:
     return math.exp(law["a"]) * N ** (law["b"] or 0.0) * D ** (law["c"] or 0.0)
 
 
-def branch_decay(c: Config, resumed: dict) -> tuple[Config, int]:
-    """--decay_now: (c with a decay from the checkpoint's step to --steps, the teacher's stop in steps, as there)."""
+def branch_decay(c: Config, resumed: dict) -> Config:
+    """--decay_now: c with a decay from the checkpoint's step to --steps, and the teacher's stop as there."""
     then, step = Config(**{k: v for k, v in resumed["config"].items() if k in FLAGS}), resumed["step"]
     stable = then.steps if then.schedule == "constant" else (1 - then.decay_fraction) * then.steps
     if then.schedule == "cosine" or not then.warmup_steps <= step <= stable:
@@ -1735,8 +1736,7 @@ def branch_decay(c: Config, resumed: dict) -> tuple[Config, int]:
                        f"phase, steps {then.warmup_steps} to {stable:.0f}")
     if c.steps <= step:
         raise BadInput(f"--decay_now --steps={c.steps}: the decay would begin at step {step}")
-    c = replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps)
-    return with_stop_in_steps(c, then.steps), stop_of(c, then.steps)
+    return with_stop_in_steps(replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps), then.steps)
 
 
 def tokens_id(data: Data) -> str:

@@ -117,8 +117,8 @@ def test_let_weight_is_logged_as_the_formula_has_it(tiny, small_teacher):
     assert logged == pytest.approx([0.8, 0.6, 0.4, 0.2] + [None] * 6)
 
 
-@pytest.mark.parametrize("stop, steps, step", [(0.25, 40, 10), (1.0, 40, 40), (2.0, 40, 2), (40.0, 40, 40), (1 / 40, 40, 1)])
-def test_a_stop_up_to_1_is_a_share_of_the_run_and_above_it_steps(tiny, stop, steps, step):
+@pytest.mark.parametrize("stop, steps, step", [(0.25, 40, 10), (1.0, 40, 1), (2.0, 40, 2), (40.0, 40, 40), (1 / 40, 40, 1)])
+def test_a_stop_below_1_is_a_share_of_the_run_and_from_1_on_steps(tiny, stop, steps, step):
     assert t.stop_of(tiny(let_stop=stop), steps) == step
     assert t.stop_of(tiny(distill="salt", distill_stop=stop), steps) == step
 
@@ -389,7 +389,7 @@ def test_a_decay_branches_off_and_is_the_run_planned_to_that_length(tiny, tmp_pa
     assert not again.decay_now, "a branch is resumed as any run"
 
 
-@pytest.mark.parametrize("share, stop", [(0.2, 8), (0.025, 1)])  # a stop at step 1 is none at share 1 of the branch
+@pytest.mark.parametrize("share, stop", [(0.2, 8), (0.025, 1)])
 def test_a_decay_keeps_the_trunks_let_stop(tiny, small_teacher, tmp_path, share, stop):
     flags = dict(teacher=small_teacher, let_student_layer=1, let_stop=share, decay_fraction=0.5)
     trunk = stop_at(tiny(**flags, steps=40, out_dir=str(tmp_path / "trunk")), 5)
