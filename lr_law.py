@@ -1,67 +1,533 @@
-"""lr_law.py: many runs: plan and run a sweep, fit the optimum learning rate over model size and tokens, predict it.
+"""lr_law.py: the optimum learning rate as a function of model size and training tokens.
 
     python lr_law.py plan --sizes=2x64,2x128,4x128 --lrs=1e-3:3e-2:5 --tokens=2e5,4e5,8e5
-    python lr_law.py sweep --sizes=2x64,2x128,4x128 --lrs=1e-3:3e-2:5 --tokens=2e5,4e5,8e5 runs.csv -- --vocab_size=1024
-    python lr_law.py fit runs.csv -o law.json --plot law.png
-    python lr_law.py predict --law law.json --n_params 4e9 --tokens 1.2e11
-    python lr_law.py predict --law step --n_params 4e9 --tokens 1.2e11        # a published law
-    python lr_law.py transfer runs.csv --proxy=2x64 --target=8x256 -- --vocab_size=1024  # the rival: muTransfer
-    python lr_law.py coordcheck --plot=check.png                              # that its activations move alike at every size
+    python lr_law.py sweep --sizes=2x64,2x128,4x128 --lrs=1e-3:3e-2:5 --tokens=2e5,4e5,8e5 runs.csv
+    python lr_law.py fit runs.csv -o law.json --plot=law.png
+    python lr_law.py fit runs.csv -o law.json --extrapolate=1.6e6
+    python lr_law.py predict --law=law.json --n_params=4e9 --tokens=1.2e11
+    python lr_law.py predict --law=step --n_params=4e9 --tokens=1.2e11       # a published law
+    python lr_law.py transfer runs.csv --proxy=2x64 --target=8x256           # muTransfer
+    python lr_law.py coordcheck --plot=check.png
 
-The procedure of Zhou et al. 2026 (arXiv 2601.05049): at each size N and number of tokens D the loss is a parabola in
-the log of the learning rate, whose lowest point is found from a few rates; at each size the least loss falls with D as
-a power law, so that longer runs can be guessed from shorter ones; and the lowest points lie on a plane in ln N and ln D,
-which is the law. Only texts derived from the paper could be read: see each docstring for what it leaves open.
+Flags of train.py follow after `--`, for example `sweep ... runs.csv -- --vocab_size=1024`.
 
-Names and symbols
-    N, D        parameters of a model (without its embedding, where `sweep` counts them), tokens that it was trained on:
-                two columns of a table of runs
-    eta, lr     peak learning rate; eta* the one of least loss
-    L           loss in nats per token
-    group       what else tells runs apart, such as the batch: only runs of one group are held against each other
-    slice       the runs of one (N, D, group), which differ in lr alone
-    C           curvature of the parabola in ln lr: 0.5 d^2 L / d(ln lr)^2
+The method is that of Zhou et al. 2026 (arXiv 2601.05049), in three fits:
+    L(lr) = L_min + C (ln lr - ln lr*)^2     at one size N and one horizon D       (their eq. 2)
+    L(D)  = L_0 + A D^-gamma                 at one size and one learning rate     (their eq. 4)
+    lr*   = exp(a) N^b D^c                   over all sizes and horizons           (their eq. 6)
+The paper itself was not available to us, only summaries of it. Docstrings say what they leave open.
+
+Symbols
+    N       parameters without the embedding
+    D       training tokens, the horizon
+    lr      peak learning rate; lr* is the one with the lowest loss
+    L       loss in nats per token
+    group   other settings that tell runs apart, such as the batch size
+    slice   the runs of one (N, D, group). They differ in lr alone.
 """
 import argparse
+import contextlib
 import csv
+import functools
+import io
 import itertools
 import json
 import math
 import os
+import secrets
 import shlex
 import shutil
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-import train
-from model import GPT, BadInput, command, load_checkpoint
-from optim import Multipliers, Muon, make_optimizers, muon_scale, place_parameters, rule_of
-from probes import plotting
-from train import LAW_VERSION, law_rate, load_law
+from model import GPT, BadInput, command, load_checkpoint, written_whole
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Plan and sweep
-
-COLUMNS = ("N", "D", "lr", "loss", "seed", "n_layer", "n_embd", "flops", "seconds", "method")
+# --------------------------------------------------------------------------------------------------
+# The three fits
 
 
-def numbers(flag: str, text: str) -> list[float]:
-    """"1,2,3", or "low:high:count" spaced evenly in the log. Raises BadInput, naming the flag, for anything else."""
+def r_squared(y, fitted) -> float:
+    """The share of the variance of y that the fitted values explain."""
+    total = ((y - y.mean()) ** 2).sum()
+    return float(1 - ((y - fitted) ** 2).sum() / total) if total > 0 else 1.0
+
+
+def fit_parabola(lr, loss) -> dict:
+    """Fits L = L_min + C (ln lr - ln lr*)^2 by least squares (eq. 2). lr, loss: (n,), 3 or more.
+
+    Returns lr (that of the vertex), L_min, C and r2. The vertex is a minimum if C > 0. The base of
+    the paper's logarithm is unknown; it rescales C alone."""
+    x, y = np.log(lr), np.asarray(loss, float)
+    z = x - x.mean()
+    c2, c1, c0 = np.polyfit(z, y, 2)
+    vertex = -c1 / (2 * c2) if c2 else math.nan
+    return {"lr": float(np.exp(np.clip(x.mean() + vertex, -700, 700))),
+            "L_min": float(c0 - c2 * vertex**2), "C": float(c2),
+            "r2": r_squared(y, np.polyval((c2, c1, c0), z))}
+
+
+def basin(loss, tolerance: float = 0.05) -> slice:
+    """The points around the lowest loss that a parabola can describe. loss is in order of lr.
+
+    They are the unbroken stretch with loss <= (1 + tolerance) times the lowest, and at least one
+    neighbour on each side of the lowest. Further out runs begin to diverge."""
+    loss = np.asarray(loss, float)
+    best = int(np.argmin(loss))
+    high = np.flatnonzero(loss > (1 + tolerance) * loss[best])
+    first = max(high[high < best], default=-1) + 1
+    end = min(high[high > best], default=len(loss))
+    return slice(min(first, max(best - 1, 0)), max(end, min(best + 2, len(loss))))
+
+
+def fit_horizon(D, loss, gammas=(0.01, 3.0)) -> dict:
+    """Fits L(D) = L_0 + A D^-gamma by least squares, L_0 >= 0, A >= 0, gamma in `gammas` (eq. 4).
+
+    D, loss: (n,), 3 or more. For a given gamma, L_0 and A are a linear problem (linear_horizon).
+    The best gamma is bracketed by a grid, which is then refined between the neighbours of its best
+    point."""
+    D, y = np.asarray(D, float), np.asarray(loss, float)
+    low, high = gammas
+    for _ in range(6):
+        grid = np.geomspace(low, high, 101)
+        best = int(np.argmin([linear_horizon(D**-gamma, y)[2] for gamma in grid]))
+        gamma, low, high = grid[best], grid[max(best - 1, 0)], grid[min(best + 1, 100)]
+    L_0, A, _ = linear_horizon(D**-gamma, y)
+    return {"L_0": float(L_0), "A": float(A), "gamma": float(gamma)}
+
+
+def linear_horizon(p, y) -> tuple[float, float, float]:
+    """L_0, A >= 0 that minimise the sum of (y - L_0 - A p)^2, and that sum. p = D^-gamma; y > 0.
+
+    The sum is convex. If a constant comes out negative, it is 0 at the constrained minimum and the
+    other one is fitted alone. They cannot both be negative."""
+    A = ((p - p.mean()) @ y) / ((p - p.mean()) @ p)
+    L_0 = y.mean() - A * p.mean()
+    if A < 0:
+        L_0, A = y.mean(), 0.0
+    elif L_0 < 0:
+        L_0, A = 0.0, (p @ y) / (p @ p)
+    return L_0, A, ((y - L_0 - A * p) ** 2).sum()
+
+
+def fit_law(N, D, lr) -> dict:
+    """Fits ln lr* = a + b ln N + c ln D by least squares (eq. 6). N, D, lr: (n,).
+
+    Where all N (or all D) are equal, b (or c) cannot be known: it is None. Returns a, b, c, their
+    covariance s^2 (X^T X)^-1 (3, 3), with zeros for what is None, where s^2 is the residual sum of
+    squares over dof = n - constants; r2; n; and the ranges N and D of the data."""
+    y = np.log(lr)
+    X = np.stack([np.ones_like(y), np.log(N), np.log(D)], 1)
+    used = [i for i in range(3) if i == 0 or len(y) and np.ptp(X[:, i]) > 1e-9]
+    dof = len(y) - len(used)
+    if dof < 1 or np.linalg.matrix_rank(X) < len(used):
+        raise BadInput(f"{len(y)} optima are too few, or all on one line, for a law with "
+                       f"{len(used)} constants")
+    inverse, beta = np.zeros((3, 3)), np.zeros(3)
+    inverse[np.ix_(used, used)] = np.linalg.inv(X[:, used].T @ X[:, used])
+    beta[used] = np.linalg.lstsq(X[:, used], y, rcond=None)[0]
+    variance = ((y - X @ beta) ** 2).sum() / dof
+    a, b, c = (float(beta[i]) if i in used else None for i in range(3))
+    return {"a": a, "b": b, "c": c, "covariance": (variance * inverse).tolist(), "dof": dof,
+            "n": len(y), "r2": r_squared(y, X @ beta),
+            "N": [float(min(N)), float(max(N))], "D": [float(min(D)), float(max(D))]}
+
+
+@functools.cache
+def student_t(level: float, dof: int) -> float:
+    """t with P(|T| <= t) = level for Student's t with dof degrees of freedom.
+
+    With T = sqrt(dof) tan(theta) the density of theta is proportional to cos(theta)^(dof - 1),
+    which is integrated by the trapezoidal rule."""
+    theta = np.linspace(0, math.pi / 2, 100_001)
+    density = np.cos(theta) ** (dof - 1)
+    mass = np.append(0, np.cumsum(density[1:] + density[:-1]))
+    return math.sqrt(dof) * math.tan(np.interp(level * mass[-1], mass, theta))
+
+
+def half_width(law: dict, x, level: float = 0.9) -> float:
+    """Half the t-interval of x . (a, b, c), whose variance is x^T covariance x."""
+    variance = x @ np.array(law["covariance"]) @ x
+    return student_t(level, law["dof"]) * math.sqrt(max(0.0, variance))
+
+
+def law_rate(law: dict, N: float, D: float) -> float:
+    """lr* = exp(a) N^b D^c for N parameters without the embedding and D tokens."""
+    return math.exp(law["a"]) * N ** (law["b"] or 0.0) * D ** (law["c"] or 0.0)
+
+
+def predict_law(law: dict, N: float, D: float, level: float = 0.9) -> dict:
+    """lr* at (N, D), its interval, and the distance of (N, D) from the data in decades.
+
+    The interval is that of the law's value, without the scatter of single optima. unknown: names
+    among N and D that have one value in the data and another here."""
+    lr, decades, unknown = law_rate(law, N, D), 0.0, []
+    factor = math.exp(half_width(law, np.array([1.0, math.log(N), math.log(D)]), level))
+    for name, exponent, value in (("N", "b", N), ("D", "c", D)):
+        low, high = law[name]
+        decades = max(decades, math.log10(value / high), math.log10(low / value))
+        if law[exponent] is None and not 0.99 < value / low < 1.01:
+            unknown.append(name)
+    return {"lr": lr, "interval": [lr / factor, lr * factor], "decades": decades,
+            "unknown": unknown}
+
+
+# --------------------------------------------------------------------------------------------------
+# The law as a file
+
+LAW_VERSION = "nanolet-law-2"
+UNITS = "parameters, tokens"
+
+
+# The shape of each value. b and c may be null: see fit_law.
+SHAPES = {"a": (), "b": (), "c": (), "dof": (), "N": (2,), "D": (2,), "covariance": (3, 3)}
+
+
+def load_law(path, flag: str) -> dict:
+    """Reads a law that `fit` wrote. Raises BadInput if it is none or damaged."""
+    try:
+        law = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise BadInput(f"{flag}={path}: not a law file ({e})") from None
+    found = [law.get(k) for k in ("version", "units")] if isinstance(law, dict) else law
+    if found != [LAW_VERSION, UNITS]:
+        raise BadInput(f"{flag}={path}: is {found!r:.60}; {LAW_VERSION} in {UNITS} is needed")
+    for name, shape in SHAPES.items():
+        known = 0.0 if name in ("b", "c") and law.get(name, 0) is None else law.get(name)
+        try:
+            value = np.array(known)
+        except ValueError:
+            value = np.array(None)
+        sound = value.shape == shape and value.dtype.kind in "if" and np.isfinite(value).all()
+        if sound and name == "covariance":
+            sound = value.diagonal().min() >= 0
+        elif sound and name in ("dof", "N", "D"):
+            sound = value.min() > 0
+        if not sound:
+            raise BadInput(f"{flag}={path}: damaged: {name} is {known!r:.60}")
+    if abs(law["a"]) + 35 * abs(law["b"] or 0) + 42 * abs(law["c"] or 0) > 700:
+        raise BadInput(f"{flag}={path}: damaged: a, b, c are {law['a']}, {law['b']}, {law['c']}")
+    return law
+
+
+# --------------------------------------------------------------------------------------------------
+# Published laws
+
+
+@dataclass
+class Published:
+    """A published law: its source, what N counts, its batch size in words, lr(N, D) and, where it
+    is known in numbers, batch(N, D) in tokens per step. Units: parameters and tokens."""
+
+    source: str
+    counts: str
+    policy: str
+    lr: Callable
+    batch: Callable | None = None
+
+
+LAWS = {
+    "step": Published(
+        "Step Law, arXiv 2503.04715", "non-embedding parameters",
+        "batch grown with D: 0.58 D^0.571 tokens",
+        lambda N, D: 1.79 * N**-0.713 * D**0.307, lambda N, D: 0.58 * D**0.571),
+    "bjorck": Published(
+        "arXiv 2409.19913", "parameters",
+        "0.5M tokens; the constant is disputed, this one for N and D in billions",
+        lambda N, D: 1.55e-3 * (N / 1e9) ** -0.23 * (D / 1e9) ** -0.32, lambda N, D: 5e5),
+    "deepseek": Published(
+        "DeepSeek LLM, arXiv 2401.02954", "non-embedding FLOPs per token / 6",
+        "0.2920 C^0.3271 tokens; C = 6 N D here",
+        lambda N, D: 0.3118 * (6 * N * D) ** -0.1250, lambda N, D: 0.2920 * (6 * N * D) ** 0.3271),
+    "porian": Published(
+        "arXiv 2406.19146", "parameters with the head", "0.7576 N^0.703 tokens",
+        lambda N, D: 3.7 * N**-0.36, lambda N, D: 0.7576 * N**0.703),
+    "kaplan": Published(
+        "arXiv 2001.08361, as Step Law tabulates it", "non-embedding parameters",
+        "grows as the loss falls", lambda N, D: 3.239e-3 - 1.395e-4 * math.log(N)),
+    "minicpm": Published(
+        "arXiv 2404.06395", "non-embedding parameters",
+        "grows as the loss falls; constant under its own muP", lambda N, D: 0.01),
+    "ling": Published(
+        "Ling MoE, arXiv 2507.17702", "non-embedding FLOPs per token / 6, of the active experts",
+        "0.0694 C^0.3644",
+        lambda N, D: 1.1576 * (6 * N * D) ** -0.1529, lambda N, D: 0.0694 * (6 * N * D) ** 0.3644),
+    # The units of N and D behind its constant are unknown, so only ratios of it can be used.
+    "zhou": Published("arXiv 2601.05049", "unknown; MoE models", "unknown",
+                      lambda N, D: N**-0.2219 * D**-0.3509),
+}
+
+
+def published(name: str, N: float, D: float, anchor=None, batch: float = 0.0) -> float:
+    """The learning rate of a published law at (N, D).
+
+    anchor = (N, D, lr): a known optimum; the law then gives the ratio to it. batch: tokens per
+    step, to which the rate is scaled from the law's own batch by the square-root rule."""
+    if name not in LAWS:
+        raise BadInput(f"--law={name}: no file and no published law; those are {', '.join(LAWS)}")
+    law = LAWS[name]
+    if batch and not law.batch:
+        raise BadInput(f"--law={name} --batch_tokens={batch:g}: its own batch is not known in "
+                       "numbers")
+    if name == "zhou" and not anchor:
+        raise BadInput(f"--law={name}: its units are unknown, so --anchor=N,D,LR is needed")
+
+    def rate(N, D):
+        lr = law.lr(N, D) * (math.sqrt(batch / law.batch(N, D)) if batch else 1)
+        if lr <= 0:
+            raise BadInput(f"--law={name}: gives {lr:.3g} at {N:g} parameters, far outside the "
+                           "range that it was fitted on")
+        return lr
+
+    return anchor[2] * rate(N, D) / rate(*anchor[:2]) if anchor else rate(N, D)
+
+
+# --------------------------------------------------------------------------------------------------
+# From a table of runs to optima. A run is a dict of N, D, lr, loss and group.
+
+
+def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
+    """Reads runs from a CSV with a header. columns: the names of N, D, lr, loss and group (several
+    separated by commas) in the file.
+
+    Returns the runs and the number of those left out: a loss that is inf or nan (diverged), and
+    other seeds of the same setting, which alone would flatter it."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            table = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise BadInput(f"{path}: not a table of runs ({e})") from None
+    if not table:
+        raise BadInput(f"{path}: no runs in it")
+    names = [columns[k] for k in ("N", "D", "lr", "loss")]
+    groups = [g for g in columns["group"].split(",") if g and (g != "group" or g in table[0])]
+    if missing := [name for name in names + groups if name not in table[0]]:
+        raise BadInput(f"{path}: no such column: {', '.join(missing)}; there are "
+                       f"{', '.join(filter(None, table[0]))}")
+    mixed = [name for name in ("method", "flags")
+             if len({row.get(name) for row in table}) > 1 and name not in groups]
+    if mixed:
+        raise BadInput(f"{path}: runs of several kinds ({', '.join(mixed)}), which do not compare; "
+                       f"--group={','.join(mixed)} keeps them apart")
+    runs, diverged = [], set()
+    for line, row in enumerate(table, start=2):
+        try:
+            N, D, lr, loss = (float(row[name]) for name in names)
+        except (TypeError, ValueError):
+            N = math.nan
+        if not (0 < N < math.inf and 0 < D < math.inf and 0 < lr < math.inf):
+            raise BadInput(f"{path}, line {line}: {', '.join(names)} must be numbers, the first "
+                           "three positive")
+        setting = N, D, lr, ",".join(row[g] or "" for g in groups)
+        runs.append((setting, loss))
+        if not math.isfinite(loss):
+            diverged.add(setting)
+    kept = [dict(zip(("N", "D", "lr", "group", "loss"), (*setting, loss), strict=True))
+            for setting, loss in runs if setting not in diverged]
+    return kept, len(runs) - len(kept)
+
+
+def slices_of(runs) -> dict[tuple, tuple[np.ndarray, np.ndarray]]:
+    """(N, D, group) -> (learning rates, losses) in order of the rates, means over seeds."""
+    slices = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        slices[run["N"], run["D"], run["group"]][run["lr"]].append(run["loss"])
+    return {key: (np.array(sorted(rates)), np.array([np.mean(rates[lr]) for lr in sorted(rates)]))
+            for key, rates in sorted(slices.items())}
+
+
+def fit_slices(runs, tolerance: float = 0.05) -> list[SimpleNamespace]:
+    """Fits a parabola to every slice with at least 3 rates in its basin.
+
+    Each has N, D, group; lr, L_min, C and r2 of fit_parabola; rates and losses, all of them; near,
+    the basin; n, its number of rates; and inside: a minimum, and between the rates of the basin."""
+    fitted = []
+    for (N, D, group), (rates, losses) in slices_of(runs).items():
+        near = basin(losses, tolerance)
+        x = rates[near]
+        if len(x) >= 3:
+            fit = fit_parabola(x, losses[near])
+            fitted.append(SimpleNamespace(
+                N=N, D=D, group=group, **fit, rates=rates, losses=losses, near=near, n=len(x),
+                inside=bool(fit["C"] > 0 and x[0] <= fit["lr"] <= x[-1])))
+    return fitted
+
+
+def extrapolate(runs, D: float) -> list[dict]:
+    """Runs at a horizon D that nobody has run: their losses are predicted by fit_horizon.
+
+    One for each size, group and learning rate with at least 3 shorter horizons. Rates less than
+    1 % apart count as one, since tables round them. It is unknown whether the paper reads its
+    horizons in the stable phase or after a decay; either kind of table will do."""
+    curves, predicted = defaultdict(list), []
+    for (N, horizon, group), (rates, losses) in slices_of(runs).items():
+        for lr, loss in zip(rates, losses, strict=True):
+            if horizon < D:
+                curves[N, group].append((lr, horizon, loss))
+    for (N, group), points in curves.items():
+        at, known = defaultdict(list), 0.0
+        for lr, horizon, loss in sorted(points):
+            known = lr if lr > 1.01 * known else known
+            at[known].append((horizon, loss))
+        for lr, curve in at.items():
+            horizons, losses = np.array(curve).T
+            if len(np.unique(horizons)) >= 3:
+                fit = fit_horizon(horizons, losses)
+                loss = fit["L_0"] + fit["A"] * D ** -fit["gamma"]
+                predicted.append({"N": N, "D": D, "lr": lr, "loss": loss, "group": group})
+    return predicted
+
+
+def near_optima(runs, within: float = 0.0025) -> list[SimpleNamespace]:
+    """The joint fit of learning rate and batch: for each (N, D) the mean ln lr of all runs, over
+    all groups, whose loss is within this share of the lowest."""
+    optima, slices = [], defaultdict(list)
+    for run in runs:
+        slices[run["N"], run["D"]].append((run["loss"], math.log(run["lr"])))
+    for (N, D), found in sorted(slices.items()):
+        good = [x for loss, x in found if loss <= (1 + within) * min(found)[0]]
+        optima.append(SimpleNamespace(N=N, D=D, lr=math.exp(np.mean(good))))
+    return optima
+
+
+def law_of(optima) -> dict:
+    return fit_law([o.N for o in optima], [o.D for o in optima], [o.lr for o in optima])
+
+
+def group_laws(optima) -> dict[str, dict]:
+    """The law of each group that fixes every exponent that all groups together fix."""
+    everywhere, laws = law_of(optima), {}
+    for group in sorted({o.group for o in optima}, key=lambda g: (len(g), g)):
+        try:
+            law = law_of([o for o in optima if o.group == group])
+        except BadInput:
+            continue
+        if all(law[k] is not None or everywhere[k] is None for k in "bc"):
+            laws[group] = law
+    return laws
+
+
+def group_rate(optima) -> Callable:
+    """A slice's learning rate by the law of its group, or of all groups if that has too few."""
+    everywhere, laws = law_of(optima), group_laws(optima)
+    return lambda f: law_rate(laws.get(f.group, everywhere), f.N, f.D)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a fit costs on runs that it has not seen
+
+
+def costs(held, rest, more: dict) -> dict[str, np.ndarray]:
+    """What choices of the learning rate cost on the slices `held`: nats above a slice's own best,
+    (slices, 2): by its parabola, and by its losses interpolated in ln lr (beyond the swept rates:
+    their ends).
+
+    The choices: the law of a slice's group, and one constant rate, both from the optima `rest`;
+    Step Law as published; and `more`, name -> function of a slice."""
+    constant = math.exp(np.average([math.log(f.lr) for f in rest], weights=[f.C for f in rest]))
+    rates = {"its group's law": group_rate(rest), **more,
+             "Step Law, published": lambda f: published("step", f.N, f.D),
+             f"always {constant:.3g}": lambda f: constant}
+    table = defaultdict(list)
+    for (name, rate), f in itertools.product(rates.items(), held):
+        x = math.log(rate(f))
+        between = np.interp(x, np.log(f.rates), f.losses) - f.losses.min()
+        table[name].append((f.C * (x - math.log(f.lr)) ** 2, between))
+    return {name: np.array(values) for name, values in table.items()}
+
+
+def hold_out(runs, tolerance: float = 0.05) -> dict[str, np.ndarray]:
+    """The costs at the largest N of fits without it; with several groups also of the joint law."""
+    largest = max(run["N"] for run in runs)
+    fitted = [f for f in fit_slices(runs, tolerance) if f.inside]
+    held = [f for f in fitted if f.N == largest]
+    rest = [f for f in fitted if f.N != largest]
+    if not held or len({f.N for f in rest}) < 2:
+        raise BadInput(f"--hold_out: slices with their optimum inside are needed at N = {largest:g}"
+                       " and at two smaller sizes")
+    more = {}
+    if len({f.group for f in fitted}) > 1:
+        joint = law_of(near_optima([run for run in runs if run["N"] != largest]))
+        more["the joint law"] = lambda f: law_rate(joint, f.N, f.D)
+    return costs(held, rest, more)
+
+
+def check_horizon(fitted, runs, D: float, tolerance: float = 0.05) -> dict[str, np.ndarray]:
+    """Where the table has real runs at the horizon of `extrapolate`: the costs there of choices
+    that know shorter runs only. Empty without such runs. fitted: slices of the shorter runs and of
+    the predicted losses; runs: the table."""
+    def by_curve(slices):
+        return {(f.N, f.group): f for f in slices if f.inside}
+
+    rest = [f for f in fitted if f.inside and f.D < D]
+    longest, ours = by_curve(rest), by_curve(f for f in fitted if f.D == D)
+    real = by_curve(fit_slices([run for run in runs if run["D"] == D], tolerance))
+    held = [f for key, f in real.items() if key in ours.keys() & longest.keys()]
+    if not held:
+        return {}
+    return costs(held, rest, {
+        "that law with predictions": group_rate([*rest, *ours.values()]),
+        "the predicted losses": lambda f: ours[f.N, f.group].lr,
+        "the longest run's lr*": lambda f: longest[f.N, f.group].lr})
+
+
+# --------------------------------------------------------------------------------------------------
+# Plan and sweep: the runs that make such a table
+
+COLUMNS = ("N", "D", "lr", "loss", "seed", "n_layer", "n_embd", "flops", "seconds", "method",
+           "flags")
+# Flags that a row states itself, that `sweep` sets, or that do not change the loss.
+NOT_SETTINGS = {"n_layer", "n_embd", "lr", "seed", "steps", "micro_batch", "device", "compile",
+                "out_dir", "resume", "decay_now", "sample_tokens", "eval_every", "log_every",
+                "save_every", "keep_checkpoints"}
+
+
+@dataclass
+class Run:
+    """A training run of a sweep. c: its train.Config; steps: those at which it is read."""
+
+    c: object
+    N: int
+    steps: list[int]
+    flops: float
+
+
+def settings(c, share: float = 0.0) -> str:
+    """The flags behind a row of a table that are not at train.py's defaults, as on a command line.
+    share: the decay's share of the steps; 0 without decays."""
+    words = [f"--{f.name}={getattr(c, f.name)}" for f in fields(c)
+             if f.name not in NOT_SETTINGS and getattr(c, f.name) != f.default]
+    return shlex.join(words + ([f"--decay_share={share:g}"] if share else []))
+
+
+def refuse_settings(where: str, there: str, here: str, ignored=()):
+    """Raises BadInput, with their names, if two lists of settings differ."""
+    a, b = (dict(w.partition("=")[::2] for w in shlex.split(text)) for text in (there, here))
+    differ = [f"{name}={a.get(name, 'default')} there, {b.get(name, 'default')} here"
+              for name in sorted({*a, *b} - {*ignored}) if a.get(name) != b.get(name)]
+    if differ:
+        raise BadInput(f"{where}: holds runs with other flags ({'; '.join(differ)}); name another")
+
+
+def numbers(flag: str, text: str, kind=float) -> list:
+    """Positive numbers from "1,2,3", or from "low:high:count", evenly spaced in the logarithm."""
     try:
         if ":" in text:
             low, high, count = text.split(":")
-            values = np.geomspace(float(low), float(high), int(count)).tolist() if int(count) <= 1000 else []
+            values = np.geomspace(float(low), float(high), min(int(count), 1000)).tolist()
         else:
-            values = [float(v) for v in text.split(",")]
-        if not values or not all(0 < v < math.inf for v in values):
+            values = [kind(v) for v in text.split(",")]
+        if not values or not all(0 < v < math.inf or v == 0 and kind is int for v in values):
             raise ValueError
     except ValueError:
-        raise BadInput(f"{flag}={text}: positive numbers, as 1,2,3 or as LOW:HIGH:COUNT, are needed") from None
-    return sorted(set(values))
+        raise BadInput(f"{flag}={text}: {'whole' if kind is int else 'positive'} numbers, as 1,2,3 "
+                       "or LOW:HIGH:COUNT, are needed") from None
+    return list(dict.fromkeys(values))
 
 
 def parse_size(flag: str, text: str) -> tuple[int, int]:
@@ -73,936 +539,630 @@ def parse_size(flag: str, text: str) -> tuple[int, int]:
     return n_layer, n_embd
 
 
-def planned_runs(sizes: str, lrs: str, tokens: str, seeds: str, flags: list[str]) -> list[dict]:
-    """The runs of a sweep, cheapest first: {c: a Config without steps, N, steps: [at which it is read], seed, flops}.
+def train_config(flags: list[str]):
+    """train.Config from flags. Those that a command here sets itself are refused."""
+    import train
+    c = train.parse_flags(flags)
+    default = {f.name: f.default for f in fields(c)}
+    for name in ("lr_law", "resume", "decay_now", "decay_fraction", "dry_run", "schedule"):
+        value = getattr(c, name)
+        if value != default[name] and not str(value).startswith("wsd"):
+            raise BadInput(f"--{name}={value}: cannot be used here")
+    return c
 
-    One run a (size, rate, seed): it is read at each number of tokens on the way. That makes O(n C_eta) runs for n sizes
-    and C_eta rates where the full grid has O(n^3), the paper's saving. N counts all parameters but the embedding's."""
-    base, runs = train.parse_flags(flags), []
-    for size in dict.fromkeys(sizes.split(",")):
+
+def planned_runs(sizes: str, lrs: str, tokens: str, seeds: str, flags: list[str]) -> list[Run]:
+    """The runs of a sweep, cheapest first: one for each size, learning rate and seed.
+
+    Each is read at every number of tokens on its way. With n sizes and C_eta rates these are
+    n C_eta runs, where a full grid has a run for each horizon too (the paper's saving)."""
+    import train
+    base, runs = train_config(flags), []
+    if base.teacher == "auto":
+        raise BadInput("--teacher=auto: depends on the length of a run, and these are read at "
+                       "several; name a checkpoint")
+    steps = sorted({max(1, round(D / base.batch_tokens)) for D in numbers("--tokens", tokens)})
+    for size, lr, seed in itertools.product(dict.fromkeys(sizes.split(",")), numbers("--lrs", lrs),
+                                            numbers("--seeds", seeds, int)):
         n_layer, n_embd = parse_size("--sizes", size)
-        for lr, seed in itertools.product(numbers("--lrs", lrs), dict.fromkeys(seeds.split(","))):
-            if not (seed.isascii() and seed.isdigit() and len(seed) < 10):
-                raise BadInput(f"--seeds={seeds}: whole numbers separated by commas are needed")
-            c = replace(base, n_layer=n_layer, n_embd=n_embd, lr=lr, seed=int(seed), sample_tokens=0)
-            steps = sorted({max(1, round(D / c.batch_tokens)) for D in numbers("--tokens", tokens)})
-            c = replace(c, steps=steps[-1], warmup_steps=min(c.warmup_steps, steps[0]))
-            train.check(c)
-            if c.teacher == "auto":
-                raise BadInput("--teacher=auto: depends on the length of a run, which here is read at several; name a checkpoint")
-            c = train.with_stop_in_steps(c, c.steps)
-            with torch.device("meta"):
-                model = GPT(train.model_config(c, c.vocab_size))
-            runs.append({"c": c, "N": model.num_params() - model.embed.weight.numel(), "steps": steps, "seed": int(seed),
-                         "flops": model.flops_per_token() * steps[-1] * c.batch_tokens})
-    return sorted(runs, key=lambda r: (r["flops"], r["seed"], r["c"].lr))
+        c = replace(base, n_layer=n_layer, n_embd=n_embd, lr=lr, seed=seed, steps=steps[-1],
+                    warmup_steps=min(base.warmup_steps, steps[0]), sample_tokens=0)
+        train.check(c)
+        c = train.with_stop_in_steps(c, c.steps)
+        with torch.device("meta"):
+            model = GPT(train.model_config(c, c.vocab_size))
+        N = model.num_params() - model.embed.weight.numel()
+        runs.append(Run(c, N, steps, model.flops_per_token() * steps[-1] * c.batch_tokens))
+    return sorted(runs, key=lambda run: (run.flops, run.c.seed, run.c.lr))
 
 
-def plan(runs: list[dict], method: str, share: float, speed: float) -> str:
-    """What a sweep costs, beside the full grid with a run of its own for each number of tokens."""
-    def cost(r):  # a decay branches off at (1 - share) of each reading
-        return r["flops"] + (share * sum(r["flops"] * s / r["steps"][-1] for s in r["steps"][:-1]) if method == "decay" else 0)
-
-    sizes = {}
-    for r in runs:
-        sizes.setdefault((r["N"], r["c"].n_layer, r["c"].n_embd), []).append(r)
-    lines = [f"  N {N:>12,} ({layers} x {width})  {len(found)} runs, read at "
-             + ", ".join(f"{s * found[0]['c'].batch_tokens:,}" for s in found[0]["steps"]) + f" tokens: {sum(map(cost, found)):.3g} FLOPs"
-             for (N, layers, width), found in sorted(sizes.items())]
-    total = sum(map(cost, runs))
-    grid = sum(r["flops"] * s / r["steps"][-1] for r in runs for s in r["steps"])
-    return "\n".join([*lines, f"{len(runs)} runs, {sum(len(r['steps']) for r in runs)} points, {total:.3g} FLOPs, "
-                      f"{total / speed / 3600:.2f} hours at {speed:.3g} FLOP/s; the full grid: "
-                      f"{sum(len(r['steps']) for r in runs)} runs, {grid:.3g} FLOPs, {grid / speed / 3600:.2f} hours"])
-
-
-def need_writable(path, flag: str = ""):
-    """Raises BadInput, early, where a file of this name could not be written."""
-    path = Path(path)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        reason = "a folder" if path.is_dir() else "no permission" if path.parent.is_dir() else f"no folder {path.parent}"
-        raise BadInput(f"{flag}{path}: cannot be written to ({reason})")
-
-
-def append_row(path, row: dict):
-    """One line at the end of the CSV, on disk before this returns; the header first in a new file."""
-    try:
-        with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be written to ({e.strerror})") from None
-
-
-def rows_done(path) -> set:
-    """(N, D, lr, seed, method) of the rows that a CSV of ours holds already. A half row at its end, from a kill, is cut
-    off."""
-    need_writable(path)
-    if not Path(path).exists():
-        return set()
-    foreign = BadInput(f"{path}: not a table of `sweep`, whose columns are {', '.join(COLUMNS)}")
-    try:
-        text = Path(path).read_text()
-    except UnicodeDecodeError:
-        raise foreign from None
-    first, ended, _ = text.partition("\n")
-    if first != ",".join(COLUMNS) if ended else not ",".join(COLUMNS).startswith(first):
-        raise foreign
-    if not text.endswith("\n"):
-        text = text[:text.rfind("\n") + 1]
-        os.truncate(path, Path(path).read_bytes().rfind(b"\n") + 1)
-    try:
-        return {(int(r["N"]), int(r["D"]), float(r["lr"]), int(r["seed"]), r["method"])
-                for r in csv.DictReader(text.splitlines())}
-    except (TypeError, ValueError):
-        raise foreign from None
-
-
-def run_one(run: dict, path, folder, method: str, share: float):
-    """One run of a sweep, a stretch at a time: up to each reading with a constant rate, and there either read as it is
-    (`stable`) or after a decay of `share` of its length that branches off (`decay`). A row is appended as each point is
-    known. What a kill leaves behind is gone on with. A run that diverges has the loss inf there and at all later points."""
-    c, done = replace(run["c"], schedule="constant", decay_fraction=train.FLAGS["decay_fraction"].default), rows_done(path)
-    out = Path(folder, f"{c.n_layer}x{c.n_embd}-{c.lr:.3e}-{c.seed}" + ("-decay" if method == "decay" else ""))
-    key = {"N": run["N"], "lr": c.lr, "seed": c.seed, "n_layer": c.n_layer, "n_embd": c.n_embd, "method": method}
-    diverged = False
-    for steps in run["steps"]:
-        D = steps * c.batch_tokens
-        if (run["N"], D, c.lr, c.seed, method) in done:
-            continue
-        point = {"loss": math.inf, "flops": 0, "seconds": 0}
-        until = steps if method == "stable" else max(c.warmup_steps, round((1 - share) * steps))
-        trunk = str(out / "ckpt.pt") if (out / "ckpt.pt").exists() else ""
-        if trunk and not diverged and load_checkpoint(trunk)["step"] > until:
-            raise BadInput(f"--tokens={D}: the run in {out} is past step {until}, where that would be read; name another --folder")
-        try:
-            if not diverged:
-                stretch = replace(c, steps=until, eval_every=until, save_every=until, out_dir=str(out), resume=trunk)
-                point = train.train(stretch)
-                if method == "decay" and not point["interrupted"]:
-                    shutil.rmtree(out / f"decay-{steps}", ignore_errors=True)  # what a kill left of it
-                    point = train.train(replace(stretch, resume=point["checkpoint"], decay_now=True, schedule="wsd", steps=steps,
-                                                eval_every=steps, out_dir=str(out / f"decay-{steps}")))
-        except train.NonFinite:
-            diverged = True
-        else:
-            if not diverged and point["interrupted"]:
-                raise KeyboardInterrupt
-            diverged = diverged or not math.isfinite(point["val_loss"])
-        append_row(path, {**key, "D": D, "loss": math.inf if diverged else point["val_loss"], "flops": point["flops"],
-                          "seconds": round(point["seconds"], 1)})
-
-
-def sweep(runs: list[dict], path, folder, method: str, share: float, jobs: int = 1, shard: str = "1/1"):
-    """Every run of this shard that the CSV does not hold yet; jobs of them at a time, each with its part of the cores."""
-    try:
-        i, n = map(int, shard.split("/"))
-        if not 1 <= i <= n:
-            raise ValueError
-    except ValueError:
-        raise BadInput(f"--shard={shard}: I/N with 1 <= I <= N is needed") from None
-    rows_done(path)  # says early what is wrong with it
-    mine = runs[i - 1::n]
-    if jobs <= 1:
-        for run in mine:
-            run_one(run, path, folder, method, share)
-        return
-    threads = max(1, torch.get_num_threads() // jobs)
-    context = torch.multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-        for waiting in [pool.submit(run_one, run, path, folder, method, share) for run in mine]:
-            waiting.result()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Fits
-
-
-def basin(loss, tolerance: float = 0.05):
-    """Which points, in the order of their learning rates, lie in the valley around the least loss: the unbroken stretch
-    of points with loss <= (1 + tolerance) times the least. Beyond it runs diverge, and no parabola describes that."""
-    loss = np.asarray(loss, float)
-    low = loss <= (1 + tolerance) * np.nanmin(loss)
-    first = last = int(np.nanargmin(loss))
-    while first > 0 and low[first - 1]:
-        first -= 1
-    while last + 1 < len(loss) and low[last + 1]:
-        last += 1
-    return slice(first, last + 1)
-
-
-def fit_parabola(lr, loss, weights=None) -> dict:
-    """L = L_min + C (ln lr - ln lr*)^2 by weighted least squares (the paper's eq. 2; the base of its log is unknown and
-    only rescales C). lr, loss: (n,), n >= 3. Returns lr, L_min, C, r2, n, and inside: C > 0 and lr* within the swept
-    rates; a fit that is not inside says no more than on which side the optimum lies."""
-    x, y = np.log(np.asarray(lr, float)), np.asarray(loss, float)
-    w = np.ones_like(y) if weights is None else np.asarray(weights, float)
-    if len(np.unique(x)) < 3:
-        raise BadInput(f"a parabola needs at least 3 learning rates, here are {len(np.unique(x))}")
-    middle = x.mean()
-    X = np.stack([np.ones_like(x), x - middle, (x - middle) ** 2], 1)
-    c0, c1, c2 = np.linalg.lstsq(X * np.sqrt(w)[:, None], y * np.sqrt(w), rcond=None)[0]
-    residual, total = (w * (y - X @ (c0, c1, c2)) ** 2).sum(), (w * (y - np.average(y, weights=w)) ** 2).sum()
-    vertex = middle - c1 / (2 * c2) if c2 != 0 else math.inf
-    inside = c2 > 0 and x.min() <= vertex <= x.max()
-    return {"lr": float(np.exp(np.clip(vertex, -700, 700))), "L_min": float(c0 - c1**2 / (4 * c2)) if c2 else math.nan,
-            "C": float(c2), "r2": float(1 - residual / total) if total > 0 else 1.0, "n": len(x), "inside": bool(inside)}
-
-
-def fit_horizon(D, loss, weights=None, gammas=(0.01, 3.0)) -> dict:
-    """L(D) = L_0 + A D^-gamma with L_0, A >= 0 and gamma in `gammas` (the paper's eq. 4), by least squares. D, loss:
-    (n,), n >= 3. For each gamma the best L_0 and A are a linear problem; gamma is found on a grid, and then by
-    Gauss-Newton on all three. Returns L_0, A, gamma, and predict, a function of D."""
-    D, y = np.asarray(D, float), np.asarray(loss, float)
-    w = np.sqrt(np.ones_like(y) if weights is None else np.asarray(weights, float))
-    if len(np.unique(D)) < 3:
-        raise BadInput(f"a power law with a floor needs at least 3 numbers of tokens, here are {len(np.unique(D))}")
-    unit = np.exp(np.log(D).mean())  # so that A is of the size of the losses
-    d = np.log(D / unit)
-
-    def linear(gamma):
-        """(least sum of squares, L_0, A) for this gamma, neither negative."""
-        p = np.exp(-gamma * d)
-        best = np.linalg.lstsq(np.stack([w, w * p], 1), w * y, rcond=None)[0]
-        if best[0] < 0:
-            best = np.array([0.0, (w**2 * p * y).sum() / (w**2 * p * p).sum()])
-        if best[1] < 0:
-            best = np.array([np.average(y, weights=w**2), 0.0])
-        return ((w * (y - best[0] - best[1] * p)) ** 2).sum(), *best
-
-    grid = np.geomspace(*gammas, 400)
-    gamma = grid[int(np.argmin([linear(g)[0] for g in grid]))]
-    _, L_0, A = linear(gamma)
-    for _ in range(50):
-        p = np.exp(-gamma * d)
-        jacobian = np.stack([np.ones_like(d), p, -A * d * p], 1) * w[:, None]
-        step = np.linalg.lstsq(jacobian, w * (y - L_0 - A * p), rcond=None)[0]
-        new = float(np.clip(gamma + step[2], *gammas))
-        if linear(new)[0] > linear(gamma)[0] or abs(new - gamma) < 1e-14:
-            break
-        gamma = new
-        _, L_0, A = linear(gamma)
-    return {"L_0": float(L_0), "A": float(A * unit**gamma), "gamma": float(gamma),
-            "predict": lambda D: L_0 + A * np.exp(-gamma * np.log(np.asarray(D, float) / unit))}
-
-
-def fit_law(N, D, lr, weights=None, draws: int = 1000, seed: int = 0) -> dict:
-    """lr*(N, D) = exp(a) N^b D^c (the paper's eq. 6), by least squares in the logs, with a bootstrap of the residuals.
-
-    Where all N (or all D) are equal, b (or c) cannot be known and is left out, as None. Each draw puts the residuals,
-    drawn with replacement and freed of the shrinkage of fitting (divided by sqrt(1 - leverage)), onto the fitted values
-    and fits again; with few points its spread is widened as Student's t is. Returns a, b, c, r2, sd (of a residual, in
-    ln lr), draws (k, 3), the ranges of N and D."""
-    if not len(lr):
-        raise BadInput("0 optima are too few for a law")
-    N, D, y = (np.log(np.asarray(v, float)) for v in (N, D, lr))
-    w = np.sqrt(np.ones_like(y) if weights is None else np.asarray(weights, float))
-    center = np.array([N.mean(), D.mean()])
-    used = [bool(np.ptp(v) > 1e-9) for v in (N, D)]
-    X = np.stack([np.ones_like(y)] + [v - m for v, m, u in zip((N, D), center, used) if u], 1)
-    if len(y) < X.shape[1] + 1 or np.linalg.matrix_rank(X) < X.shape[1]:
-        raise BadInput(f"{len(y)} optima are too few, or all on one line, for a law with {X.shape[1]} constants")
-    solve = np.linalg.pinv(X * w[:, None])  # (constants, n)
-    beta = solve @ (w * y)
-    residual = w * (y - X @ beta)
-    free = residual / np.sqrt(np.clip(1 - np.einsum("ij,ji->i", X * w[:, None], solve), 1e-3, None))
-    rng = np.random.default_rng(seed)
-    dof = len(y) - X.shape[1]
-    unsure = np.sqrt(dof / rng.chisquare(dof, (draws, 1)))  # few residuals do not tell their own size: normal to Student's t
-    betas = beta + unsure * (rng.choice(free - free.mean(), (draws, len(y))) @ solve.T)
-
-    def constants(betas):
-        """Rows (a, b, c) from rows of centred constants; nan where left out."""
-        out = np.full((len(betas), 3), np.nan)
-        out[:, 0], column = betas[:, 0], 1
-        for i, u in enumerate(used):
-            if u:
-                out[:, 1 + i] = betas[:, column]
-                out[:, 0] -= betas[:, column] * center[i]
-                column += 1
-        return out
-
-    total = ((w * (y - np.average(y, weights=w**2))) ** 2).sum()
-    a, b, c = constants(beta[None])[0]
-    return {"a": a, "b": b if used[0] else None, "c": c if used[1] else None, "n": len(y),
-            "r2": float(1 - (residual**2).sum() / total) if total > 0 else 1.0, "sd": float(np.sqrt((residual**2).sum() / dof)),
-            "draws": constants(betas), "N": [float(np.exp(N.min())), float(np.exp(N.max()))],
-            "D": [float(np.exp(D.min())), float(np.exp(D.max()))]}
-
-
-def interval(values, level: float = 0.9) -> list[float]:
-    """The middle `level` of the values."""
-    return [float(v) for v in np.quantile(values, [(1 - level) / 2, (1 + level) / 2])]
-
-
-def predict_law(law: dict, N, D, level: float = 0.9) -> dict:
-    """lr* at one (N, D), its interval from the bootstrap, and how many decades (N, D) lies outside the data, at
-    most."""
-    x = np.array([1.0, math.log(N), math.log(D)])
-    draws = np.exp(np.nan_to_num(np.asarray(law["draws"], float)) @ x)
-    beyond = [max(math.log10(v / high), math.log10(low / v), 0.0) for v, (low, high) in ((N, law["N"]), (D, law["D"]))]
-    return {"lr": law_rate(law, N, D), "interval": interval(draws, level), "decades": max(beyond),
-            "unknown": [name for name, k, v in (("N", "b", N), ("D", "c", D)) if law[k] is None
-                        and not 0.99 < v / law[name][0] < 1.01]}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A table of runs
-
-
-def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
-    """Rows of a CSV with a header as dicts of N, D, lr, loss (numbers) and group (a text), and how many were left out
-    as diverged (a loss that is inf or nan) or as another seed of what diverged, whose survivors alone would flatter that
-    rate. columns: the names in the file; group may be several, separated by commas."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            table = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise BadInput(f"{path}: not a table of runs ({e})") from None
-    if not table:
-        raise BadInput(f"{path}: no runs in it")
-    groups = [g for g in columns["group"].split(",") if g and (g in table[0] or g != "group")]
-    if missing := [f"--{k}={columns[k]}" for k in ("N", "D", "lr", "loss") if columns[k] not in table[0]] + [
-            f"--group={g}" for g in groups if g not in table[0]]:
-        raise BadInput(f"{path}: no such column: {', '.join(missing)}; there are {', '.join(filter(None, table[0]))}")
-    methods = {row["method"] for row in table if row.get("method")}
-    if len(methods) > 1 and "method" not in groups:
-        raise BadInput(f"{path}: runs of {len(methods)} methods, {' and '.join(sorted(methods))}, whose losses do not compare; "
-                       "--group=method keeps them apart")
-    runs, diverged = [], set()
-    for i, row in enumerate(table, start=2):
-        try:
-            run = {k: float(row[columns[k]]) for k in ("N", "D", "lr", "loss")}
-        except (TypeError, ValueError):
-            raise BadInput(f"{path}, line {i}: {columns['N']}, {columns['D']}, {columns['lr']} and {columns['loss']} must be "
-                           "numbers") from None
-        if None in row.values():
-            raise BadInput(f"{path}, line {i}: fewer columns than the header")
-        run["group"] = ",".join(row[g] for g in groups)
-        if not math.isfinite(run["loss"]):
-            diverged.add(tuple(run[k] for k in ("N", "D", "lr", "group")))
-        elif not all(0 < run[k] < math.inf for k in ("N", "D", "lr")):
-            raise BadInput(f"{path}, line {i}: {columns['N']}, {columns['D']} and {columns['lr']} must be positive")
-        runs.append(run)
-    kept = [r for r in runs if math.isfinite(r["loss"]) and tuple(r[k] for k in ("N", "D", "lr", "group")) not in diverged]
-    return kept, len(runs) - len(kept)
-
-
-def slices_of(runs) -> dict[tuple, tuple[np.ndarray, np.ndarray]]:
-    """(N, D, group) -> its (rates, losses), in the order of the rates; runs of one rate, as of several seeds, by their
-    mean."""
-    slices = {}
+def plan(runs: list[Run], share: float, speed: float) -> str:
+    """The cost of a sweep on a machine of `speed` FLOP/s, beside that of a full grid, which trains
+    a run of its own for each horizon. share: as in `settings`."""
+    sizes, lines, total, full, points = defaultdict(list), [], 0.0, 0.0, 0
     for run in runs:
-        slices.setdefault((run["N"], run["D"], run["group"]), {}).setdefault(run["lr"], []).append(run["loss"])
-    return {key: tuple(np.array([(lr, np.mean(losses)) for lr, losses in sorted(rates.items())]).T)
-            for key, rates in sorted(slices.items())}
+        sizes[run.N, f"{run.c.n_layer} x {run.c.n_embd}"].append(run)
+    for (N, size), (run, *others) in sorted(sizes.items()):
+        n = 1 + len(others)
+        every = sum(run.flops * steps / run.steps[-1] for steps in run.steps)
+        cost = n * (run.flops + share * (every - run.flops))  # a run contains its longest decay
+        total, full, points = total + cost, full + n * every, points + n * len(run.steps)
+        horizons = ", ".join(f"{steps * run.c.batch_tokens:,}" for steps in run.steps)
+        lines.append(f"  N {N:>12,} ({size})  {n} runs, read at {horizons} tokens: {cost:.3g} "
+                     "FLOPs")
+    return "\n".join([*lines, f"{len(runs)} runs, {points} points, {total:.3g} FLOPs, "
+                      f"{total / speed / 3600:.2f} hours at {speed:.3g} FLOP/s; the full grid: "
+                      f"{points} runs, {full:.3g} FLOPs, {full / speed / 3600:.2f} hours"])
 
 
-def fit_slices(runs, tolerance: float = 0.05) -> list[dict]:
-    """A parabola for every (N, D, group) with at least 3 rates in its basin: {N, D, group, ...fit_parabola}."""
-    fitted = []
-    for (N, D, group), (lr, loss) in slices_of(runs).items():
-        valley = basin(loss, tolerance)
-        if len(np.unique(lr[valley])) >= 3:
-            fitted.append({"N": N, "D": D, "group": group, **fit_parabola(lr[valley], loss[valley])})
-    return fitted
+def csv_line(values) -> bytes:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(values)
+    return line.getvalue().encode()
 
 
-def loss_horizons(fitted) -> list[dict]:
-    """Of each N and group with at least 3 horizons, its best losses over D: {N, group, L_0, A, gamma, n}, and with 4 or more
-    also longest, the largest D; predicted, its loss by a fit on the shorter ones alone; and loss, what it is."""
-    rows = []
-    for N, group in sorted({(f["N"], f["group"]) for f in fitted}):
-        mine = sorted((f["D"], f["L_min"]) for f in fitted if (f["N"], f["group"]) == (N, group))
-        D, loss = np.array(mine, float).T
-        if len(D) >= 3:
-            fit = fit_horizon(D, loss)
-            rows.append({"N": N, "group": group, "n": len(D), **{k: fit[k] for k in ("L_0", "A", "gamma")}})
-            if len(D) >= 4:
-                shorter = fit_horizon(D[:-1], loss[:-1])["predict"]
-                rows[-1] |= {"longest": D[-1], "loss": loss[-1], "predicted": float(shorter(D[-1]))}
+def open_table(path) -> dict[tuple, str]:
+    """(N, D, lr, seed, method) -> flags, for each row of a table of `sweep`. A new table gets its
+    name only with its header in it, by a link, which fails if another process was faster. A last
+    row without a line end, from an interrupted write, is cut off."""
+    path, header = Path(path), csv_line(COLUMNS)
+    if not path.exists():
+        new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        new.write_bytes(header)
+        with contextlib.suppress(FileExistsError):
+            os.link(new, path)
+        new.unlink()
+    data = path.read_bytes()
+    whole = data[:data.rfind(b"\n") + 1]
+    try:
+        if not whole.startswith(header):
+            raise ValueError
+        rows = {(int(row["N"]), int(row["D"]), float(row["lr"]), int(row["seed"]), row["method"]):
+                row["flags"] or "" for row in csv.DictReader(whole.decode().splitlines())}
+    except (TypeError, ValueError, csv.Error):
+        raise BadInput(f"{path}: not a table of this `sweep`, whose columns are "
+                       f"{', '.join(COLUMNS)}") from None
+    if whole != data:
+        os.truncate(path, len(whole))
     return rows
 
 
-def near_optima(runs, within: float = 0.0025) -> list[dict]:
-    """The middle (mean of ln lr) of all runs of an (N, D), over all groups, whose loss is within that share of the
-    least: what remains when the batch is chosen together with the rate."""
-    slices = {}
-    for run in runs:
-        slices.setdefault((run["N"], run["D"]), []).append(run)
-    optima = []
-    for (N, D), found in sorted(slices.items()):
-        least = min(r["loss"] for r in found)
-        good = [math.log(r["lr"]) for r in found if r["loss"] <= (1 + within) * least]
-        optima.append({"N": N, "D": D, "lr": math.exp(sum(good) / len(good)), "n": len(good)})
-    return optima
+def append_row(path, row: dict):
+    """Appends one row by a single write, so that several processes may do so at once."""
+    with open(path, "ab", buffering=0) as file:
+        file.write(csv_line(row[name] for name in COLUMNS))
+        os.fsync(file.fileno())
 
 
-def shape_statistics(runs, tolerance: float = 0.05, slack: float = 0.002) -> dict:
-    """How well a parabola in ln lr describes slices of at least 5 rates. Counts: slices; unimodal (falling, then rising,
-    but for `slack` nats) over all rates, and in the basin; interior, least loss at neither end. Medians: r2 of a parabola
-    through the 7 rates around the least loss, and through all; the distance of its vertex from the rate of least loss, in
-    octaves; high and low, nats lost by a rate twice too high or low, of slices that have it."""
-    def unimodal(loss):
-        best = int(np.argmin(loss))
-        steps = np.diff(loss)
-        return bool((steps[:best] <= slack).all() and (steps[best:] >= -slack).all())
-
-    rows = []
-    for lr, loss in slices_of(runs).values():
-        if len(lr) < 5:
-            continue
-        best = int(np.argmin(loss))
-        around = slice(max(0, best - 3), best + 4)
-        near, ln = fit_parabola(lr[around], loss[around]), np.log(lr)
-        lost = [np.interp(ln[best] + d, ln, loss, left=np.nan, right=np.nan) - loss[best] for d in (math.log(2), -math.log(2))]
-        rows.append((unimodal(loss), unimodal(loss[basin(loss, tolerance)]), 0 < best < len(lr) - 1, near["r2"],
-                     near["r2"] >= 0.995, fit_parabola(lr, loss)["r2"], abs(math.log2(near["lr"] / lr[best])), *lost))
-    columns = np.array(rows, float).reshape(len(rows), 9).T
-    names = ("unimodal", "unimodal_basin", "interior", "r2", "r2_995", "r2_all", "octaves", "high", "low")
-    counts = ("unimodal", "unimodal_basin", "interior", "r2_995")
-    return {"slices": len(rows)} | {k: int(v.sum()) if k in counts else float(np.nanmedian(v)) if len(v) else math.nan
-                                    for k, v in zip(names, columns)}
-
-
-def hold_out(runs, tolerance: float = 0.05) -> dict:
-    """Fit without the largest N, and what following the fit there costs: {N, slices, costs}; costs has, by the name of what
-    gave the rate, nats above a slice's own best, one row (by its parabola, by its losses interpolated in ln lr, the swept
-    rates' ends beyond them) for each slice of that N with its optimum inside.
-
-    The rates: each group's own law (the law of all groups where one alone is too few); with several groups the joint law of
-    near_optima; the published Step Law, which knows the same N and D; the one rate best on average for what was fitted."""
-    largest = max(run["N"] for run in runs)
-    fitted = [f for f in fit_slices(runs, tolerance) if f["inside"]]
-    held, rest = ([f for f in fitted if (f["N"] == largest) == is_held] for is_held in (True, False))
-    if not held or not rest:
-        raise BadInput(f"--hold_out: the largest N, {largest:g}, has {len(held)} slices with their optimum inside, the others "
-                       f"{len(rest)}; some of both are needed")
-
-    def law_of(optima):
-        return fit_law(*([o[k] for o in optima] for k in ("N", "D", "lr")), draws=1)
-
-    laws, everywhere = {}, law_of(rest)
-    if everywhere["b"] is None:
-        raise BadInput(f"--hold_out: without N = {largest:g} one size is left, which does not tell how lr* changes with N")
-    for group in {f["group"] for f in held}:
-        own = [f for f in rest if f["group"] == group]
-        try:
-            laws[group] = law_of(own)
-            if any(laws[group][k] is None and everywhere[k] is not None for k in "bc"):  # one size or length alone
-                laws[group] = everywhere
-        except BadInput:
-            laws[group] = everywhere
-    rates = {"its group's law": lambda f: law_rate(laws[f["group"]], f["N"], f["D"])}
-    if len({f["group"] for f in fitted}) > 1:
-        joint = law_of(near_optima([r for r in runs if r["N"] != largest]))
-        rates["the joint law"] = lambda f: law_rate(joint, f["N"], f["D"])
-    weights = [f["C"] for f in rest]
-    constant = math.exp(np.average([math.log(f["lr"]) for f in rest], weights=weights))
-    rates |= {"Step Law, published": lambda f: published("step", f["N"], f["D"]), f"always {constant:.3g}": lambda f: constant}
-    points, costs = slices_of(runs), {}
-    for name, rate in rates.items():
-        costs[name] = []
-        for f in held:
-            lr, loss = points[f["N"], f["D"], f["group"]]
-            costs[name].append((f["C"] * math.log(rate(f) / f["lr"]) ** 2,
-                                float(np.interp(math.log(rate(f)), np.log(lr), loss) - loss.min())))
-    return {"N": largest, "slices": len(held), "costs": costs}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Published laws
-
-# Each: what N counts, the batch policy under which it was found, its source, and lr(N, D). Units: parameters and tokens.
-LAWS = {
-    "step": ("non-embedding parameters", "batch grown with D: 0.58 D^0.571 tokens", "Step Law, arXiv 2503.04715",
-             lambda N, D: 1.79 * N**-0.713 * D**0.307),
-    "bjorck": ("parameters", "0.5M tokens; the constant is disputed, this one for N and D in billions", "arXiv 2409.19913",
-               lambda N, D: 1.55e-3 * (N / 1e9) ** -0.23 * (D / 1e9) ** -0.32),
-    "deepseek": ("non-embedding FLOPs per token / 6", "0.2920 C^0.3271 tokens; C = 6 N D here", "DeepSeek LLM, arXiv 2401.02954",
-                 lambda N, D: 0.3118 * (6 * N * D) ** -0.1250),
-    "porian": ("parameters with the head", "0.7576 N^0.703 tokens", "arXiv 2406.19146", lambda N, D: 3.7 * N**-0.36),
-    "kaplan": ("non-embedding parameters", "grows as the loss falls", "arXiv 2001.08361, as Step Law tabulates it",
-               lambda N, D: 3.239e-3 - 1.395e-4 * math.log(N)),
-    "minicpm": ("non-embedding parameters", "grows as the loss falls; constant under its own muP", "arXiv 2404.06395",
-                lambda N, D: 0.01),
-    "ling": ("non-embedding FLOPs per token / 6, of the active experts", "0.0694 C^0.3644", "Ling MoE, arXiv 2507.17702",
-             lambda N, D: 1.1576 * (6 * N * D) ** -0.1529),
-}
-# Known as ratios alone: the units of N and D behind the constant are not known (papers' digests disagree by a factor of 20).
-RATIOS = {"zhou": ("unknown; MoE models", "unknown", "arXiv 2601.05049", lambda N, D: N**-0.2219 * D**-0.3509)}
-
-
-# Their batches in tokens per step, where these are known in numbers.
-BATCHES = {"step": lambda N, D: 0.58 * D**0.571, "bjorck": lambda N, D: 5e5, "porian": lambda N, D: 0.7576 * N**0.703,
-           "deepseek": lambda N, D: 0.2920 * (6 * N * D) ** 0.3271, "ling": lambda N, D: 0.0694 * (6 * N * D) ** 0.3644}
-
-
-def published(name: str, N: float, D: float, anchor=None, batch=0.0) -> float:
-    """The rate of a published law at (N, D); from a point of yours, anchor = (N, D, lr), it takes the ratio alone. batch:
-    yours in tokens, to which its rates are carried from its own batches by the square-root rule of horizon_factors."""
-    if name not in LAWS | RATIOS:
-        raise BadInput(f"--law={name}: no file and no published law; those are {', '.join(LAWS | RATIOS)}")
-    if batch and name not in BATCHES:
-        raise BadInput(f"--law={name} --batch_tokens={batch:g}: its own batch is not known in numbers; {', '.join(BATCHES)} have one")
-    as_published = (LAWS | RATIOS)[name][3]
-
-    def rate(N, D):
-        return as_published(N, D) * (horizon_factors(BATCHES[name](N, D) / batch, 1, "sqrt")["lr"] if batch else 1)
-
-    if name in RATIOS and not anchor:
-        raise BadInput(f"--law={name}: its units are not known, so it gives ratios only: --anchor=N,D,LR, a point of yours, is "
-                       "needed")
-    for n, d in [(N, D)] + ([anchor[:2]] if anchor else []):
-        if rate(n, d) <= 0:
-            raise BadInput(f"--law={name}: gives {rate(n, d):.3g} at {n:g} parameters, far beyond where it was made")
-    return anchor[2] * rate(N, D) / rate(*anchor[:2]) if anchor else rate(N, D)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The rival: rates found at a small size and carried over by rules (model.PARAM_RULES)
-
-ACTIVATIONS = {"embed": "embedding", "mixer": "attention", "ssm": "ssm", "router": "router", "mlp": "mlp"}  # by module
-
-
-def activations(model: GPT, idx) -> dict[str, list[torch.Tensor]]:
-    """What the modules of each kind give for idx (B, T), one tensor a block; stream: x after the last block; logits."""
-    seen, hooks = {}, []
-    for name, module in model.named_modules():
-        if kind := ACTIVATIONS.get(name.rpartition(".")[2]):
-            hooks.append(module.register_forward_hook(lambda m, x, y, kind=kind: seen.setdefault(kind, []).append(y)))
-    with torch.no_grad():
-        logits, (stream,) = model(idx, hidden=(len(model.blocks),))
-    for hook in hooks:
-        hook.remove()
-    return seen | {"stream": [stream], "logits": [logits]}
-
-
-def coordinate_check(c: train.Config, steps: int = 5, seeds: int = 1) -> dict[str, float]:
-    """RMS over all elements of how far each kind of activation has moved after `steps` steps at the constant rate c.lr,
-    mean over seeds. Under a parametrisation that transfers it is the same at every size (Yang et al. 2022, appendix D.1).
-
-    The text is 4 sequences of 32 random tokens out of 256, the same ones at every step and size. Matrices that write into
-    the stream start at 0, so that at least 3 steps are needed before all of the model moves."""
-    moved = {}
-    for seed in range(seeds):
-        torch.manual_seed(seed)
-        idx = torch.randint(256, (4, 33))
-        model = GPT(train.model_config(replace(c, block_size=32), 256))
-        multipliers = Multipliers(model, c.multipliers, c.multiplier_placement, c.multiplier_modules.split(",")) \
-            if c.multipliers != "none" else None
-        muon = dict(momentum=c.momentum, coefficients=c.muon_coefficients, scale=c.muon_scale, normuon=c.normuon)
-        optimizers = make_optimizers(
-            model, multipliers, c.optimizer, c.lr, c.weight_decay, (c.beta1, c.beta2), c.embedding_lr,
-            train.module_factors(c.module_lr), train.module_factors(c.module_decay), c.multiplier_lr,
-            c.multiplier_weight_decay, c.adam_eps, **muon, dtype=torch.float32)
-        before = activations(model, idx[:, :-1])
-        for _ in range(steps):
-            model(idx[:, :-1], idx[:, 1:])[0].backward()
-            if multipliers:
-                multipliers.split_gradients()
-            for optimizer in optimizers:
-                optimizer.step()
-            if multipliers:
-                multipliers.fold()
-            model.zero_grad()
-        for kind, now in activations(model, idx[:, :-1]).items():
-            change = torch.stack([(a - b).square().mean() for a, b in zip(now, before[kind])]).mean().sqrt().item()
-            moved[kind] = moved.get(kind, 0.0) + change / seeds
-    return moved
-
-
-def slope(sizes, values) -> float:
-    """The exponent k of values ~ sizes^k, by least squares in the logs; nan where a value is 0 or not finite."""
-    x, y = np.log(np.asarray(sizes, float)), np.asarray(values, float)
-    y = np.log(y, where=y > 0, out=np.full_like(y, np.nan))
-    return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
-
-
-def coordcheck_command(a, flags) -> str:
+def sweep(runs: list[Run], path, folder="", share: float = 0.0, shard: str = "1/1"):
+    """Trains those runs of this shard (I/N: every N-th from the I-th) that the table lacks. Their
+    folders lie in `folder`, by default the table's name without its suffix."""
+    i, slash, n = shard.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise BadInput(f"--shard={shard}: I/N with 1 <= I <= N is needed")
     try:
-        widths, depths = ([int(v) for v in text.split(",") if v] for text in (a.widths, a.depths))
-        if min(widths + depths) < 1 or not widths or len(widths) < 2 and len(depths) < 2:
-            raise ValueError
-    except ValueError:
-        raise BadInput(f"--widths={a.widths} --depths={a.depths}: whole numbers separated by commas are needed, two of one "
-                       "at least") from None
-    if a.steps < 3 or a.seeds < 1:
-        raise BadInput(f"--steps={a.steps} --seeds={a.seeds}: at least 3 steps and 1 seed are needed")
-    c, params = train.parse_flags(flags), a.params.split(",")
-    if c.lr == 0:
-        raise BadInput("--lr=law: a number is needed here")
-    depths = depths or [c.n_layer]
-    base = dict(base_n_embd=widths[0], base_n_layer=depths[0])
-    axes = {"width": [(depths[0], w) for w in widths], "depth": [(d, widths[0]) for d in depths]}
-    axes = {axis: sizes for axis, sizes in axes.items() if len(sizes) > 1}
-    settings = {(param, size): replace(c, param=param, n_layer=size[0], n_embd=size[1], **{
-        k: v for k, v in base.items() if param == "completep" or param == "mup" and k == "base_n_embd"})
-        for param in params for sizes in axes.values() for size in sizes}
-    for setting in settings.values():
-        train.check(setting)
-    plt = plotting(a.plot) if a.plot else None
-    if a.plot:
-        need_writable(a.plot, "--plot=")
-    moved, same = {}, {}  # at the base's width mup is the standard model, at its depth completep is mup: once will do
-    with train.bar(len(settings), "coordinate check", "size") as progress:
-        for key, setting in settings.items():
-            model = str(train.model_config(setting, 256))
-            moved[key] = same[model] = same.get(model) or coordinate_check(setting, a.steps, a.seeds)
-            progress.update()
-    lines = []
-    for axis, sizes in axes.items():
-        numbers = [size[axis == "width"] for size in sizes]
-        lines.append(f"RMS of the change after {a.steps} steps with {c.optimizer} at lr {c.lr:g}, over {axis} ("
-                     + (f"{depths[0]} blocks" if axis == "width" else f"width {widths[0]}") + ")")
-        lines.append(f"  {'':<10} {'':<10}" + "".join(f"{n:>10}" for n in numbers) + "     slope")
-        for param in params:
-            for kind in moved[param, sizes[0]]:
-                values = [moved[param, size][kind] for size in sizes]
-                lines.append(f"  {param:<10} {kind:<10}" + "".join(f"{v:>10.3g}" for v in values)
-                             + f"{slope(numbers, values):>+10.2f}")
-    if plt:
-        figure, panels = plt.subplots(len(axes), len(params), figsize=(3.6 * len(params), 3.2 * len(axes)), squeeze=False,
-                                      layout="constrained", sharey="row")
-        for row, (axis, sizes) in zip(panels, axes.items()):
-            numbers = [size[axis == "width"] for size in sizes]
-            for panel, param in zip(row, params):
-                for kind in moved[param, sizes[0]]:
-                    panel.plot(numbers, [moved[param, size][kind] for size in sizes], "o-", markersize=3, label=kind)
-                panel.set(xscale="log", yscale="log", xlabel=axis, title=param, xticks=numbers, xticklabels=numbers)
-                panel.minorticks_off()
-            row[0].set_ylabel(f"RMS of the change, {a.steps} steps")
-        panels[0, 0].legend(fontsize="x-small")
-        figure.savefig(a.plot, dpi=120)
-    return "\n".join(lines)
+        rows, method = open_table(path), "decay" if share else "stable"
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written to ({e.strerror})") from None
+    for key, there in rows.items():
+        if key[-1] == method:
+            refuse_settings(path, there, settings(runs[0].c, share))
+    for run in runs[int(i) - 1::int(n)]:
+        run_one(run, path, folder or Path(path).with_suffix(""), share, rows)
+
+
+def run_one(run: Run, path, folder, share: float, rows):
+    """Trains one run of a sweep from reading to reading, and appends a row at each that is not
+    among `rows`. An interrupted run continues from its checkpoint. A run that diverges has the loss
+    inf there and at all later readings."""
+    import train
+    c, method, diverged = run.c, "decay" if share else "stable", False
+    name = f"{c.n_layer}x{c.n_embd}-{c.lr:.3e}-{c.seed}"
+    out = Path(folder, name + ("-decay" if share else ""))
+    for steps in run.steps:
+        D = steps * c.batch_tokens
+        if (run.N, D, c.lr, c.seed, method) in rows:
+            continue
+        point = {"val_loss": math.inf, "flops": 0, "seconds": 0}
+        try:
+            if not diverged:
+                point = reading(c, steps, share, out)
+        except train.NonFinite:
+            pass
+        diverged = not math.isfinite(point["val_loss"])
+        append_row(path, {
+            "N": run.N, "D": D, "lr": c.lr, "loss": math.inf if diverged else point["val_loss"],
+            "seed": c.seed, "n_layer": c.n_layer, "n_embd": c.n_embd, "flops": point["flops"],
+            "seconds": round(point["seconds"], 1), "method": method, "flags": settings(c, share)})
+
+
+def reading(c, steps: int, share: float, out: Path) -> dict:
+    """Trains a run up to its reading at `steps`. Returns train.train's result there: of the run
+    with its constant learning rate, or of a decay that ends at `steps` and branches off before."""
+    import train
+    until = max(c.warmup_steps, round((1 - share) * steps)) if share else steps
+    trunk, branch = out / "ckpt.pt", out / f"decay-{steps}"
+    if trunk.exists():
+        there = load_checkpoint(trunk)
+        if there["step"] > until:
+            raise BadInput(f"--tokens={steps * c.batch_tokens}: the run in {out} is past step "
+                           f"{until}, where that is read; name another --folder")
+        stored = replace(c, **{k: v for k, v in there["config"].items() if hasattr(c, k)})
+        refuse_settings(f"--folder={out.parent}", settings(stored), settings(c), ["--schedule"])
+    constant = replace(c, schedule="constant", steps=until, eval_every=until, save_every=until,
+                       out_dir=str(out), resume=str(trunk) if trunk.exists() else "")
+    point = train.train(constant)
+    if share and not point["interrupted"]:
+        shutil.rmtree(branch, ignore_errors=True)  # what an interrupted decay left
+        point = train.train(replace(constant, schedule=c.schedule, steps=steps, eval_every=steps,
+                                    resume=point["checkpoint"], decay_now=True,
+                                    out_dir=str(branch)))
+    if point["interrupted"]:
+        raise KeyboardInterrupt
+    return point
+
+
+# --------------------------------------------------------------------------------------------------
+# muTransfer: tune a small proxy, and carry its learning rate over by rules (model.PARAM_RULES)
 
 
 def horizon_factors(steps: float, tokens: float, rule: str) -> dict[str, float]:
-    """Factors on lr, decay, 1 - beta and eps from one run to another of `steps` times the optimizer steps and `tokens` times
-    the tokens (their quotient is the batch's growth).
+    """Factors on lr, weight decay, 1 - beta and eps for `steps` times the optimizer steps and
+    `tokens` times the tokens.
 
-    sqrt   lr and decay steps^-1/2, 1 - beta steps^-1, eps steps^1/2 (Complete(d)P, arXiv 2512.22382, as digests give it): the
-           noise of Adam's walk is the same. A batch k times as large at the same tokens is steps = 1 / k, so sqrt(k).
-    bjorck lr tokens^-0.32 at one batch (arXiv 2409.19913), what was found rather than derived
-    none   1"""
-    lr = {"sqrt": steps**-0.5, "bjorck": tokens**-0.32, "none": 1.0}[rule]
-    same = rule != "sqrt"
-    return {"lr": lr, "decay": 1.0 if same else lr, "beta": 1.0 if same else 1 / steps, "eps": 1.0 if same else steps**0.5}
+    sqrt    lr and decay steps^-1/2, 1 - beta steps^-1, eps steps^1/2 (Complete(d)P, arXiv
+            2512.22382, as summaries give it). A batch k times as large at the same tokens is
+            steps = 1 / k, so lr grows with sqrt(k).
+    bjorck  lr tokens^-0.32 at one batch size (arXiv 2409.19913), an empirical rule
+    none    1"""
+    if rule == "sqrt":
+        return {"lr": steps**-0.5, "decay": steps**-0.5, "beta": 1 / steps, "eps": steps**0.5}
+    return {"lr": tokens**-0.32 if rule == "bjorck" else 1.0, "decay": 1.0, "beta": 1.0, "eps": 1.0}
 
 
-def group_table(c: train.Config) -> list[str]:
-    """A line for each kind of parameter of c's model: its optimizer, peak rate, weight decay, and Adam's epsilon or what the
-    parametrisation makes of Muon's update."""
+def target_flags(c, lr: float, factors: dict) -> dict:
+    """The flags of c that another horizon changes; lr is the proxy's. Muon's momentum is an average
+    of gradients as AdamW's betas are. eps has no flag; at its default of 1e-10 it hardly counts."""
+    flags = {"lr": lr * factors["lr"], "weight_decay": c.weight_decay * factors["decay"]}
+    if c.multipliers != "none":
+        flags["multiplier_lr"] = c.multiplier_lr * factors["lr"]
+        flags["multiplier_weight_decay"] = c.multiplier_weight_decay * factors["decay"]
+    flags = {name: float(f"{value:.4g}") for name, value in flags.items()}
+    for name in ("beta1", "beta2", "momentum") if c.optimizer == "muon" else ("beta1", "beta2"):
+        flags[name] = max(0.0, 1 - float(f"{(1 - getattr(c, name)) * factors['beta']:.4g}"))
+    return flags
+
+
+def peak_rates(c) -> list[str]:
+    """A line for each group of parameters of a run: its optimizer, learning rate, weight decay."""
+    import train
     with torch.device("meta"):
-        model = GPT(train.model_config(c, c.vocab_size))
-    muon = dict(scale=c.muon_scale) if c.optimizer == "muon" else {}
-    optimizers = make_optimizers(model, None, c.optimizer, c.lr, c.weight_decay, (c.beta1, c.beta2), c.embedding_lr,
-                                 train.module_factors(c.module_lr), train.module_factors(c.module_decay), eps=c.adam_eps, **muon)
-    at = {id(p): (o, g, i) for o in optimizers for g in o.param_groups for i, p in enumerate(g["params"])}
-    params, found = dict(model.named_parameters()), {}
-    for kind, names in place_parameters(model).items():
-        for name in names:
-            optimizer, group, i = at[id(params[name])]
-            text = f"lr {group['lr']:<10.4g} weight decay {group['weight_decay']:<8.4g}"
-            if isinstance(optimizer, Muon):
-                times = {muon_scale(rows, params[name].shape[-1], c.muon_scale, growth)
-                         / muon_scale(rows, params[name].shape[-1], c.muon_scale)
-                         for rows, growth in zip(group["pieces"][i], group["growth"][i])}
-                text += f" Muon, its update times {', '.join(f'{t:.4g}' for t in sorted(times))}"
-            else:
-                text += f" AdamW, eps {group['eps']:.3g}"
-            found.setdefault((rule_of(name, kind, c.tie_embeddings), text), []).append(name)
-    return [f"  {rule:<10} {text}   ({len(names)} tensors)" for (rule, text), names in found.items()]
+        optimizers = make_optimizers(GPT(train.model_config(c, c.vocab_size)), c).optimizers
+    return [f"  {name:<12} lr {group['lr']:<10.4g} weight decay {group['weight_decay']:<8.4g} "
+            f"{len(group['params'])} tensors, such as {group['param_names'][0]}"
+            for name, optimizer in optimizers.items() for group in optimizer.param_groups]
+
+
+def proxy_optimum(a, c) -> tuple[SimpleNamespace, int]:
+    """The parabola of the proxy's runs at their longest horizon, and how many runs diverged."""
+    layers, width = parse_size("--proxy", a.proxy)
+    columns = {"N": "N", "D": "D", "lr": "lr", "loss": "loss",
+               "group": "n_layer,n_embd,method,flags"}
+    table, diverged = read_runs(a.csv, columns)
+    prefix = f"{layers},{width},{a.method},"
+    runs = [run for run in table if run["group"].startswith(prefix)]
+    if not runs:
+        raise BadInput(f"{a.csv}: no runs of --proxy={a.proxy} by --method={a.method} in it")
+    for group in {run["group"] for run in runs}:  # a sweep shortens warm-ups, counts stops in steps
+        refuse_settings(a.csv, group.removeprefix(prefix), settings(c), [
+            "--warmup_steps", "--let_stop", "--distill_stop", "--decay_share"])
+    D = max(run["D"] for run in runs)
+    found = fit_slices([run for run in runs if run["D"] == D])
+    if not found or not found[0].inside:
+        raise BadInput(f"{a.csv}: at {D:,.0f} tokens the best learning rate of --proxy={a.proxy} "
+                       "is not inside the swept ones; at least 3 around it are needed")
+    return found[0], diverged
 
 
 def transfer_command(a, flags) -> str:
-    """muTransfer: the best rate of a proxy, out of a sweep of it, and what the rules make of it at the target. At the base
-    size, which is the proxy's, every parametrisation is the standard model: a standard sweep serves as it is."""
-    c = train.parse_flags(flags)
-    (layers, width), (to_layers, to_width) = parse_size("--proxy", a.proxy), parse_size("--target", a.target)
+    """muTransfer: the best learning rate of a proxy, and what the rules make of it at the target.
+    The proxy has the base size, where every parametrisation is the standard model."""
+    import train
+    c = train_config(flags)
+    (layers, width), (to_layers, to_width) = (
+        parse_size(f"--{name}", getattr(a, name)) for name in ("proxy", "target"))
     if c.param != "standard":
         raise BadInput(f"--param={c.param}: goes before the --, as the proxy is the standard model")
     if bool(a.lrs) != bool(a.tokens):
-        raise BadInput(f"--lrs={a.lrs} --tokens={a.tokens}: a sweep of the proxy needs both; neither: take the table as it is")
+        raise BadInput(f"--lrs={a.lrs} --tokens={a.tokens}: a sweep of the proxy needs both")
     if a.lrs:
         runs = planned_runs(a.proxy, a.lrs, a.tokens, a.seeds, flags)
-        sweep(runs, a.csv, a.folder or str(Path(a.csv).with_suffix("")), a.method, a.decay_share, a.jobs)
-    runs, diverged = read_runs(a.csv, {"N": "N", "D": "D", "lr": "lr", "loss": "loss", "group": "n_layer,n_embd,method"})
-    runs = [r for r in runs if r["group"] == f"{layers},{width},{a.method}"]
-    if not runs:
-        raise BadInput(f"{a.csv}: no runs of --proxy={a.proxy} by --method={a.method} in it")
-    D = max(r["D"] for r in runs)
-    found = fit_slices([r for r in runs if r["D"] == D])
-    if not found or not found[0]["inside"]:
-        raise BadInput(f"{a.csv}: at {D:,.0f} tokens the best rate of --proxy={a.proxy} is not inside the swept ones; at least 3 "
-                       "around it are needed")
+        sweep(runs, a.csv, a.folder, a.share)
+    best, diverged = proxy_optimum(a, c)
+    D = best.D
     tokens, batch = a.target_tokens or D, a.target_batch_tokens or c.batch_tokens
     if not math.inf > tokens >= batch > 0:
-        raise BadInput(f"--target_tokens={tokens:g} --target_batch_tokens={batch}: at least one step of at least one token is needed")
-    by_steps = horizon_factors(tokens / D * c.batch_tokens / batch, tokens / D, a.horizon)
-    base = {"base_n_embd": width, "base_n_head": c.n_head if a.target_n_head not in (0, c.n_head) else 0}
+        raise BadInput(f"--target_tokens={tokens:g} --target_batch_tokens={batch}: at least one "
+                       "step of at least one token is needed")
+    factors = horizon_factors(tokens / D * c.batch_tokens / batch, tokens / D, a.horizon)
+    heads = a.target_n_head or c.n_head
+    target = replace(c, param=a.param, base_n_embd=width, n_layer=to_layers, n_embd=to_width,
+                     base_n_head=c.n_head if heads != c.n_head else 0, n_head=heads,
+                     batch_tokens=batch, steps=round(tokens / batch),
+                     **target_flags(c, best.lr, factors))
     if a.param == "completep":
-        base["base_n_layer"] = layers
-
-    def rounded(value):
-        return float(f"{value:.4g}")
-
-    target = replace(
-        c, param=a.param, **base, n_layer=to_layers, n_embd=to_width, n_head=a.target_n_head or c.n_head, batch_tokens=batch,
-        n_kv_head=c.n_kv_head, steps=round(tokens / batch), lr=rounded(found[0]["lr"] * by_steps["lr"]),
-        weight_decay=rounded(c.weight_decay * by_steps["decay"]), adam_eps=rounded(c.adam_eps * by_steps["eps"]),
-        **{n: rounded(getattr(c, n) * by_steps[k]) for n, k in (("multiplier_lr", "lr"), ("multiplier_weight_decay", "decay"))
-           if c.multipliers != "none"},
-        **{n: max(0.0, 1 - rounded((1 - getattr(c, n)) * by_steps["beta"])) for n in ("beta1", "beta2")})
+        target = replace(target, base_n_layer=layers)
     train.check(target)
-    ratios = train.param_ratios(target)
-    line = " ".join(shlex.quote(f"--{name}={value}") for name, value in vars(target).items() if value != train.FLAGS[name].default)
+    config = train.model_config(target, target.vocab_size)
+    words = [f"--{f.name}={getattr(target, f.name)}" for f in fields(target)
+             if getattr(target, f.name) != f.default]
+    changes = ", ".join(f"{name} {value:.3g}" for name, value in factors.items())
     return "\n".join([
-        f"proxy {a.proxy}, {D:,.0f} tokens: lr* {found[0]['lr']:.4g}, loss {found[0]['L_min']:.4f}, R^2 {found[0]['r2']:.3f} of "
-        f"{found[0]['n']} points; {diverged} diverged runs in the table",
-        f"target {a.target}, {tokens:,.0f} tokens: {a.param} with m_N {ratios['width_ratio']:g}, m_L {ratios['depth_ratio']:g}, "
-        f"m_D {ratios['head_ratio']:g}; by horizon and batch ({a.horizon}) lr times {by_steps['lr']:.3g}",
-        *group_table(target), f"python train.py {line}"])
+        f"proxy {a.proxy}, {D:,.0f} tokens: lr* {best.lr:.4g}, loss {best.L_min:.4f}, R^2 "
+        f"{best.r2:.3f} of {best.n} points; {diverged} diverged runs in the table",
+        f"target {a.target}, {tokens:,.0f} tokens: {a.param} with m_N {config.width_ratio:g}, m_L "
+        f"{config.depth_ratio:g}, m_D {config.head_ratio:g}",
+        f"factors by horizon and batch ({a.horizon}): {changes} (beta: on 1 - beta; eps: no flag)",
+        *peak_rates(target), f"python train.py {shlex.join(words)}"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
+# --------------------------------------------------------------------------------------------------
+# Coordinate check: do activations move as much at every size?
+
+ACTIVATIONS = {"embed": "embedding", "mixer": "attention", "ssm": "ssm", "router": "router",
+               "mlp": "mlp"}  # the kind of activation, by the name of its module
 
 
-def report(law: dict, fitted: list[dict], diverged: int) -> str:
-    lines = [f"{len(fitted)} slices with a parabola, {sum(f['inside'] for f in fitted)} with the optimum inside the swept "
-             f"rates; {diverged} diverged runs left out"]
-    if fitted:
-        lines.append(f"R^2 of the parabolas: median {np.median([f['r2'] for f in fitted]):.3f}")
-    for f in fitted if len(fitted) <= 40 else []:
-        note = "" if f["inside"] else "   <- no minimum inside the sweep: widen it" if f["C"] > 0 else "   <- bends downwards"
-        lines.append(f"  N {f['N']:.3g}  D {f['D']:.3g}  {f['group']:>8}  lr* {f['lr']:.3g}  loss {f['L_min']:.4f}  "
-                     f"C {f['C']:.4f}  R^2 {f['r2']:.3f}  {f['n']} rates{note}")
-    draws = np.asarray(law["draws"], float)
-    text = f"lr* = {math.exp(law['a']):.4g}"
-    for name, k, column in (("N", "b", 1), ("D", "c", 2)):
-        if law[k] is None:
-            lines.append(f"all optima have one {name}, so nothing is known of how lr* changes with it")
-        else:
-            low, high = interval(draws[:, column])
-            text += f" * {name}^{law[k]:.3f} [{low:.3f}, {high:.3f}]"
-    lines.append(f"{text}   R^2 {law['r2']:.3f}, {law['n']} optima; 90 % bootstrap intervals")
-    groups = sorted({f["group"] for f in fitted}, key=lambda g: (len(g), g))
-    for group in groups if len(groups) > 1 else []:
-        mine = [f for f in fitted if f["group"] == group and f["inside"]]
-        try:
-            one = fit_law(*([f[k] for f in mine] for k in ("N", "D", "lr")), draws=10)
-        except BadInput:
-            continue
-        lines.append(f"  group {group:>8} alone: " + " ".join(f"{n}^{one[k]:+.3f}" for n, k in (("N", "b"), ("D", "c"))
-                                                              if one[k] is not None) + f"   R^2 {one['r2']:.3f}, {len(mine)} optima")
-    horizons = loss_horizons([f for f in fitted if f["inside"]])
-    for h in horizons if len(horizons) <= 10 else []:
-        lines.append(f"  N {h['N']:.3g}  {h['group']:>8}  best loss L(D) = {h['L_0']:.4g} + {h['A']:.4g} D^-{h['gamma']:.3f}, "
-                     f"{h['n']} horizons")
-    if held := [h for h in horizons if "longest" in h]:
-        error = np.median([abs(h["predicted"] - h["loss"]) for h in held])
-        lines.append(f"best loss at the longest of 4 or more horizons, from the shorter ones: median error {error:.4f} nats over "
-                     f"{len(held)} sizes and groups")
+def activations(model: GPT, idx) -> dict[str, list[torch.Tensor]]:
+    """The outputs of the modules of each kind for idx (B, T), one tensor a block; "stream": the
+    residual stream after the last block; "logits"."""
+    seen, hooks = defaultdict(list), []
+    for name, module in model.named_modules():
+        if kind := ACTIVATIONS.get(name.rpartition(".")[2]):
+            hooks.append(module.register_forward_hook(
+                lambda module, inputs, output, kind=kind: seen[kind].append(output)))
+    with torch.no_grad():
+        x, (stream,) = model(idx, hidden=(len(model.blocks),))
+        logits = model.logits(x)
+    for hook in hooks:
+        hook.remove()
+    return {**seen, "stream": [stream], "logits": [logits]}
+
+
+def make_optimizers(model: GPT, c):
+    """The optimizers of a run with the flags c, at a constant learning rate, in fp32."""
+    from optim import Multipliers, Optimizers, module_factors
+    multipliers = None
+    if c.multipliers != "none":
+        multipliers = Multipliers(model, c.multipliers, c.multiplier_placement,
+                                  c.multiplier_modules.split(","))
+    return Optimizers(
+        model, lambda step: 1.0, optimizer=c.optimizer, lr=c.lr, weight_decay=c.weight_decay,
+        betas=(c.beta1, c.beta2), embedding_lr=c.embedding_lr, momentum=c.momentum,
+        module_lr=module_factors(c.module_lr), multipliers=multipliers,
+        multiplier_lr=c.multiplier_lr, multiplier_weight_decay=c.multiplier_weight_decay,
+        muon_scale=c.muon_scale, dtype=torch.float32)
+
+
+def coordinate_check(c, steps: int = 5, seeds: int = 1) -> dict[str, float]:
+    """RMS over all elements of the change of each kind of activation after `steps` steps at the
+    constant learning rate c.lr, mean over seeds.
+
+    Under a parametrisation that transfers it is the same at every size (Yang et al. 2022, appendix
+    D.1). The text is 4 sequences of 32 random tokens out of 256, the same at every step and size.
+    Matrices that write into the stream start at 0: all of the model moves from step 3 on."""
+    import train
+    moved = defaultdict(float)
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        tokens = torch.randint(256, (4, 33))
+        idx, targets = tokens[:, :-1], tokens[:, 1:]
+        model = GPT(train.model_config(replace(c, block_size=32), 256))
+        optimizers = make_optimizers(model, c)
+        before = activations(model, idx)
+        for step in range(steps):
+            x, _ = model(idx)
+            model.loss(x, targets).backward()
+            optimizers.clip(0.0)
+            optimizers.step(step)
+        for kind, after in activations(model, idx).items():
+            squares = [(a - b).square().mean() for a, b in zip(after, before[kind], strict=True)]
+            moved[kind] += torch.stack(squares).mean().sqrt().item() / seeds
+    return dict(moved)
+
+
+def slope(sizes, values) -> float:
+    """The exponent k of values ~ sizes^k by least squares in the logarithms."""
+    if min(values) <= 0:
+        return math.nan
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def at_size(c, param: str, size: tuple[int, int], base: tuple[int, int]):
+    """c with this parametrisation, size and base size, both (blocks, width)."""
+    import train
+    flags = {"param": param, "n_layer": size[0], "n_embd": size[1]}
+    if param != "standard":
+        flags["base_n_embd"] = base[1]
+    if param == "completep":
+        flags["base_n_layer"] = base[0]
+    c = replace(c, **flags)
+    train.check(c)
+    return c
+
+
+def coordcheck_command(a, flags) -> str:
+    """The table of coordinate_check over widths and over depths, for each parametrisation."""
+    import train
+    c, params = train_config(flags), a.params.split(",")
+    widths = numbers("--widths", a.widths, int)
+    depths = numbers("--depths", a.depths, int) if a.depths else [c.n_layer]
+    if a.steps < 3 or a.seeds < 1 or max(len(widths), len(depths)) < 2:
+        raise BadInput(f"--widths={a.widths} --depths={a.depths} --steps={a.steps} --seeds="
+                       f"{a.seeds}: two widths or depths, 3 steps and 1 seed are needed at least")
+    base = depths[0], widths[0]
+    axes = {f"width ({base[0]} blocks)": {width: (base[0], width) for width in widths},
+            f"depth (width {base[1]})": {depth: (depth, base[1]) for depth in depths}}
+    axes = {title: sizes for title, sizes in axes.items() if len(sizes) > 1}
+    sizes = list(itertools.chain(*(sizes.values() for sizes in axes.values())))
+    configs = {(param, size): at_size(c, param, size, base)
+               for param, size in itertools.product(params, sizes)}
+    moved, done, lines, curves = {}, {}, [], {}
+    for key, config in configs.items():  # at the base size all parametrisations are one model
+        model = str(train.model_config(config, 256))
+        moved[key] = done.get(model) or coordinate_check(config, a.steps, a.seeds)
+        done[model] = moved[key]
+    for title, sizes in axes.items():
+        lines.append(f"RMS of the change after {a.steps} steps with {c.optimizer} at lr {c.lr:g}, "
+                     f"over {title}")
+        lines.append(f"{'':<23}" + "".join(f"{x:>10}" for x in sizes) + "     slope")
+        for param, kind in itertools.product(params, moved[params[0], base]):
+            values = [moved[param, size][kind] for size in sizes.values()]
+            lines.append(f"  {param:<10} {kind:<10}" + "".join(f"{v:>10.3g}" for v in values)
+                         + f"{slope([*sizes], values):>+10.2f}")
+            curves.setdefault(f"{param}, {title}", {})[kind] = [*sizes], values
+    if a.plot:
+        plot_check(curves, len(params), a.plot)
     return "\n".join(lines)
 
 
-def plot_fit(runs, fitted, law, path):
-    """Left: losses over lr with their parabolas. Right: optima over D by N with the law and its interval."""
-    plt = plotting(path)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    sizes, slices = sorted({f["N"] for f in fitted}), slices_of(runs)
-    for f in fitted:
-        color = f"C{sizes.index(f['N'])}"
-        lr, loss = slices[f["N"], f["D"], f["group"]]
-        valley = basin(loss)
-        left.plot(lr[valley], loss[valley], ".", color=color)
-        fine = np.geomspace(lr[valley].min(), lr[valley].max(), 50)
-        left.plot(fine, f["L_min"] + f["C"] * np.log(fine / f["lr"]) ** 2, "-", color=color, linewidth=0.8)
-    for i, N in enumerate(sizes):
-        mine = [f for f in fitted if f["N"] == N and f["inside"]]
-        right.plot([f["D"] for f in mine], [f["lr"] for f in mine], "o", color=f"C{i}", label=f"N = {N:.3g}")
-        if mine:
-            Ds = np.geomspace(min(f["D"] for f in fitted), 3 * max(f["D"] for f in fitted), 30)
-            at = [predict_law(law, N, D) for D in Ds]
-            right.plot(Ds, [p["lr"] for p in at], "-", color=f"C{i}")
-            right.fill_between(Ds, *np.array([p["interval"] for p in at]).T, color=f"C{i}", alpha=0.15)
-    left.set(xscale="log", xlabel="learning rate", ylabel="loss, nats", title="slices and their parabolas")
-    right.set(xscale="log", yscale="log", xlabel="D, tokens", ylabel="lr*", title="optima and the law, 90 % interval")
-    right.legend(fontsize="small")
-    for panel, name in ((left, "lr"), (right, "D")):  # matplotlib's own labels of a log axis overlap
-        values, ticks = sorted({r[name] for r in runs}), []
-        for v in values:
-            if not ticks or v > ticks[-1] * (values[-1] / values[0]) ** (1 / 6):
-                ticks.append(v)
-        panel.tick_params(axis="x", which="minor", labelbottom=False)
-        panel.set_xticks(ticks, [f"{v:.2g}" for v in ticks])
+def plot_check(curves: dict, columns: int, path):
+    """A panel for each title of curves: {title: {kind: (sizes, RMS of the change)}}."""
+    from probes import plotting
+    rows = len(curves) // columns
+    figure, panels = plotting(path).subplots(rows, columns, figsize=(3.6 * columns, 3.2 * rows),
+                                             squeeze=False, layout="constrained", sharey="row")
+    for panel, (title, kinds) in zip(panels.flat, curves.items(), strict=True):
+        for kind, (x, values) in kinds.items():
+            panel.loglog(x, values, "o-", markersize=3, label=kind)
+        panel.set_title(title, fontsize="small")
+    panels[0, 0].legend(fontsize="x-small")
+    panels[0, 0].set_ylabel("RMS of the change")
     figure.savefig(path, dpi=120)
 
 
-def fit_command(a) -> str:
-    if not 0 < a.basin < math.inf:
-        raise BadInput(f"--basin={a.basin}: must be positive")
-    for flag in ("output", "plot"):
-        if getattr(a, flag):
-            need_writable(getattr(a, flag), f"--{flag}=")
-    runs, diverged = read_runs(a.runs, {k: getattr(a, k) for k in ("N", "D", "lr", "loss", "group")})
+# --------------------------------------------------------------------------------------------------
+# Fit and predict: reports and the plot
+
+
+def report(law: dict, fitted: list[dict], diverged: int) -> list[str]:
+    """What a fit found: its slices (if there are few), the law, and that of each group alone."""
+    inside = [f for f in fitted if f.inside]
+    lines = [f"{len(fitted)} slices with a parabola, {len(inside)} with the optimum inside the "
+             f"swept rates; {diverged} diverged runs left out"]
+    if fitted:
+        lines.append(f"R^2 of the parabolas: median {np.median([f.r2 for f in fitted]):.3f}")
+    for f in fitted if len(fitted) <= 40 else []:
+        note = "" if f.inside else "   <- no minimum inside the sweep: widen it"
+        lines.append(f"  N {f.N:.3g}  D {f.D:.3g}  {f.group:>8}  lr* {f.lr:.3g}  loss {f.L_min:.4f}"
+                     f"  C {f.C:.4f}  R^2 {f.r2:.3f}  {f.n} rates{note}")
+    text = f"lr* = {math.exp(law['a']):.4g}"
+    for axis, name, k in ((1, "N", "b"), (2, "D", "c")):
+        if law[k] is not None:
+            half = half_width(law, np.eye(3)[axis])
+            text += f" * {name}^{law[k]:.3f} [{law[k] - half:.3f}, {law[k] + half:.3f}]"
+    lines.append(f"{text}   R^2 {law['r2']:.3f}, {law['n']} optima; 90 % t-intervals")
+    if len({f.group for f in inside}) > 1:
+        for group, own in group_laws(inside).items():
+            powers = " ".join(f"{name}^{own[k]:+.3f}" for name, k in (("N", "b"), ("D", "c"))
+                              if own[k] is not None)
+            lines.append(f"  group {group:>8} alone: {powers}   R^2 {own['r2']:.3f}, {own['n']} "
+                         "optima")
+    return lines
+
+
+def cost_lines(title: str, found: dict) -> list[str]:
+    slices = len(next(iter(found.values())))
+    lines = [f"{title}: nats above the own best of {slices} slices, by their parabolas, and by "
+             "their losses interpolated",
+             f"{'':<26}{'median':>9}{'max':>9}{'median':>11}{'max':>9}"]
+    for name, values in found.items():
+        middle, worst = np.median(values, axis=0), values.max(axis=0)
+        lines.append(f"  {name:<24}{middle[0]:>9.4f}{worst[0]:>9.4f}{middle[1]:>11.4f}"
+                     f"{worst[1]:>9.4f}")
+    return lines
+
+
+def plot_fit(fitted, law, path):
+    """Left: losses over lr with their parabolas. Right: optima over D with the law, by N."""
+    from probes import plotting
+    figure, (left, right) = plotting(path).subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    horizons = [f.D for f in fitted]
+    D = np.geomspace(min(horizons), 3 * max(horizons), 30)
+    for i, N in enumerate(sorted({f.N for f in fitted})):
+        for f in (f for f in fitted if f.N == N):
+            lr = f.rates[f.near]
+            left.semilogx(lr, f.losses[f.near], ".", color=f"C{i}")
+            lr = np.geomspace(lr[0], lr[-1], 50)
+            left.semilogx(lr, f.L_min + f.C * np.log(lr / f.lr) ** 2, color=f"C{i}", linewidth=0.8)
+            if f.inside:
+                right.loglog(f.D, f.lr, "o", color=f"C{i}")
+        at = [predict_law(law, N, d) for d in D]
+        right.loglog(D, [p["lr"] for p in at], color=f"C{i}", label=f"N = {N:.3g}")
+        right.fill_between(D, *np.array([p["interval"] for p in at]).T, color=f"C{i}", alpha=0.15)
+    left.set(xlabel="learning rate", ylabel="loss, nats", title="slices and their parabolas")
+    right.set(xlabel="D, tokens", ylabel="lr*", title="optima and the law, 90 % interval")
+    right.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def fit_command(a, _) -> str:
+    if not 0 < a.basin < math.inf or not 0 <= a.extrapolate < math.inf:
+        raise BadInput(f"--basin={a.basin} --extrapolate={a.extrapolate}: must be positive")
+    columns = {name: getattr(a, name) for name in ("N", "D", "lr", "loss", "group")}
+    table, diverged = read_runs(a.runs, columns)
+    runs = table
+    if a.extrapolate:
+        runs = [run for run in table if run["D"] < a.extrapolate]
+        predicted = extrapolate(table, a.extrapolate)
+        runs += predicted
     fitted = fit_slices(runs, a.basin)
-    optima = near_optima(runs) if a.joint else [f for f in fitted if f["inside"]]
-    if not optima:
-        raise BadInput(f"{a.runs}: no slice has its optimum inside the swept rates; at least 3 rates around it are needed")
+    optima = near_optima(runs) if a.joint else [f for f in fitted if f.inside]
     try:
-        law = fit_law(*([o[k] for o in optima] for k in ("N", "D", "lr")))
+        law = law_of(optima)
     except BadInput as e:
-        raise BadInput(f"{a.runs}: {e}") from None
+        raise BadInput(f"{a.runs}: {e}; each needs at least 3 swept rates around it") from None
     for name, k in (("N", "b"), ("D", "c")):
         if (law[k] is None) != (a.fixed == name):
-            raise BadInput(f"{a.runs}: --fixed={name}, but {name} is not the same in all optima" if a.fixed == name else
-                           f"{a.runs}: all optima have one {name}, {law[name][0]:g}: how lr* changes with it cannot be known; add "
-                           f"runs of another, or take a law without it by --fixed={name}")
-    law |= {"version": LAW_VERSION, "units": "parameters, tokens", "draws": law["draws"].round(12).tolist()}
-    text = report(law, fitted, diverged)
-    if (s := shape_statistics(runs, a.basin))["slices"]:
-        n = s["slices"]
-        text += (f"\nof {n} slices with 5 rates or more: unimodal {s['unimodal']}, in the basin {s['unimodal_basin']}; least loss "
-                 f"not at an end {s['interior']}\n  parabola through the 7 rates around it: R^2 median {s['r2']:.3f}, at least 0.995 in "
-                 f"{s['r2_995']}; through all rates {s['r2_all']:.3f}\n  its vertex is {s['octaves']:.2f} octaves from the least loss; "
-                 f"a rate twice too high costs {s['high']:.4f} nats, twice too low {s['low']:.4f} (medians)")
+            raise BadInput(f"{a.runs}: --fixed={a.fixed}, and {name} is {law[name][0]:g} to "
+                           f"{law[name][1]:g} in the optima; --fixed={name} is for a single {name}")
+    lines = report(law, fitted, diverged)
+    if a.extrapolate:
+        lines.append(f"{len(predicted)} losses at D = {a.extrapolate:g} are predicted by L(D)")
+        if found := check_horizon(fitted, table, a.extrapolate, a.basin):
+            lines += cost_lines(f"real runs at D = {a.extrapolate:g}", found)
     if a.hold_out:
-        held = hold_out(runs, a.basin)
-        text += (f"\nheld out, N {held['N']:.3g}: nats above the own best of {held['slices']} slices, by their parabolas, and by "
-                 f"their losses interpolated\n  {'':<24}{'median':>9}{'max':>9}{'median':>11}{'max':>9}")
-        for name, costs in held["costs"].items():
-            (m, i), (M, I) = np.median(costs, axis=0), np.max(costs, axis=0)
-            text += f"\n  {name:<24}{m:>9.4f}{M:>9.4f}{i:>11.4f}{I:>9.4f}"
+        largest = max(run["N"] for run in table)
+        lines += cost_lines(f"held out, N {largest:.3g}", hold_out(table, a.basin))
     if a.plot:
-        plot_fit(runs, fitted, law, a.plot)
+        plot_fit(fitted, law, a.plot)
     if a.output:
-        tmp = Path(f"{a.output}.tmp")
-        tmp.write_text(json.dumps(law).replace("NaN", "null"))
-        tmp.replace(a.output)
-        text += f"\nwritten to {a.output}"
-    return text
+        with written_whole(a.output) as new:
+            new.write_text(json.dumps({"version": LAW_VERSION, "units": UNITS, **law}, indent=1))
+        lines.append(f"written to {a.output}")
+    return "\n".join(lines)
 
 
-def predict_command(a) -> str:
-    if not (0 < a.n_params < math.inf and 0 < a.tokens < math.inf):
-        raise BadInput(f"--n_params={a.n_params:g} --tokens={a.tokens:g}: both must be positive")
-    if not 0 <= a.batch_tokens < math.inf:
-        raise BadInput(f"--batch_tokens={a.batch_tokens:g}: must not be negative")
-    anchor = None
-    if a.anchor:
-        try:
-            anchor = tuple(map(float, a.anchor.split(",")))
-            if len(anchor) != 3 or not all(0 < v < math.inf for v in anchor):
-                raise ValueError
-        except ValueError:
-            raise BadInput(f"--anchor={a.anchor}: N,D,LR, three positive numbers, are needed") from None
-    if a.law in LAWS | RATIOS:
-        counts, batch, source, _ = (LAWS | RATIOS)[a.law]
-        rate = published(a.law, a.n_params, a.tokens, anchor, a.batch_tokens)
-        carried = (f"; carried to yours by the square-root rule, from {BATCHES[a.law](a.n_params, a.tokens):,.0f} tokens"
-                   if a.batch_tokens else "")
-        return (f"lr {rate:.4g}   ({a.law}: {source}; N: {counts}; batch: {batch}{carried}"
-                + ("; as a ratio from your point)" if anchor else ")"))
-    if not Path(a.law).exists():
-        published(a.law, a.n_params, a.tokens)  # says what there is
-    if a.batch_tokens:
-        raise BadInput(f"--law={a.law} --batch_tokens={a.batch_tokens:g}: a law of yours is for the batch of its runs")
-    at = predict_law(load_law(a.law, "--law"), a.n_params, a.tokens)
-    text = f"lr {at['lr']:.4g}   90 % interval {at['interval'][0]:.4g} to {at['interval'][1]:.4g}"
+def predict_command(a, _) -> str:
+    N, D, batch = a.n_params, a.tokens, a.batch_tokens
+    if not (0 < N < math.inf and 0 < D < math.inf and 0 <= batch < math.inf):
+        raise BadInput(f"--n_params={N:g} --tokens={D:g} --batch_tokens={batch:g}: must "
+                       "be positive")
+    anchor = numbers("--anchor", a.anchor) if a.anchor else None
+    if anchor and len(anchor) != 3:
+        raise BadInput(f"--anchor={a.anchor}: N,D,LR, three positive numbers, are needed")
+    if a.law in LAWS or not Path(a.law).exists():
+        rate, law = published(a.law, N, D, anchor, batch), LAWS[a.law]
+        text = f"lr {rate:.4g}   ({a.law}: {law.source}; N: {law.counts}; batch: {law.policy}"
+        if batch:
+            text += f"; scaled from {law.batch(N, D):,.0f} tokens to yours by the square-root rule"
+        return text + ("; as a ratio to the anchor)" if anchor else ")")
+    if batch or anchor:
+        raise BadInput(f"--law={a.law} --batch_tokens={batch:g} --anchor={a.anchor}: these two are "
+                       "for published laws")
+    at = predict_law(load_law(a.law, "--law"), N, D)
+    text = "lr {:.4g}   90 % interval {:.4g} to {:.4g}".format(at["lr"], *at["interval"])
     if at["decades"] > 0:
-        text += f"\n{at['decades']:.2f} decades beyond the data" + (": do not trust it far" if at["decades"] > 1 else "")
+        far = ": do not trust it far" if at["decades"] > 1 else ""
+        text += f"\n{at['decades']:.2f} decades beyond the data{far}"
     for name in at["unknown"]:
-        text += f"\nthe data have one {name} only: how lr* changes with it is not known, and taken as not at all"
+        text += f"\nthe data have one {name}: lr* is taken not to change with it"
     return text
 
 
-def add_sweep_flags(parser):
-    parser.add_argument("--seeds", default="0", help="separated by commas")
-    parser.add_argument("--method", choices=("stable", "decay"), default="stable", help="read the loss at a constant rate, or "
-                        "after a decay that branches off")
-    parser.add_argument("--decay_share", type=float, default=0.2, help="of decay: its share of the steps")
-    parser.add_argument("--folder", default="", help="of the runs; default: the table's name without .csv")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+
+def sweep_command(a, flags) -> str:
+    runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, flags)
+    if a.command == "plan":
+        return plan(runs, a.share, a.flops_per_second)
+    sweep(runs, a.csv, a.folder, a.share, a.shard)
+    return f"written to {a.csv}"
+
+
+# A flag: (default, help). A type in place of the default: needed. A tuple: choices, the first is
+# the default.
+BRANCH = {
+    "--seeds": ("0", "separated by commas"),
+    "--method": (("stable", "decay"), "read the loss at a constant learning rate, or after a decay "
+                 "that branches off"),
+    "--decay_share": (0.2, "decay: its share of the steps"),
+    "--folder": ("", "of the runs; default: the table's name without .csv")}
+GRID = {
+    "--sizes": (str, "LAYERSxWIDTH, separated by commas"),
+    "--lrs": (str, "1e-3,3e-3 or LOW:HIGH:COUNT"),
+    "--tokens": (str, "horizons at which each run is read, likewise"), **BRANCH}
+COMMANDS = {
+    "fit": (fit_command, "parabolas and the law from a table of runs", {
+        "runs": (str, "a CSV with a header"),
+        **{f"--{name}": (name, "name of the column") for name in ("N", "D", "lr", "loss", "group")},
+        "--basin": (0.05, "losses above (1 + this) times the lowest are left out, except the "
+                    "neighbours of the lowest"),
+        "--extrapolate": (0.0, "a number of tokens D: losses there are predicted by L(D) and join "
+                          "those of shorter runs; runs from D on are left out"),
+        "--joint": (False, "take the best rate over all groups of an (N, D)"),
+        "--fixed": (("", "N", "D"), "what is equal in all runs, and left out of the law"),
+        "--hold_out": (False, "also fit without the largest N, and say what that costs there"),
+        "-o --output": ("", "write the law to this file"),
+        "--plot": ("", "write a picture to this file")}),
+    "predict": (predict_command, "the learning rate at a size and a horizon", {
+        "--law": (str, f"a file of `fit`, or one of {', '.join(LAWS)}"),
+        "--n_params": (float, "N"), "--tokens": (float, "D"),
+        "--batch_tokens": (0.0, "scale a published law to this batch by the square-root rule; 0: "
+                           "its own batch"),
+        "--anchor": ("", "N,D,LR: a known optimum, to which a published law gives the ratio")}),
+    "plan": (sweep_command, "what a sweep costs", {
+        **GRID, "--flops_per_second": (1e11, "that train.py reaches")}),
+    "sweep": (sweep_command, "train the runs, one row of a CSV for each reading", {
+        "csv": (str, "the table of runs, new or to be continued"), **GRID,
+        "--shard": ("1/1", "I/N: every N-th run from the I-th, for job arrays")}),
+    "transfer": (transfer_command, "muTransfer from a sweep of a small proxy", {
+        "csv": (str, "the proxy's table of runs, made by `sweep` or here"),
+        "--proxy": (str, "LAYERSxWIDTH, the base size"), "--target": (str, "LAYERSxWIDTH"),
+        "--param": (("completep", "mup"), "parametrisation of the target"),
+        "--lrs": ("", "tune the proxy first, at these learning rates"),
+        "--tokens": ("", "horizons of its runs; the longest counts"),
+        "--target_tokens": (0.0, "0: the proxy's"), "--target_batch_tokens": (0, "0: the proxy's"),
+        "--target_n_head": (0, "0: the proxy's number, of wider heads"),
+        "--horizon": (("sqrt", "bjorck", "none"), "rule for another number of steps"), **BRANCH}),
+    "coordcheck": (coordcheck_command, "how far activations move at each size", {
+        "--widths": ("64,128,256,512,1024", "the first is the base"),
+        "--depths": ("2,4,8,16,32", "the first is the base; empty: only widths"),
+        "--params": ("standard,mup,completep", "parametrisations"), "--steps": (5, "of training"),
+        "--seeds": (2, "to average over"), "--plot": ("", "write a picture to this file")})}
+
+
+def add_flag(parser, names: str, default, text: str):
+    options = {"help": text, "default": default, "type": type(default)}
+    if isinstance(default, type):
+        options = {"help": text, "type": default}
+        if names.startswith("-"):
+            options["required"] = True
+    elif isinstance(default, tuple):
+        options = {"help": text, "default": default[0], "choices": default}
+    elif default is False:
+        options = {"help": text, "action": "store_true"}
+    parser.add_argument(*names.split(), **options)
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="lr_law.py", description="Fit and predict the optimum learning rate.")
+    parser = argparse.ArgumentParser(
+        prog="lr_law.py", description="Fit and predict the optimum learning rate.")
     commands = parser.add_subparsers(dest="command", required=True)
-    f = commands.add_parser("fit", help="parabolas and the law from a table of runs")
-    f.add_argument("runs", help="a CSV with a header")
-    for column in ("N", "D", "lr", "loss", "group"):
-        f.add_argument(f"--{column}", default=column, help=f"name of the column (default: {column})")
-    f.add_argument("--basin", type=float, default=0.05, help="points above (1 + this) times the least loss are left out")
-    f.add_argument("--joint", action="store_true", help="take the best rate over all groups of an (N, D)")
-    f.add_argument("--fixed", choices=("N", "D"), default="", help="what is the same in all runs, and left out of the law")
-    f.add_argument("--hold_out", action="store_true", help="fit without the largest N too, and say what that costs there")
-    f.add_argument("-o", "--output", default="", help="write the law to this file")
-    f.add_argument("--plot", default="", help="write a picture to this file")
-    p = commands.add_parser("predict", help="the rate at a size and a number of tokens")
-    p.add_argument("--law", required=True, help=f"a file of `fit`, or one of {', '.join(LAWS | RATIOS)}")
-    p.add_argument("--n_params", type=float, required=True)
-    p.add_argument("--tokens", type=float, required=True)
-    p.add_argument("--batch_tokens", type=float, default=0, help="of a step of yours: a published law's rate is carried to it, by "
-                   "its square root; 0: as published, for its own batch")
-    p.add_argument("--anchor", default="", help="N,D,LR: a point of yours from which a published law gives the ratio")
-    for name, text in (("plan", "what a sweep costs"), ("sweep", "run it, one row of a CSV after the other")):
-        s = commands.add_parser(name, help=text, epilog="flags of train.py follow after --")
-        if name == "sweep":
-            s.add_argument("csv", help="the table of runs, made or gone on with")
-            s.add_argument("--shard", default="1/1", help="I/N: every N-th run from the I-th, for job arrays")
-        s.add_argument("--sizes", required=True, help="LAYERSxWIDTH, separated by commas")
-        s.add_argument("--lrs", required=True, help="1e-3,3e-3 or LOW:HIGH:COUNT")
-        s.add_argument("--tokens", required=True, help="at which each run is read: 1e6,2e6 or LOW:HIGH:COUNT")
-        add_sweep_flags(s)
-        if name == "plan":
-            s.add_argument("--flops_per_second", type=float, default=1e11, help="of the machine, as train.py reaches it")
-    t = commands.add_parser("transfer", help="the rates of a target from a sweep of a small proxy (muTransfer)",
-                            epilog="flags of train.py for both follow after --")
-    t.add_argument("csv", help="the proxy's table of runs, made by `sweep` or here")
-    t.add_argument("--proxy", required=True, help="LAYERSxWIDTH, the base size")
-    t.add_argument("--target", required=True, help="LAYERSxWIDTH")
-    t.add_argument("--param", choices=("mup", "completep"), default="completep")
-    t.add_argument("--lrs", default="", help="tune the proxy first, at these rates, as `sweep` does")
-    t.add_argument("--tokens", default="", help="at which its runs are read; the most counts")
-    t.add_argument("--target_tokens", type=float, default=0, help="0: the proxy's")
-    t.add_argument("--target_batch_tokens", type=int, default=0, help="0: the proxy's")
-    t.add_argument("--target_n_head", type=int, default=0, help="0: the proxy's, wider ones")
-    t.add_argument("--horizon", choices=("sqrt", "bjorck", "none"), default="sqrt", help="rule for another number of steps")
-    add_sweep_flags(t)
-    k = commands.add_parser("coordcheck", help="how far activations move, over width and depth, by parametrisation",
-                            epilog="flags of train.py follow after --")
-    k.add_argument("--widths", default="64,128,256,512,1024", help="the first is the base")
-    k.add_argument("--depths", default="2,4,8,16,32", help="the first is the base; empty: over width alone")
-    k.add_argument("--params", default="standard,mup,completep")
-    k.add_argument("--steps", type=int, default=5)
-    k.add_argument("--seeds", type=int, default=2)
-    k.add_argument("--plot", default="", help="write a picture to this file")
+    for name, (_, text, flags) in COMMANDS.items():
+        one = commands.add_parser(name, help=text, epilog="flags of train.py follow after --")
+        for names, (default, text) in flags.items():
+            add_flag(one, names, default, text)
     at = argv.index("--") if "--" in argv else len(argv)
     a = parser.parse_args(argv[:at])
-    if a.command in ("plan", "sweep", "transfer") and not 0 < a.decay_share < 1:
+    if not 0 < getattr(a, "decay_share", 0.5) < 1:
         raise BadInput(f"--decay_share={a.decay_share}: above 0 and below 1 is needed")
-    for name in ("jobs", "flops_per_second"):
-        if not 0 < getattr(a, name, 1) < math.inf:
-            raise BadInput(f"--{name}={getattr(a, name):g}: must be positive")
-    if (a.command == "sweep" or a.command == "transfer" and a.lrs) and not (a.folder or Path(a.csv).suffix):
-        raise BadInput(f"{a.csv}: a name such as runs.csv is needed; the runs go to the folder of that name without its end")
-    if a.command in ("plan", "sweep"):
-        runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, argv[at + 1:])
-        if a.command == "plan":
-            print(plan(runs, a.method, a.decay_share, a.flops_per_second))
-        else:
-            sweep(runs, a.csv, a.folder or str(Path(a.csv).with_suffix("")), a.method, a.decay_share, a.jobs, a.shard)
-        return
-    if a.command in ("coordcheck", "transfer"):
-        print((coordcheck_command if a.command == "coordcheck" else transfer_command)(a, argv[at + 1:]))
-        return
-    print(fit_command(a) if a.command == "fit" else predict_command(a))
+    if not 0 < getattr(a, "flops_per_second", 1) < math.inf:
+        raise BadInput(f"--flops_per_second={a.flops_per_second}: must be positive")
+    a.share = a.decay_share if getattr(a, "method", "") == "decay" else 0.0
+    print(COMMANDS[a.command][0](a, argv[at + 1:]))
 
 
 if __name__ == "__main__":

@@ -1,86 +1,240 @@
-"""probes.py: what can be measured on trained models and read from their runs; and the linearity regulariser.
+"""probes.py: what can be measured on trained models and read from their runs, and the linearity
+regulariser.
 
-    python probes.py linearity runs/1/ckpt.pt --text notes.txt --plot=profile.png        # how linear is each block?
-    python probes.py prune runs/1/ckpt.pt --text notes.txt --blocks=1,2,3        # leave blocks out, or an affine map for each
-    python probes.py curvature runs/plain-? runs/let-? --text notes.txt      # extreme eigenvalues of the loss' Hessian
-    python probes.py norms runs/1 --plot=norms.png              # how large each matrix is, and would be by noise alone
-    python probes.py eval runs/1/ckpt.pt --task hellaswag.jsonl --text notes.txt      # accuracy; perplexity
-    python probes.py plot runs/plain-? runs/let-? -o runs.png   # losses, cosine(T, M), drift of multipliers
-    python probes.py compare runs/plain-? runs/let-?            # folders NAME-SEED; the first NAME is the reference
-    python probes.py sweep runs/fixed@*-? runs/scalar@*-? --piece=head --plot=sweep.png        # folders NAME@X-SEED
+    python probes.py linearity runs/1 --text notes.txt --plot=profile.png    # of each block
+    python probes.py prune runs/1 --text notes.txt --blocks=1,2,3    # remove or replace blocks
+    python probes.py curvature runs/plain-? runs/let-? --text notes.txt    # of the loss
+    python probes.py eval runs/1 --task hellaswag.jsonl --text notes.txt   # accuracy; perplexity
+    python probes.py compare runs/plain-? runs/let-?    # folders NAME-SEED, against the first NAME
+    python probes.py plot runs/plain-? runs/let-? -o runs.png    # losses, scales of the weights
 
-Linearity ("Your Transformer is Secretly Linear", Razzhigaev et al. 2024, arXiv 2405.12250): how well an affine map
-predicts a block's output from its input, over many tokens.
+Linearity is from "Your Transformer is Secretly Linear" (Razzhigaev et al. 2024, arXiv 2405.12250).
+Section numbers below are that paper's.
+
+How a text is read. Every command reads its text as training reads a document: an end-of-text token,
+then the tokens of the text. Contexts are cut from this one sequence, so position 0 of a later
+context holds whatever token comes there. --characters=512 is the paper's way: the text is cut into
+pieces of 512 characters, and each is a context of its own that begins with an end-of-text token.
 
 Names and symbols
-    X, Y        (n, d) states of n tokens before and after a block, each column centred; D = Y - X, what the block adds
-    full, free  1 - min_A ||X A - Y||^2 / ||Y||^2, and the same with D in place of Y (residual-free)
-    H           the Hessian of the mean loss; N parameters; sharpness: its largest eigenvalue
-    theta       Ritz values: eigenvalues of H as Lanczos sees them
+    X, Y        (n, d) states of n tokens before and after a block; D = Y - X, what the block adds
+    full, free  the linearity scores of (X, Y) and of (X, D); the second is called residual-free
+    H           the Hessian of the mean loss; N parameters; theta: its Ritz values (see lanczos)
     W, W~       a weight matrix as the optimizer moves it, and as the model uses it (optim.py)
-    run         a folder that train.py wrote; its metrics.jsonl is what is read here
-    seed        what follows the last dash of its name; runs that differ in it alone are one row of a table
-    x           of a sweep: the number between @ and the seed, such as a factor on a learning rate
-    piece       a kind of logical matrix: q, k, v, o, gate, up, down, embed, head, router, affine; z, x, B, C, dt, out of Mamba-2
+    piece       a kind of logical matrix: q, k, v, o, gate, up, down, embed, head, ...
+    run         a folder that train.py wrote; runs NAME-SEED that differ in the seed form a group
 """
 import argparse
 import copy
 import itertools
 import json
 import math
-import os
 import random
 import statistics
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from model import (GPT, AffineBlock, BadInput, Cache, Failed, ModelConfig, checkpoint_file, command, device_exists,
-                   load_checkpoint, model_from_checkpoint, param_factor, tokenizer_from_dict)
+from model import (
+    GPT,
+    IGNORE,
+    AffineBlock,
+    BadInput,
+    Failed,
+    ModelConfig,
+    Term,
+    checkpoint_file,
+    command,
+    device_exists,
+    load_checkpoint,
+    log_likelihoods,
+    logical_pieces,
+    next_token_loss,
+    tokenizer_from_dict,
+    written_whole,
+)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Linearity
+# --------------------------------------------------------------------------------------------------
+# Linearity: the score
 
 
-def linearity_penalty(states, kind: str = "cosine", reduction: str = "sum", stop_gradient: str = "none"):
-    """The pretraining regulariser (the paper's section 4): it pulls neighbouring states together, and the residual-free
-    score is reported to fall, as blocks do more of their work off the line. 0-d, float32.
+def linearity_score(X, Y) -> float:
+    """How well an affine map predicts Y from X, both (n, d), a row a token: 1 is perfectly
+    (section 3.1).
 
-        cosine: sum_i mean over tokens of 1 - cos(h_i, h_{i-1});    mse: sum_i mean over tokens of ||h_i - h_{i-1}||^2
+        1 - min over A of ||X A - Y||^2, with X and Y centred and of Frobenius norm 1
 
-    states: h_0, ..., h_L, (B, T, C) each. The paper does not say what is averaged, where the sum begins, or what is
-    held fixed: tokens are averaged here as the loss is; reduction: over blocks, `sum` or `mean`; stop_gradient: which
-    of the two states of a pair gets no gradient, `none`, `lower` or `upper`; train.py's --linearity_from says where it
-    begins."""
+    A is any (d, d) matrix. This is the R^2 of linear regression with an intercept, pooled over
+    channels. The pseudo-inverse counts singular values below max(n, d) * eps * largest as 0."""
+    X = X.double() - X.double().mean(0)
+    Y = Y.double() - Y.double().mean(0)
+    X = X / X.norm()
+    Y = Y / Y.norm()
+    A = torch.linalg.pinv(X) @ Y
+    return 1 - (X @ A - Y).square().sum().item()
+
+
+class Moments:
+    """Sums over any number of tokens that a linear fit of D on X needs: 2 d^2 numbers, float64.
+
+    n: tokens. mean (2 d,): of X and D side by side; products (d, 2 d): X^T X and X^T D; dd:
+    ||D||^2; both with X and D centred. Batches are merged by the update of Chan, Golub & LeVeque
+    (1983), which keeps digits where a mean is large. ratio, cosine: sums over tokens of ||D_i|| /
+    ||Y_i|| and of cos(X_i, Y_i), uncentred."""
+
+    def __init__(self, width: int, device="cpu"):
+        self.width, self.n, self.dd, self.ratio, self.cosine = width, 0, 0.0, 0.0, 0.0
+        self.mean = torch.zeros(2 * width, dtype=torch.float64, device=device)
+        self.products = torch.zeros(width, 2 * width, dtype=torch.float64, device=device)
+
+    def add(self, x, y):
+        """x, y: (tokens, d) before and after a block."""
+        x, y, d, n = x.double(), y.double(), self.width, self.n + len(x)
+        both = torch.cat((x, y - x), dim=1)
+        self.ratio += (both[:, d:].norm(dim=1) / y.norm(dim=1).clamp(min=1e-300)).sum().item()
+        self.cosine += F.cosine_similarity(x, y, dim=1).sum().item()
+        mean = both.mean(0)
+        both -= mean
+        self.products.addmm_(both[:, :d].mT, both)
+        self.dd += both[:, d:].square().sum().item()
+        self.products, self.dd = self.about(mean, self.n * len(x) / n)
+        self.mean += (mean - self.mean) * (len(x) / n)
+        self.n = n
+
+    def about(self, mean, n: float):
+        """(products, dd) with n times those of the distance to `mean` added: for n of all tokens,
+        the sums about `mean`."""
+        gap, d = self.mean - mean, self.width
+        products = self.products.addr(gap[:d], gap, alpha=n)
+        return products, self.dd + n * gap[d:].square().sum().item()
+
+    def yy(self) -> float:
+        """||Y||^2, centred."""
+        xx, xd = self.products.split(self.width, dim=1)
+        return self.dd + (2 * xd + xx).trace().item()
+
+
+def linearity(fit: Moments, held_out: Moments) -> dict:
+    """The scores of one block from tokens to fit on and others to check on.
+
+    full, free: in the sample of the fit, as the paper computes them: linearity_score of (X, Y),
+    (X, D).
+    *_adjusted: corrected for the fit's rank, 1 - (1 - S) (n - 1) / (n - 1 - rank).
+    *_held_out: R^2 of the fitted affine map on the other tokens; it can be negative.
+    ratio_mean: mean over tokens of ||D_i|| / ||Y_i||. ratio: ||D|| / ||Y||, centred. cosine: mean
+    of cos(X_i, Y_i).
+
+    One fit, of D on X, serves both scores: with the same error, 1 - full = (1 - free) ratio^2. X
+    is often rank-deficient (few distinct tokens): eigenvalues of X^T X below d eps times the
+    largest count as 0. A block that adds nothing has no residual-free score (nan)."""
+    xx, xd = fit.products.split(fit.width, dim=1)
+    e, V = torch.linalg.eigh(xx)
+    kept = e > len(e) * torch.finfo(e.dtype).eps * e[-1].clamp(min=1e-300)
+    e, V = e[kept], V[:, kept]
+    A = V @ ((V.mT @ xd) / e[:, None])  # D is predicted as its mean + (X - its mean) A
+    n, rank, yy = fit.n, len(e), fit.yy()
+    out = {"n": n, "rank": rank, "cosine": fit.cosine / n, "ratio_mean": fit.ratio / n,
+           "ratio": math.sqrt(fit.dd / yy)}
+    error = fit.dd - (A * xd).sum().item()
+    products, other_error = held_out.about(fit.mean, held_out.n)
+    xx, xd = products.split(fit.width, dim=1)
+    other_error += (A * (xx @ A - 2 * xd)).sum().item()
+    for name, size, other_size in (("full", yy, held_out.yy()), ("free", fit.dd, held_out.dd)):
+        score = 1 - error / size if size > 1e-24 * yy else math.nan
+        by_chance = (n - 1) / (n - 1 - rank) if n - 1 > rank else math.nan
+        out |= {name: score, f"{name}_adjusted": 1 - (1 - score) * by_chance,
+                f"{name}_held_out": 1 - other_error / other_size if other_size > 0 else math.nan}
+    return out
+
+
+@torch.no_grad()
+def linearity_profile(model, batches, skip_first=False) -> list[dict]:
+    """linearity() of every block over batches of token ids (B, T): even ones to fit, odd ones
+    held out.
+    skip_first: leave position 0 out. Attention parks there what it has no use for, with states
+    that can be a hundred times as large as others and then carry nearly all of the variance."""
+    states = range(model.config.n_layer + 1)
+    fit, held_out = ([Moments(model.config.n_embd, batches[0].device) for _ in states[1:]]
+                     for _ in range(2))
+    for i, idx in enumerate(tqdm(batches, "linearity", unit="batch", disable=None, leave=False)):
+        _, found = model.trunk(idx, hidden=tuple(states))
+        found = [h[:, int(skip_first):].flatten(0, 1) for h in found]
+        for sums, x, y in zip(held_out if i % 2 else fit, found, found[1:]):
+            sums.add(x, y)
+    return [{"block": k, **linearity(*pair)} for k, pair in enumerate(zip(fit, held_out), start=1)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Linearity: the regulariser
+
+
+def linearity_penalty(states, kind="cosine", reduction="sum", stop_gradient="none"):
+    """The pretraining regulariser (section 4), 0-d float32. It pulls neighbouring states
+    together; the paper reports that the residual-free score then falls.
+
+        cosine: sum_i mean over tokens of 1 - cos(h_i, h_{i-1})
+        mse:    sum_i mean over tokens of ||h_i - h_{i-1}||^2
+
+    states: h_0, ..., h_L, each (B, T, C). The paper does not say what is averaged, where the sum
+    begins or what is held fixed. Ours: the mean over all tokens; reduction `sum` or `mean` over
+    blocks;
+    stop_gradient: the state of a pair that gets no gradient, `none`, `lower` or `upper`."""
     def held(t, side):
         return t.detach() if side == stop_gradient else t
 
     states, terms = [h.float() for h in states], []
-    if kind == "cosine":  # each norm once: F.cosine_similarity on every pair takes three times as long
+    if kind == "cosine":  # each norm once: F.cosine_similarity of pairs takes three times as long
         norms = [torch.linalg.vector_norm(h, dim=-1).clamp_min(1e-8) for h in states]
     for i in range(1, len(states)):
         a, b = held(states[i - 1], "lower"), held(states[i], "upper")
         if kind == "cosine":
-            terms.append(1 - ((a * b).sum(-1) / (held(norms[i - 1], "lower") * held(norms[i], "upper"))).mean())
+            lengths = held(norms[i - 1], "lower") * held(norms[i], "upper")
+            terms.append(1 - ((a * b).sum(-1) / lengths).mean())
         else:
             terms.append((b - a).square().sum(-1).mean())
     return torch.stack(terms).sum() if reduction == "sum" else torch.stack(terms).mean()
 
 
+class Linearity(Term):
+    """weight * linearity_penalty of the states first, ..., n_layer. The paper's weights: cosine
+    0.5; mse 0.5 and 2."""
+
+    name = "linearity"
+
+    def __init__(self, kind: str, weight: float, n_layer: int, first=0, reduction="sum",
+                 stop_gradient="none"):
+        self.options = kind, reduction, stop_gradient
+        self.constant = weight
+        self.hidden = tuple(range(first, n_layer + 1))
+
+    def weight(self, step):
+        return self.constant
+
+    def over(self, step):
+        return self.constant == 0
+
+    def __call__(self, p):
+        states = [p.states[k] for k in self.hidden]
+        self.last = [h.detach() for h in states]
+        loss = linearity_penalty(states, *self.options)
+        return loss, {"linearity_loss": loss.detach()}
+
+    def logged(self, step):
+        return {"stream": stream_scales(self.last)}
+
+
 @torch.no_grad()
 def stream_scales(states) -> dict[str, list[float]]:
-    """By block: mean cosine of the states before and after, mean norm of the state after, mean over tokens of the norm
-    of what the block adds over that. A penalty can be met cheaply, mse by a shrinking stream, cosine by a growing one:
-    here it shows."""
+    """Of each block, means over tokens: cosine of the states before and after; norm of the state
+    after; ratio, the norm of what the block adds over that norm. They show whether a penalty was
+    met cheaply: mse by a shrinking stream, cosine by a growing one."""
     found = {"cosine": [], "norm": [], "ratio": []}
-    for lower, upper in zip(states, states[1:]):
-        lower, upper = lower.float(), upper.float()
+    for lower, upper in itertools.pairwise(h.float() for h in states):
         norm = upper.norm(dim=-1)
         found["cosine"].append(F.cosine_similarity(upper, lower, dim=-1).mean().item())
         found["norm"].append(norm.mean().item())
@@ -88,211 +242,25 @@ def stream_scales(states) -> dict[str, list[float]]:
     return found
 
 
-class Moments:
-    """Sums over tokens of what a linear fit of Y on X needs, in float64: any number of tokens in memory for 2 d^2
-    numbers.
-
-    About a shift, the mean of the first tokens, which changes no score but keeps digits where a mean is large."""
-
-    def __init__(self, shift_x=None, shift_y=None):
-        self.n, self.shift_x, self.shift_y, self.ratio, self.cosine = 0, shift_x, shift_y, 0.0, 0.0
-
-    def add(self, x, y):
-        """x, y: (tokens, d) before and after a block."""
-        x, y = x.double(), y.double()
-        if self.shift_x is None:
-            self.shift_x, self.shift_y = x.mean(0), y.mean(0)
-        if self.n == 0:
-            self.x, self.y = torch.zeros_like(self.shift_x), torch.zeros_like(self.shift_y)
-            self.xx, self.xy, self.yy = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], y.shape[1]), 0.0
-            self.dd, self.y2 = 0.0, 0.0
-        self.ratio += ((y - x).norm(dim=1) / y.norm(dim=1).clamp(min=1e-300)).sum().item()
-        self.cosine += F.cosine_similarity(x, y, dim=1).sum().item()
-        self.dd, self.y2 = self.dd + (y - x).square().sum().item(), self.y2 + y.square().sum().item()
-        x, y = x - self.shift_x, y - self.shift_y
-        self.n += len(x)
-        self.x += x.sum(0)
-        self.y += y.sum(0)
-        self.xx.addmm_(x.mT, x)
-        self.xy.addmm_(x.mT, y)
-        self.yy += y.square().sum().item()
-
-    def centred(self, mean_x=None, mean_y=None):
-        """(X^T X, X^T Y, ||Y||^2) about the means, its own or those given (both relative to the shift)."""
-        mx, my = (self.x / self.n, self.y / self.n) if mean_x is None else (mean_x, mean_y)
-        return (self.xx - torch.outer(self.x, mx) - torch.outer(mx, self.x) + self.n * torch.outer(mx, mx),
-                self.xy - torch.outer(self.x, my) - torch.outer(mx, self.y) + self.n * torch.outer(mx, my),
-                self.yy - 2 * (self.y @ my).item() + self.n * (my @ my).item())
-
-
-def linearity(fit: Moments, held_out: Moments | None = None) -> dict:
-    """The scores of one block, from tokens to fit on and others to check on (with the same shifts).
-
-    full, free: in sample, as the authors do; *_adjusted: freed of what a fit of this rank gets by chance, 1 - (1 - S)(n
-    - 1) / (n - 1 - rank); *_held_out: R^2 of the fitted affine map on the other tokens, which can be negative. The
-    solve is by eigenvalues of X^T X, those below d eps times the largest counted as 0: X is often rank-deficient (few
-    distinct tokens). rank, n, n_over_d; ratios of what the block adds to the state after it: ratio_mean over tokens of
-    the norms, ratio_rms of the Frobenius norms, ratio_centred of the centred ones, for which 1 - full = (1 - free)
-    ratio_centred^2 exactly; cosine, the mean over tokens of that of x and y."""
-    xx, xy, yy = fit.centred()
-    d = len(xx)
-    e, V = torch.linalg.eigh(xx)
-    kept = e > d * torch.finfo(e.dtype).eps * e[-1].clamp(min=1e-300)
-    e, V = e[kept], V[:, kept]
-    rank, n = len(e), fit.n
-    dd = yy - 2 * xy.trace().item() + xx.trace().item()  # ||D||^2, as X^T D = X^T Y - X^T X
-    out = {"n": n, "n_over_d": n / d, "rank": rank, "ratio_mean": fit.ratio / n, "ratio_rms": math.sqrt(fit.dd / fit.y2),
-           "ratio_centred": math.sqrt(max(dd, 0.0) / yy), "cosine": fit.cosine / n}
-    if held_out is not None:
-        h_xx, h_xy, h_yy = held_out.centred(fit.x / n, fit.y / n)
-        my = held_out.y / held_out.n - fit.y / n
-        mx = held_out.x / held_out.n - fit.x / n
-    for name, target, size in (("full", xy, yy), ("free", xy - xx, dd)):
-        projected = V.mT @ target  # (rank, d)
-        score = ((projected.square().sum(1) / e).sum() / size).item() if size > 1e-12 * yy else math.nan  # nothing is added
-        out[name] = score
-        out[f"{name}_adjusted"] = 1 - (1 - score) * (n - 1) / (n - 1 - rank) if n - 1 > rank else math.nan
-        if held_out is not None:
-            A = V @ (projected / e[:, None])  # the affine map is about the means of the fit
-            h_target = h_xy if name == "full" else h_xy - h_xx
-            h_size = h_yy if name == "full" else h_yy - 2 * h_xy.trace().item() + h_xx.trace().item()
-            error = h_size - 2 * (A * h_target).sum().item() + (A * (h_xx @ A)).sum().item()
-            mean = my if name == "full" else my - mx
-            total = h_size - held_out.n * (mean @ mean).item()
-            out[f"{name}_held_out"] = 1 - error / total if total > 0 else math.nan
-    return out
-
-
-@torch.no_grad()
-def linearity_profile(model, batches, skip_first=False, progress=None) -> list[dict]:
-    """linearity() of every block over batches of token ids (B, T): the even ones to fit, the odd ones held out.
-    skip_first: leave position 0 out, where attention parks what it has no use for, with states a hundred times as
-    large."""
-    blocks = model.config.n_layer
-    fit, held_out = [Moments() for _ in range(blocks)], [None] * blocks
-    for i, idx in enumerate(batches):
-        _, states = model.trunk(idx, hidden=tuple(range(blocks + 1)))
-        states = [h[:, 1 if skip_first else 0:].flatten(0, 1) for h in states]
-        for k in range(blocks):
-            if i % 2 == 0:
-                fit[k].add(states[k], states[k + 1])
-            else:
-                held_out[k] = held_out[k] or Moments(fit[k].shift_x, fit[k].shift_y)
-                held_out[k].add(states[k], states[k + 1])
-        if progress:
-            progress.update(idx.numel())
-    return [{"block": k + 1, **linearity(fit[k], held_out[k])} for k in range(blocks)]
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-
-
-def open_model(name, device="cpu", dtype=torch.float32):
-    """(model, frozen, its tiktoken.Encoding, the checkpoint) of a checkpoint of ours; of anything else that
-    teacher.load_pretrained reads with what a checkpoint of it would hold beside the model."""
-    from teacher import is_checkpoint, load_pretrained  # here alone: nothing but the measuring of models needs it
-    if not device_exists(device):
-        raise BadInput(f"--device={device}: no such device here")
-    name = checkpoint_file(name)
-    if is_checkpoint(name):
-        ckpt = load_checkpoint(name)
-        model, tokenizer = model_from_checkpoint(ckpt, device, name).eval().requires_grad_(False), ckpt["tokenizer"]
-    else:
-        model, tokenizer = load_pretrained(name, device, dtype, flag="")
-        ckpt = {"format": "nanolet-1", "tokenizer": tokenizer, "step": 0, "config": {"optimizer": "muon"}}
-    for p in model.parameters():  # not the tables of rotary positions
-        p.data = p.data.to(dtype)
-        if not p.isfinite().all():
-            raise BadInput(f"{name}: has weights that are not finite")
-    return model, tokenizer_from_dict(tokenizer), ckpt
-
-
-def read_ids(path, enc, tokens=0) -> list[int]:
-    """The first `tokens` (0: all) of a text file."""
-    if tokens < 0:
-        raise BadInput(f"--tokens={tokens}: must not be negative")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"--text={path}: cannot be read as UTF-8 text ({e})") from None
-    return enc.encode_ordinary(text)[:tokens or None]
-
-
-def read_contexts(a, model, enc, least: int):
-    """The text of --text as token ids (contexts, length): --tokens of its tokens, in whole contexts of --context. Raises
-    BadInput when it is no text, or has fewer than `least` contexts or than four tokens a dimension of the width."""
-    length = a.context or min(512, model.config.block_size)
-    if not 2 <= length <= model.config.block_size:
-        raise BadInput(f"--context={a.context}: from 2 to the model's {model.config.block_size}")
-    ids = torch.tensor(read_ids(a.text, enc, a.tokens))
-    rows, width = len(ids) // length, model.config.n_embd
-    if rows < max(least, -(-4 * width // length)):
-        needed = max((least * length, f"{least} contexts"), (-(-4 * width // length) * length, "four times the width"))
-        raise BadInput(f"--text={a.text} --tokens={a.tokens}: {rows * length:,} tokens in whole contexts of {length}; at "
-                       f"least {needed[0]:,}, {needed[1]}, are needed")
-    return ids[:rows * length].view(rows, length).to(a.device)
-
-
-def bars(values, low: float, high: float) -> str:
-    """A row of blocks, one a value, the full height being `high`."""
-    return "".join("▁▂▃▄▅▆▇█"[min(7, max(0, int(8 * (v - low) / (high - low))))] if v == v else " " for v in values)
-
-
-def linearity_command(a) -> str:
-    model, enc, _ = open_model(a.checkpoint, a.device)
-    ids = read_contexts(a, model, enc, 2)
-    with tqdm(total=ids.numel(), unit="token", disable=None) as progress:
-        profile = linearity_profile(model, ids.split(min(16, len(ids) // 2)), a.skip_first, progress)
-    keys = ("full", "full_adjusted", "full_held_out", "free", "free_adjusted", "free_held_out", "ratio_mean", "rank")
-    lines = [f"{profile[0]['n']:,} tokens to fit on, {profile[0]['n_over_d']:.1f} times the width",
-             "block " + " ".join(f"{k:>14}" for k in keys)]
-    lines += [f"{p['block']:>5} " + " ".join(f"{p[k]:>14.4f}" if k != "rank" else f"{p[k]:>14}" for k in keys) for p in profile]
-    lines += [f"{key:<14} {bars([p[key] for p in profile], low, 1)}  from {low} to 1, block 1 to {len(profile)}"
-              for key, low in (("full_held_out", 0.8), ("free_held_out", 0.0))]
-    if a.plot:
-        pyplot = plotting(a.plot)
-        figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
-        depth = [p["block"] / len(profile) for p in profile]
-        for key, style in (("full", "-"), ("full_held_out", "--"), ("free", "-"), ("free_held_out", "--")):
-            axis.plot(depth, [p[key] for p in profile], style, marker="o", color="C0" if "full" in key else "C1",
-                      label=key.replace("_", " "))
-        axis.set(xlabel="depth, block over blocks", ylabel="linearity score", title="linearity of each block")
-        figure.legend(loc="outside lower center", ncols=4)
-        figure.savefig(a.plot, dpi=120)
-    return "\n".join(lines)
-
-
-def plotting(path: str):
-    """matplotlib.pyplot without a screen; refuses names that make no picture."""
-    if Path(path).suffix not in (".png", ".pdf", ".svg"):
-        raise BadInput(f"--plot={path}: a name that ends in .png, .pdf or .svg is needed")
-    if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
-        raise BadInput(f"--plot={path}: " + ("is a folder" if Path(path).is_dir() else f"no folder {Path(path).parent}"))
-    try:
-        import matplotlib
-    except ImportError:
-        raise BadInput("--plot: needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Pruning (the same paper's section 5): the most linear blocks go first; better, an affine map takes a block's place;
-# better still, it is then trained to give the states of the whole model. No more than that is said. Chosen here: blocks
-# are scored once, on the whole model, and none is safe but those of --protect; maps have a bias, as torch's Linear has,
-# and take the place of the residual connection too; they are fitted in depth order, each on what the maps before it hand
-# on, to the whole model's states; distillation compares the states after the first map and after each later block, each
-# in units of its own mean square.
+# --------------------------------------------------------------------------------------------------
+# Pruning (section 5). The most linear blocks are removed; better, an affine map replaces each;
+# better still, the maps are then trained to give the states of the whole model. The paper says no
+# more. Ours: blocks are scored once, on the whole model; a map has a bias and replaces the residual
+# connection too; maps are fitted in depth order, each on the output of those before it, to the
+# whole model's states; distillation compares the states after the first map and each later block.
 
 ORDERS = ("full", "free", "cosine", "random")
 ARMS = ("remove", "replace", "distil", "distil_all")
+OF_MAMBA = ("d_state", "ssm_head_dim", "expand", "n_groups", "chunk_size", "d_conv", "ssm_norm")
+OF_EXPERTS = ("n_experts", "experts_per_token", "expert_hidden")
 
 
 def prune_order(profile, order: str, protect=(), seed=0) -> list[int]:
-    """Blocks by number, the first to go first: by falling score `full` or `free`, in sample as the authors have it, by
-    falling `cosine` of the states before and after (ShortGPT's Block Influence, arXiv 2403.03853, upside down), or at
-    `random`. profile: of linearity_profile; protect: blocks that stay. A block that adds nothing goes first."""
+    """Numbers of blocks, the first to go first: by falling in-sample score `full` or `free`, by
+    falling `cosine` of the states before and after (ShortGPT's Block Influence, arXiv
+    2403.03853), or `random`.
+    profile: of linearity_profile; protect: blocks that stay. A block that adds nothing goes
+    first."""
     blocks = [p["block"] for p in profile if p["block"] not in protect]
     if order == "random":
         random.Random(seed).shuffle(blocks)
@@ -302,79 +270,76 @@ def prune_order(profile, order: str, protect=(), seed=0) -> list[int]:
 
 
 def with_blocks(model: GPT, blocks, kinds: str) -> GPT:
-    """The model with these blocks in place of its own; all parameters are shared with it, none copied. Settings of kinds
-    of block that are gone go back to their defaults, which is where train.py wants them."""
-    settings = {**asdict(model.config), "n_layer": len(kinds), "layer_pattern": kinds, "mixer": "attention"}
+    """The model with these blocks in place of its own. Parameters are shared, not copied.
+    Settings of kinds of block that are gone return to their defaults."""
+    idle = (() if {*kinds} & {*"MH"} else OF_MAMBA) + (() if {*kinds} & {*"AH"} else OF_EXPERTS)
+    settings = {**asdict(model.config), "n_layer": len(kinds), "mixer": kinds}
     new = copy.copy(model)
-    new.config = ModelConfig(**{k: v for k, v in settings.items() if k not in idle_settings(kinds)})
+    new.config = ModelConfig(**{k: v for k, v in settings.items() if k not in idle})
     new.has_attention = bool({*kinds} & {*"AH"})
     new._modules = {**model._modules, "blocks": torch.nn.ModuleList(blocks)}
     return new
 
 
-def idle_settings(kinds: str) -> set[str]:
-    """Flags of kinds of block that are not among these letters."""
-    ssm, experts = "d_state ssm_head_dim expand n_groups chunk_size ssm_norm", "n_experts experts_per_token expert_hidden"
-    return {*("" if {*kinds} & {*"MH"} else ssm).split(),
-            *("" if {*kinds} & {*"AH"} else f"{experts} balance_weight router_z_weight").split()}
-
-
 def remove_blocks(model: GPT, chosen) -> GPT:
     """The model without the blocks of these numbers."""
     left = [k for k in range(model.config.n_layer) if k + 1 not in chosen]
-    return with_blocks(model, [model.blocks[k] for k in left], "".join(model.config.kinds()[k] for k in left))
+    kinds = "".join(model.config.kinds()[k] for k in left)
+    return with_blocks(model, [model.blocks[k] for k in left], kinds)
 
 
 def fit_affine(fit: Moments, held_out: Moments):
-    """(W (d, d), b (d,), ridge) of y = x + W x + b, in float64: least squares with a ridge on W and not on A = I + W, as
-    a block is near the identity: min ||X B - D||^2 + ridge ||B||^2 with B = W^T, X and D = Y - X centred.
+    """(W (d, d), b (d,), ridge) of y = x + W x + b, float64.
 
-    The ridge, in units of the largest eigenvalue of X^T X, is the one of a grid that leaves the smallest error on the
-    other tokens (Moments with the same shifts). inf is on the grid: W = 0 and a constant b."""
-    xx, xy, _ = fit.centred()
-    mx, my = fit.x / fit.n, fit.y / fit.n
-    h_xx, h_xy, _ = held_out.centred(mx, my)
+    Ridge regression on W, not on I + W, as a block is near the identity: min over B = W^T of ||X
+    B - D||^2 + ridge ||B||^2, X and D centred. The ridge, in units of the largest eigenvalue of
+    X^T X, is the one of a grid with the least error on the other tokens; inf is W = 0, a constant
+    b."""
+    xx, xd = fit.products.split(fit.width, dim=1)
+    other_xx, other_xd = held_out.about(fit.mean, held_out.n)[0].split(fit.width, dim=1)
     e, V = torch.linalg.eigh(xx)
-    P, Q, H = V.mT @ (xy - xx), V.mT @ (h_xy - h_xx), V.mT @ h_xx @ V  # in the axes of X^T X
+    P, Q, H = V.mT @ xd, V.mT @ other_xd, V.mT @ other_xx @ V  # in the axes of X^T X
 
     def solve(ridge):
         return P / (e.clamp(min=0) + ridge * e[-1])[:, None]
 
-    def error(ridge):  # on the other tokens, but for their ||D||^2
+    def error(ridge):  # on the other tokens, without their ||D||^2
         R = solve(ridge)
         return (R * (H @ R - 2 * Q)).sum().item()
 
     ridge = min((math.inf, *(10.0 ** -j for j in range(13))), key=error)
     B = V @ solve(ridge)
-    mx, my = mx + fit.shift_x, my + fit.shift_y
-    return B.mT, my - mx - mx @ B, ridge
+    mean_x, mean_d = fit.mean.split(fit.width)
+    return B.mT, mean_d - mean_x @ B, ridge
 
 
 @torch.no_grad()
 def replace_blocks(model: GPT, chosen, batches, skip_first=False) -> GPT:
-    """The model with an affine map in place of each chosen block. batches: token ids (B, T), every fourth one to tune
-    the ridge."""
-    kinds, blocks, new = [*model.config.kinds()], [*model.blocks], model
+    """The model with an affine map in place of each chosen block. batches: token ids (B, T),
+    every fourth one to choose the ridge."""
+    c, first = model.config, int(skip_first)
+    kinds, blocks, new = [*c.kinds()], [*model.blocks], model
     for k in sorted(chosen):
-        fit, held_out = Moments(), None
+        fit, held_out = (Moments(c.n_embd, batches[0].device) for _ in range(2))
         for i, idx in enumerate(batches):
-            x, y = (h[:, 1 if skip_first else 0:].flatten(0, 1) for h, _ in (
-                new.trunk(idx, blocks=k - 1), model.trunk(idx, blocks=k)))
-            if i % 4 == 3:
-                held_out = held_out or Moments(fit.shift_x, fit.shift_y)
-            (held_out if i % 4 == 3 else fit).add(x, y)
+            x, _ = new.trunk(idx, blocks=k - 1)
+            y, _ = model.trunk(idx, blocks=k)
+            part = held_out if i % 4 == 3 else fit
+            part.add(x[:, first:].flatten(0, 1), y[:, first:].flatten(0, 1))
         W, b, _ = fit_affine(fit, held_out)
-        blocks[k - 1], kinds[k - 1] = AffineBlock(model.config).to(batches[0].device), "L"
-        blocks[k - 1].affine.weight.copy_(W * model.config.depth_ratio)  # the block divides by it
-        blocks[k - 1].affine.bias.copy_(b * model.config.depth_ratio)
+        block = AffineBlock(c).to(batches[0].device)
+        block.affine.weight.copy_(W * c.depth_ratio)  # the block divides by it
+        block.affine.bias.copy_(b * c.depth_ratio)
+        blocks[k - 1], kinds[k - 1] = block, "L"
         new = with_blocks(model, blocks, "".join(kinds))
     return new
 
 
 def distil(model: GPT, whole: GPT, batches, steps: int, lr: float, everything=False) -> GPT:
-    """A copy of the model, of which the affine maps (or, with `everything`, all parameters) are trained by AdamW, its rate
-    falling linearly to 0, to give the whole model's states: mean over the states after the first map and after each later
-    block of ||h - h*||^2 / ||h*||^2, both norms over all tokens of the batch."""
+    """A copy of the model, trained to give the whole model's states. Only the affine maps are
+    trained, or all parameters with `everything`. AdamW; the learning rate falls linearly to 0.
+    The loss is the mean over states, from the first map on, of ||h - h*||^2 / ||h*||^2, norms
+    over all tokens."""
     model = copy.deepcopy(model).requires_grad_(everything)
     for block in model.blocks:
         block.requires_grad_(everything or isinstance(block, AffineBlock))
@@ -386,7 +351,8 @@ def distil(model: GPT, whole: GPT, batches, steps: int, lr: float, everything=Fa
         with torch.no_grad():
             _, wanted = whole.trunk(idx, hidden=states)
         _, found = model.trunk(idx, hidden=states)
-        loss = sum((h - h0).square().sum() / h0.square().sum() for h, h0 in zip(found, wanted)) / len(states)
+        errors = [(h - h0).square().sum() / h0.square().sum() for h, h0 in zip(found, wanted)]
+        loss = sum(errors) / len(states)
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         loss.backward()
         optimizer.step()
@@ -396,691 +362,354 @@ def distil(model: GPT, whole: GPT, batches, steps: int, lr: float, everything=Fa
 
 @torch.no_grad()
 def mean_loss(model, batches) -> float:
-    """Nats per token over batches of token ids (B, T), positions 1 to T - 1 predicted from those before."""
-    losses = [(model(idx[:, :-1], idx[:, 1:])[0].item(), len(idx)) for idx in batches]
-    return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+    """Nats per token over batches of token ids (B, T); positions 1 to T - 1 are predicted."""
+    counts = [idx[:, 1:].numel() for idx in batches]
+    losses = [model.loss(model(idx[:, :-1])[0], idx[:, 1:]).item() for idx in batches]
+    return sum(loss * n for loss, n in zip(losses, counts)) / sum(counts)
 
 
 @torch.no_grad()
 def seconds_per_pass(models, idx, rounds=9) -> list[float]:
-    """Median seconds of each model's forward pass over idx (B, T), head included. The models take turns, so that what
-    else the machine does hits all alike."""
+    """Median seconds of each model's forward pass over idx (B, T), head included. The models take
+    turns, so that other work on the machine slows all alike; the first round is a warm-up."""
     times = [[] for _ in models]
-    for r in range(rounds + 1):
+    for _ in range(rounds + 1):
         for model, seen in zip(models, times):
             start = time.perf_counter()
-            model(idx)[0][0, 0, 0].item()  # which waits for the device
-            if r:  # the first is a warm-up
-                seen.append(time.perf_counter() - start)
-    return [statistics.median(seen) for seen in times]
+            model.logits(model(idx)[0])[0, 0, 0].item()  # waits for the device
+            seen.append(time.perf_counter() - start)
+    return [statistics.median(seen[1:]) for seen in times]
 
 
 def pruned_checkpoint(ckpt: dict, model: GPT, **how) -> dict:
-    """`ckpt` with the pruned model in place of its own, at the same step; optimizers and multipliers begin anew. Flags that
-    do not fit the model any more are changed: those of blocks that are gone, and numbers of blocks beyond the last."""
-    kinds = model.config.kinds()
-    config = {k: v for k, v in ckpt["config"].items() if k not in idle_settings(kinds)}
-    config |= {"n_layer": len(kinds), "layer_pattern": kinds, "mixer": "attention"}
-    for name, use, last in (("let_student_layer", "teacher", len(kinds)), ("linearity_from", "linearity", len(kinds) - 1)):
-        if config.get(use, "none") != "none":
-            config[name] = min(config[name], last)
-    state, made = model.state_dict(), asdict(model.config)
-    if config.get("param") == "completep":  # train.py takes m_L from the blocks left; what writes into the stream makes up
-        made["depth_ratio"] = len(kinds) / config["base_n_layer"]
-        by = made["depth_ratio"] / model.config.depth_ratio
-        writes = (".o.weight", ".down.weight", ".out.weight", ".mlp.down", ".affine.weight", ".affine.bias")
-        state = {k: v * by if k.endswith(writes) else v for k, v in state.items()}
-    return {**ckpt, "model": state, "model_config": made, "config": config, "optimizers": [],
-            "multipliers": None, "let": None, "let_optimizer": None, "best_val_loss": math.inf, "pruned": how}
+    """`ckpt` with the pruned model in place of its own, at the same step; optimizers and terms
+    begin anew. Of the run's flags only those change whose field of ModelConfig changed."""
+    state, made, config = model.state_dict(), asdict(model.config), ckpt["config"]
+    if config.get("param") == "completep":  # train.py takes m_L from the number of blocks
+        made["depth_ratio"] = made["n_layer"] / config["base_n_layer"]
+        growth = made["depth_ratio"] / model.config.depth_ratio
+        writes = (".o.weight", ".down.weight", ".out.weight", ".mlp.down", ".affine.weight",
+                  ".affine.bias")  # into the stream, divided by m_L there
+        state = {k: v * growth if k.endswith(writes) else v for k, v in state.items()}
+    before = ckpt["model_config"]
+    changed = {k: v for k, v in made.items() if k in config and before.get(k) != v}
+    return {**ckpt, "model": state, "model_config": made, "config": config | changed,
+            "optimizers": {}, "terms": {}, "best_val_loss": math.inf, "pruned": how}
 
 
-def listed(text: str, flag: str, known=()) -> list:
-    """"1,2,3" as numbers from 1 on, or as names out of `known`."""
-    words = [word for word in text.split(",") if word]
-    if known and not {*words} <= {*known} or not (known or all(word.isdecimal() and int(word) > 0 for word in words)):
-        what = "out of " + ", ".join(known) if known else "numbers from 1 on"
-        raise BadInput(f"{flag}={text}: {what}, separated by commas")
-    return words if known else [int(word) for word in words]
-
-
-def prune_command(a) -> str:
-    """The table of every order, number of blocks and arm that is asked for. Of the models with the most blocks gone the
-    best is written. (Of a pretrained model it can be sampled, measured and taught from; train.py has no flags for some
-    of its settings, and does not go on with it.)"""
-    from teacher import is_checkpoint
-
-    orders, arms = listed(a.orders, "--orders", ORDERS), listed(a.arms, "--arms", ARMS)
-    counts, protect = listed(a.blocks, "--blocks"), listed(a.protect, "--protect")
-    if a.distil_steps < 1 or not 0 < a.distil_lr < math.inf:
-        raise BadInput(f"--distil_steps={a.distil_steps} --distil_lr={a.distil_lr}: both have to be positive")
-    whole, enc, ckpt = open_model(a.checkpoint, a.device)
-    if not isinstance(whole, GPT):
-        raise BadInput(f"{a.checkpoint}: its architecture is not one of model.py's, whose blocks alone can be pruned")
-    c = whole.config
-    if any(k > c.n_layer for k in protect):
-        raise BadInput(f"--protect={a.protect}: {a.checkpoint} has blocks 1 to {c.n_layer}")
-    most = min(c.n_layer - 1, c.n_layer - len({*protect}))
-    if not (orders and arms and counts) or max(counts) > most:
-        raise BadInput(f"--blocks={a.blocks}: {a.checkpoint} has {c.n_layer} blocks, of which 1 to {most} can go")
-    ids = read_contexts(a, whole, enc, 16)
-    source = Path(checkpoint_file(a.checkpoint))
-    out = Path(a.out_dir or (source.parent if is_checkpoint(source) else Path("runs", source.name)) / "pruned") / "ckpt.pt"
-    if out.exists():
-        raise BadInput(f"--out_dir={out.parent}: holds a checkpoint already; name another folder")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise BadInput(f"--out_dir={out.parent}: no folder can be made there ({e.strerror})") from None
-    ids, judged = ids[:-(len(ids) // 4)], ids[-(len(ids) // 4):]  # the last quarter is for the losses
-    batches, judged = ids.split(min(8, len(ids) // 8)), judged.split(8)
-    profile = linearity_profile(whole, batches, a.skip_first)
-    parts = "".join(sorted(c.kinds()))  # where in the model a block stands makes no difference to the time
-    made = [("", "whole", (), mean_loss(whole, judged), whole.num_params(), parts)]
-    shapes, best = {parts: whole}, (math.inf,)
-    with tqdm(total=len(orders) * len(counts) * len(arms), unit="model", disable=None) as progress:
-        for order, count in itertools.product(orders, counts):
-            chosen, replaced = sorted(prune_order(profile, order, protect, a.seed)[:count]), None
-            for arm in arms:
-                if arm == "remove":
-                    model = remove_blocks(whole, chosen)
-                else:
-                    model = replaced = replaced or replace_blocks(whole, chosen, batches, a.skip_first)
-                parts = "".join(sorted(model.config.kinds()))
-                shapes.setdefault(parts, model)
-                if arm.startswith("distil"):
-                    model = distil(replaced, whole, batches, a.distil_steps, a.distil_lr, arm == "distil_all")
-                loss = mean_loss(model, judged)
-                made.append((order, arm, chosen, loss, model.num_params(), parts))
-                if count == max(counts):
-                    best = min(best, (loss, order, arm, chosen, model), key=lambda found: found[0])
-                progress.update()
-    if len(best) == 1:
-        raise Failed(f"--arms={a.arms} --distil_lr={a.distil_lr:g}: no model with {max(counts)} blocks gone has a finite loss")
-    seconds = dict(zip(shapes, seconds_per_pass(shapes.values(), batches[0])))
-    rows = ["| order | arm | blocks | held-out nats | perplexity | parameters | of the whole | speed over the whole |",
-            "|---|---|---|---|---|---|---|---|"]
-    for order, arm, chosen, loss, n, parts in made:
-        rows.append(f"| {order} | {arm} | {', '.join(map(str, chosen))} | {loss:.4f} | {math.exp(loss):.2f} | {n:,} | "
-                    f"{100 * n / made[0][4]:.1f} % | {seconds[made[0][5]] / seconds[parts]:.2f} |")
-    _, order, arm, chosen, model = best
-    tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        with open(tmp, "wb") as file:  # torch's own writer does not say when the disk is full
-            torch.save(pruned_checkpoint(ckpt, model, source=str(source), order=order, arm=arm, blocks=chosen), file)
-        os.replace(tmp, out)
-    finally:
-        tmp.unlink(missing_ok=True)
-    return "\n".join([*rows, "", f"{out}: {order}, {arm}, blocks {', '.join(map(str, chosen))}"])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Curvature
 
 
-def next_token_loss(model, idx, targets):
-    """What model(idx, targets) gives, mean nats, in a form that has second derivatives: all logits at once, and
-    attention as plain products. idx, targets: (B, T)."""
+def plain_loss(model, idx, targets):
+    """Mean next-token loss in nats, 0-d, in a form that has second derivatives: all logits at
+    once, attention as plain products. idx, targets: (B, T)."""
     with sdpa_kernel(SDPBackend.MATH):
-        return F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten())
+        logits = model.logits(model(idx)[0])
+    return next_token_loss(logits.flatten(0, 1), targets.flatten()) / targets.numel()
 
 
 def hessian_product(model, batches):
-    """The function v -> H v of the Hessian H of the mean loss over the tokens of `batches`, pairs of (B, T) ids, with
-    respect to all parameters, joined into one vector (N,): H v = d/dw (dL/dw . v) (Pearlmutter 1994). Where the router
-    of a mixture of experts would change its mind there is no second derivative; H is that of the choice made."""
+    """The function v -> H v for the Hessian of the mean loss over `batches`, pairs (idx, targets)
+    of (B, T), with respect to all parameters as one vector (N,): H v = d/dw (dL/dw . v)
+    (Pearlmutter 1994). The choices of a router count as fixed: where they change there is no
+    derivative."""
     params, tokens = list(model.parameters()), sum(idx.numel() for idx, _ in batches)
     sizes = [p.numel() for p in params]
 
     def product(v):
         total = torch.zeros_like(v)
         for idx, targets in batches:
-            gradient = torch.autograd.grad(next_token_loss(model, idx, targets), params, create_graph=True)
-            along = sum((g * part.view_as(g)).sum() for g, part in zip(gradient, v.split(sizes)))
-            parts = torch.autograd.grad(along, params, materialize_grads=True)
-            total += torch.cat([h.flatten() for h in parts]) * (idx.numel() / tokens)
+            gradient = torch.autograd.grad(plain_loss(model, idx, targets), params,
+                                           create_graph=True)
+            parts = zip(gradient, v.split(sizes))
+            along = sum((g * part.view_as(g)).sum() for g, part in parts)
+            second = torch.autograd.grad(along, params, materialize_grads=True)
+            total += torch.cat([h.flatten() for h in second]) * (idx.numel() / tokens)
         return total
 
     return product
 
 
 def lanczos(product, v, steps: int):
-    """Eigenvalues of a symmetric matrix, known by its products with vectors, as far as `steps` products from v show.
+    """Eigenvalues of a symmetric matrix H, given as v -> H v, that `steps` products show.
 
-    Builds an orthonormal basis of v, H v, H^2 v, ... and the tridiagonal matrix T of H in it; every new vector is
-    orthogonalised against all before, twice, as rounding would else give copies of what has converged. Memory: steps
-    vectors. Returns three float64 vectors (m,), m <= steps: eigenvalues of T (Ritz values, rising), of which the
-    extreme ones come to those of H first; their weights, the squared first components of T's eigenvectors: sum_i w_i
-    theta_i^k = v^T H^k v / v^T v for all k < 2 m (Gauss quadrature); and for each how far, at most, the nearest
-    eigenvalue of H lies."""
+    Builds an orthonormal basis of v, H v, H^2 v, ... and the tridiagonal matrix T of H in it.
+    Each new vector is orthogonalised against all before, twice; else rounding gives copies of
+    eigenvalues that have converged. Memory: `steps` vectors.
+
+    Returns three float64 vectors (m,), m <= steps: the Ritz values theta, which are T's
+    eigenvalues, rising (the extreme ones converge first); weights w, the squared first components
+    of T's eigenvectors, with sum_i w_i theta_i^k = v^T H^k v / v^T v for all k < 2 m (Gauss
+    quadrature); bounds on the distance of each theta to the nearest eigenvalue of H."""
     Q, alpha, beta = v.new_empty(steps, len(v)), [], []
     Q[0] = v / v.norm()
-    for k in range(steps):
+    for k in tqdm(range(steps), "Lanczos", unit="product", disable=None, leave=False):
         w = product(Q[k])
         alpha.append((w @ Q[k]).item())
         for _ in range(2):
             w = w - (Q[:k + 1] @ w) @ Q[:k + 1]
         beta.append(w.norm().item())
-        if k + 1 == steps or beta[-1] <= 100 * torch.finfo(v.dtype).eps * max(map(abs, alpha + beta)):
-            break  # all that v reaches has been seen
+        nothing_left = beta[-1] <= 100 * torch.finfo(v.dtype).eps * max(map(abs, alpha + beta))
+        if k + 1 == steps or nothing_left:
+            break
         Q[k + 1] = w / beta[-1]
-    T = torch.tensor(alpha, dtype=torch.float64).diag()
-    T += sum(torch.tensor(beta[:-1], dtype=torch.float64).diag(side) for side in (1, -1)) if len(beta) > 1 else 0
+    side = torch.tensor(beta[:-1], dtype=torch.float64)
+    T = torch.tensor(alpha, dtype=torch.float64).diag() + side.diag(1) + side.diag(-1)
     theta, S = torch.linalg.eigh(T)
     return theta, S[0].square(), beta[-1] * S[-1].abs()
 
 
-def spectrum(model, batches, steps=32, probes=2, seed=0, top=3, progress=None) -> dict:
-    """What Lanczos from so many random vectors of signs shows of the Hessian (hessian_product) of a model.
+def spectrum(model, batches, steps=32, probes=2, seed=0, top=3) -> dict:
+    """The Hessian's spectrum by Lanczos from `probes` random vectors of signs.
 
-    loss in nats; top: its largest eigenvalues, falling, and least, its most negative one, each the extreme over the
-    vectors (a Ritz value never lies beyond its eigenvalue), with `residual`, the largest bound on their error; trace,
-    and trace_se over the vectors; rms, the root mean square of all N eigenvalues; ritz: [(values, weights)], from which
-    density() is made. In the dtype of the model."""
+    loss: nats. top: the largest eigenvalues, falling; least: the most negative one; each the
+    extreme over the vectors, as a Ritz value never lies beyond its eigenvalue. residual: the
+    largest bound on their error. trace, and trace_se over the vectors; rms: root mean square of
+    all N eigenvalues. ritz: [(theta, w)], for density(). All in the dtype of the model."""
     params = list(model.requires_grad_(True).parameters())
-    N, runs = sum(p.numel() for p in params), []
-    product, generator = hessian_product(model, batches), torch.Generator().manual_seed(seed)
+    N, generator = sum(p.numel() for p in params), torch.Generator().manual_seed(seed)
+    product, found = hessian_product(model, batches), []
     for _ in range(probes):
         v = (torch.randint(2, (N,), generator=generator) * 2 - 1).to(params[0])
-        runs.append(lanczos(lambda u: (progress and progress.update(), product(u))[1], v, steps))
-    largest = [max((t[-1 - k].item(), r[-1 - k].item()) for t, _, r in runs if k < len(t))
-               for k in range(min(top, max(len(t) for t, _, _ in runs)))]
-    least = min((t[0].item(), r[0].item()) for t, _, r in runs)
-    traces = [N * (w * t).sum().item() for t, w, _ in runs]
+        found.append(lanczos(product, v, steps))
+    ends = [list(zip(theta.tolist(), bound.tolist())) for theta, _, bound in found]
+    largest = [max(end[-k] for end in ends if k <= len(end))
+               for k in range(1, 1 + min(top, max(map(len, ends))))]
+    least = min(end[0] for end in ends)
+    traces = [N * (w @ theta).item() for theta, w, _ in found]
+    squares = [(w @ theta.square()).item() for theta, w, _ in found]
     with torch.no_grad():
-        losses = [(next_token_loss(model, *b).item(), b[0].numel()) for b in batches]
-    return {"loss": sum(x * n for x, n in losses) / sum(n for _, n in losses), "parameters": N,
+        losses = [plain_loss(model, *batch).item() * batch[0].numel() for batch in batches]
+    tokens = sum(idx.numel() for idx, _ in batches)
+    return {"loss": sum(losses) / tokens, "tokens": tokens, "parameters": N,
             "top": [value for value, _ in largest], "least": least[0],
-            "residual": max(r for _, r in [*largest, least]), "trace": statistics.mean(traces),
-            "trace_se": statistics.stdev(traces) / math.sqrt(probes) if probes > 1 else math.nan,
-            "rms": math.sqrt(statistics.mean((w * t.square()).sum().item() for t, w, _ in runs)),
-            "ritz": [(t, w) for t, w, _ in runs]}
+            "residual": max(bound for _, bound in [*largest, least]),
+            "trace": mean(traces), "trace_se": standard_error(traces), "rms": mean(squares) ** 0.5,
+            "ritz": [(theta, w) for theta, w, _ in found]}
 
 
 def density(ritz, x, sigma: float):
-    """The density of eigenvalues at x (n,), each seen as a normal of standard deviation sigma: stochastic Lanczos
-    quadrature (Lin, Saad & Yang 2016; for networks Ghorbani et al. 2019, arXiv 1901.10159). Its integral is 1."""
+    """The density of eigenvalues at x (n,), each seen as a normal of standard deviation sigma;
+    its integral is 1. Stochastic Lanczos quadrature (Lin, Saad & Yang 2016; for networks Ghorbani
+    et al. 2019, arXiv 1901.10159)."""
     normal = [(w * torch.exp(-0.5 * ((x[:, None] - t) / sigma) ** 2)).sum(1) for t, w in ritz]
     return torch.stack(normal).mean(0) / (sigma * math.sqrt(2 * math.pi))
 
 
-def run_checkpoints(names) -> list[str]:
-    """Of a run's folder its step-*.pt (train.py's --keep_checkpoints), or else its ckpt.pt; other names as they are."""
-    found = []
-    for name in names:
-        kept = sorted(map(str, Path(name).glob("step-*.pt")))
-        found += kept or [checkpoint_file(name)]
-    return found
+def mean(values) -> float:
+    return statistics.mean(values) if values else math.nan
 
 
-def curvature_command(a) -> str:
-    """A row a checkpoint; where the folders are NAME-SEED, also each NAME's eigenvalues over those of the first NAME at
-    the same step and seed."""
-    if min(a.tokens, a.steps - 1, a.probes, a.micro_batch, a.top) < 1 or a.steps > 10_000 or not 0 <= a.seed < 2**63:
-        raise BadInput("--tokens, --probes, --top and --micro_batch have to be at least 1, --steps from 2 to 10,000, --seed "
-                       "from 0 to 2^63 - 1")
-    rows, found, dtype = [], [], DTYPES[a.dtype]
-    names = run_checkpoints(a.checkpoints)
-    with tqdm(total=len(names) * a.probes * a.steps, unit="product", disable=None) as progress:
-        for name in names:
-            model, enc, ckpt = open_model(name, a.device, dtype)
-            if not isinstance(model, GPT):
-                raise BadInput(f"{name}: its architecture is not one of model.py's, whose loss alone has second derivatives here")
-            T = min(model.config.block_size, a.tokens)
-            ids = torch.tensor([enc.eot_token, *read_ids(a.text, enc, a.tokens)], device=a.device)
-            n = (len(ids) - 1) // T * T
-            if n == 0:
-                raise BadInput(f"--text={a.text}: {len(ids) - 1} tokens; a context of {T} is needed")
-            batches = list(zip(*(t.view(-1, T).split(a.micro_batch) for t in (ids[:n], ids[1:n + 1]))))
-            s = spectrum(model, batches, a.steps, a.probes, a.seed, a.top, progress)
-            found.append((name, ckpt.get("step", 0), s))
-            rows.append(" | ".join((
-                f"| {name}", f"{ckpt.get('step', '')}", f"{s['loss']:.4f}", ", ".join(f"{v:.4g}" for v in s["top"]),
-                f"{s['least']:.4g}", f"{s['top'][0] / abs(s['least']):.3g}", f"{s['residual']:.1g}",
-                f"{s['trace']:.4g}" + (f" ± {s['trace_se']:.2g}" if a.probes > 1 else ""), f"{s['rms']:.3g}")) + " |")
-    lines = [f"{n:,} tokens, {s['parameters']:,} parameters, {a.dtype}", "",
-             "| checkpoint | step | loss | largest eigenvalues | most negative | their ratio | error below | trace | rms |",
-             "|---" * 9 + "|", *rows]
-    groups = {}  # {(name, step): {seed: spectrum}}
-    for name, step, s in found:
-        group, _, seed = Path(name).parent.name.rpartition("-")
-        groups.setdefault((group, step), {})[seed] = s
-    first = next(iter(groups))[0]
-    if all(group for group, _ in groups) and len({group for group, _ in groups}) > 1:
-        lines += ["", f"| over {first} | step | seeds | largest eigenvalue | most negative | their ratio | trace |",
-                  "|---" * 7 + "|"]
-        for (group, step), by_seed in groups.items():
-            same = groups.get((first, step), {})
-            pairs = [(s, same[seed]) for seed, s in by_seed.items() if seed in same]
-            if group != first and pairs:
-                big, small, trace = zip(*((s["top"][0] / r["top"][0], s["least"] / r["least"], s["trace"] / r["trace"])
-                                          for s, r in pairs))
-                both = [b / m for b, m in zip(big, small)]
-                lines.append(" | ".join((f"| {group}", f"{step}", f"{len(pairs)}", *(
-                    mean_sd(values, 3) for values in (big, small, both, trace)))) + " |")
-    if a.plot:
-        plot_spectra(found, a.plot)
-    return "\n".join(lines)
+def standard_error(values) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def plot_spectra(found, path: str):
-    """Density of eigenvalues by checkpoint; beside it the extreme ones over steps, a line for each run, if there are
-    several steps."""
-    pyplot = plotting(path)
-    runs = {}
-    for name, step, s in found:
-        runs.setdefault(str(Path(name).parent), []).append((step, s["top"][0], s["least"]))
-    along = any(len(lines) > 1 for lines in runs.values())
-    figure, axes = pyplot.subplots(1, 1 + along, figsize=(6 + 5 * along, 4), layout="constrained", squeeze=False)
-    low, high = min(s["least"] for _, _, s in found), max(s["top"][0] for _, _, s in found)
-    margin = 0.05 * (high - low)
-    x = torch.linspace(low - margin, high + margin, 2000, dtype=torch.float64)
-    for name, step, s in found:
-        label = f"{Path(name).parent.name} step {step}" if len(found) <= 12 else None
-        axes[0, 0].semilogy(x, density(s["ritz"], x, 0.01 * (high - low)), label=label)
-    axes[0, 0].set(xlabel="eigenvalue", ylabel="density", title="Hessian of the loss", ylim=(1e-10, None))
-    axes[0, 0].legend(fontsize="small") if len(found) <= 12 else None
-    if along:
-        for i, (run, lines) in enumerate(runs.items()):
-            steps, top, least = zip(*sorted(lines))
-            axes[0, 1].plot(steps, top, "o-", color=f"C{i}", label=f"{Path(run).name}, largest")
-            axes[0, 1].plot(steps, least, "o--", color=f"C{i}", label=f"{Path(run).name}, most negative")
-        axes[0, 1].set(xlabel="step", ylabel="eigenvalue", title="sharpness along training", yscale="symlog")
-        axes[0, 1].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Scale
-
-
-def matrix_scales(model, own=None) -> list[dict]:
-    """Of every logical matrix: block (0: embedding and head), piece, name of its parameter, rms of W and rms_effective
-    of W~, the norms of the multipliers' paper; rows: RMS of each row of W~ over the matrix' mean of those, rows of zeros
-    left out; spread: the standard deviation of their logarithms. own: {parameter: W} where it is not W~."""
-    from optim import flat, logical_pieces
-    params, found = dict(model.named_parameters()), []
-    made = logical_pieces(model) if isinstance(model, GPT) else {
-        n: [(n.split(".")[-2], len(p))] for n, p in params.items() if p.ndim == 2}
-    for name, pieces in made.items():
-        if name not in params:  # a tied head
-            continue
-        sizes, numbers = [n for _, n in pieces], [part for part in name.split(".") if part.isdecimal()]
-        block = int(numbers[0]) + 1 if numbers else 0
-        W = (own or {}).get(name, params[name]).detach()
-        for (piece, _), w, effective in zip(pieces, flat(W).split(sizes), flat(params[name].detach()).split(sizes)):
-            norms = effective.float().square().mean(1).sqrt()
-            norms = norms[norms > 0] / norms[norms > 0].mean()
-            found.append({"block": block, "piece": piece, "name": name, "rms": w.float().square().mean().sqrt().item(),
-                          "rms_effective": effective.float().square().mean().sqrt().item(), "rows": norms,
-                          "spread": norms.log().std().item() if len(norms) > 1 else 0.0, "shape": tuple(w.shape)})
-    return found
-
-
-def brownian_motion(lrs, decay: float, make_optimizer, shape, seed=0):
-    """RMS ||W|| after each step when an optimizer that starts from W = 0 sees nothing but N(0, 1) noise for gradients:
-    the paper's Adam Brownian motion (section 3), under the learning rates lrs and the weight decay. (steps + 1,), float64.
-
-    With decoupled decay W_t = a_t W_0 + W'_t, W' the motion from 0 and a_t the product of 1 - lr decay: from W_0 it is
-    sqrt(a_t^2 ||W_0||^2 + ||W'_t||^2). make_optimizer: parameters -> torch.optim.Optimizer."""
-    W, generator = torch.nn.Parameter(torch.zeros(shape)), torch.Generator().manual_seed(seed)
-    optimizer, path = make_optimizer([W]), [0.0]
-    for lr in lrs:
-        for group in optimizer.param_groups:
-            group["lr"], group["weight_decay"] = lr, decay
-        W.grad = torch.randn(shape, generator=generator)
-        optimizer.step()
-        path.append(W.detach().square().mean().sqrt().item())
-    return torch.tensor(path, dtype=torch.float64)
-
-
-def noise_curves(config: dict, model, lrs) -> dict[str, tuple]:
-    """By piece, (W'_t, a_t) of brownian_motion under the flags of a run (`config`, of its checkpoint) and its learning
-    rates: with its own optimizer, AdamW or Muon. (Muon's motion, over the scale of its update, hardly depends on a
-    matrix' size at a given ratio of its sides: for one beyond 128 a smaller one stands in, right to some 5 %.)"""
-    from optim import FIXED_ROWS, Muon, flat, logical_pieces, module_of, muon_scale, rule_of
-
-    def factor(flag, module):
-        named = dict(part.split("=") for part in config.get(flag, "").split(",") if part)
-        return float(named.get(module, 1.0))
-
-    lrs, params, curves, seen = torch.as_tensor(lrs, dtype=torch.float64), dict(model.named_parameters()), {}, {}
-    for name, pieces in logical_pieces(model).items():
-        for piece, rows in pieces if name in params else ():
-            if piece in curves:
-                continue
-            module = module_of(piece)
-            free = piece == "embed"  # of weight decay
-            decay = 0.0 if free else config["weight_decay"] * factor("module_decay", module)
-            own = free and not config["tie_embeddings"]
-            peak = factor("module_lr", module) * (config["embedding_lr"] if own else 1.0)
-            by_muon = config["optimizer"] == "muon" and piece not in ("embed", "head")
-            growth = (1.0 if piece in FIXED_ROWS else model.config.width_ratio, model.config.width_ratio)
-            if not by_muon:  # AdamW's rates and decays follow --param
-                rule = rule_of(name, {"embed": "embedding", "head": "head"}.get(piece, "matrix"), config["tie_embeddings"])
-                decay *= param_factor(model.config, rule, "decay")
-                peak *= param_factor(model.config, rule, "lr")
-            if by_muon:
-                true, scale = (rows, flat(params[name]).shape[1]), config["muon_scale"]
-                shape = tuple(max(1, round(n * min(1, 128 / max(true)))) for n in true)
-                size = muon_scale(*true, scale, growth) / max(true) ** 0.5 / (muon_scale(*shape, scale) / max(shape) ** 0.5)
-                make = lambda p: Muon(p, momentum=config["momentum"], coefficients=config["muon_coefficients"],
-                                      scale=config["muon_scale"], normuon=config["normuon"], dtype=torch.float32)
-            else:
-                make = lambda p: torch.optim.AdamW(p, betas=(config["beta1"], config["beta2"]), eps=1e-10)
-                shape, size = (4096,), 1.0
-            key = (shape, decay, peak)
-            if key not in seen:
-                seen[key] = brownian_motion((lrs * peak).tolist(), decay, make, shape)
-            shrink = torch.cat((torch.ones(1, dtype=torch.float64), (1 - lrs * peak * decay).cumprod(0)))
-            curves[piece] = (size * seen[key], shrink)
-    return curves
-
-
-def norms_command(a) -> str:
-    """RMS of W and W~ by matrix and block, row spread, and, where the run's metrics lie beside the checkpoint, the RMS
-    that noise alone would have given W by now."""
-    path = Path(a.run, "ckpt.pt") if Path(a.run).is_dir() else Path(a.run)
-    path = path if path.exists() else Path(a.run)  # a folder of transformers
-    model, _, ckpt = open_model(str(path))
-    found = matrix_scales(model, ckpt.get("multipliers"))
-    curves, lines, steps = {}, [], ckpt.get("step", 0)
-    if steps and (path.parent / "metrics.jsonl").exists():
-        lines = [line for line in read_metrics(path.parent) if line["step"] <= steps]
-        logged = [(line["step"] - 1, line["lr"]) for line in lines if "lr" in line]
-        lines = [line for line in lines if "weights" in line]
-        if logged and lines and lines[0]["step"] == 0:
-            lrs = np.interp(range(steps), *zip(*logged))
-            curves = {piece: torch.sqrt((shrink * lines[0]["weights"][piece]["rms"]) ** 2 + noise**2)
-                      for piece, (noise, shrink) in noise_curves(ckpt["config"], model, lrs).items()}
-    out = [f"{path}, step {steps}; rows: RMS of W~'s rows over their mean, 5 %, 95 % and spread of the logarithm", "",
-           "| block | matrix | shape | RMS W | RMS W~ | noise alone | W over noise | rows 5 % | rows 95 % | spread |",
-           "|---" * 10 + "|"]
-    for m in sorted(found, key=lambda m: m["block"] or (math.inf if m["piece"] == "head" else 0)):
-        noise = curves[m["piece"]][-1].item() if m["piece"] in curves else None
-        low, high = np.quantile(m["rows"].numpy(), (0.05, 0.95)) if len(m["rows"]) else (1.0, 1.0)
-        out.append(" | ".join((
-            f"| {m['block'] or ''}", m["piece"], "{} x {}".format(*m["shape"]), f"{m['rms']:.4f}",
-            f"{m['rms_effective']:.4f}", *((f"{noise:.4f}", f"{m['rms'] / noise:.2f}") if noise else ("", "")), f"{low:.2f}", f"{high:.2f}",
-            f"{m['spread']:.3f}")) + " |")
-    if a.plot:
-        plot_norms(found, curves, lines, a.plot)
-    return "\n".join(out)
-
-
-def plot_norms(found, curves, lines, path: str):
-    """RMS W and W~ over steps beside what noise alone gives, a panel a kind of matrix; last, the rows' histogram."""
-    pyplot = plotting(path)
-    pieces = [piece for piece in dict.fromkeys(m["piece"] for m in found) if piece in curves]
-    columns = math.ceil(math.sqrt(len(pieces) + 1))
-    figure, axes = pyplot.subplots(-(-(len(pieces) + 1) // columns), columns, squeeze=False, layout="constrained",
-                                   figsize=(3.4 * columns, 2.8 * -(-(len(pieces) + 1) // columns)))
-    for axis, piece in zip(axes.flat, pieces):
-        at = [line["step"] for line in lines]
-        for key, label, style in (("rms", "W", "o-"), ("rms_effective", "W~", "s--")):
-            axis.plot(at, [line["weights"][piece][key] for line in lines], style, ms=3, label=label)
-        axis.plot(curves[piece], "k:", label="noise alone")
-        axis.set(title=piece, ylim=(0, None))
-    if pieces:
-        axes.flat[0].legend(fontsize="small")
-        axes[0, 0].set(ylabel="RMS", xlabel="step")
-    histogram, bins = axes.flat[len(pieces)], np.logspace(-1, 1, 81)  # the paper's axis
-    kinds = {}
-    for m in found:
-        if m["block"] and m["piece"] in ("q", "k", "v", "gate", "up", "z", "x"):  # what reads the stream, as there
-            kind = {"gate": "mlp", "up": "mlp", "z": "ssm", "x": "ssm"}.get(m["piece"], "attention")
-            kinds.setdefault(kind, []).append(m["rows"])
-    for kind, rows in kinds.items():
-        histogram.hist(torch.cat(rows).clamp(0.1, 10).numpy(), bins, histtype="step", density=True, label=kind)
-    histogram.set(xscale="log", xlabel="row norm of W~ over its matrix' mean", title="rows of all blocks", yticks=[])
-    histogram.legend(fontsize="small")
-    for axis in axes.flat[len(pieces) + 1:]:
-        axis.remove()
-    figure.savefig(path, dpi=120)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Downstream
-
-TASK_FIELDS = (("ctx", "endings", "label"), ("context", "choices", "label"), ("sentence_good", "sentence_bad"))
+# --------------------------------------------------------------------------------------------------
+# Evaluation: multiple choice, minimal pairs, perplexity
 
 
 def read_task(path) -> list[tuple[str, list[str], int]]:
-    """(context, choices, number of the right one) of each line of a file of JSON objects: HellaSwag's ctx, endings,
-    label; context, choices, label; or BLiMP's sentence_good, sentence_bad, which is two choices without a context.
-    Texts are taken as they stand. Raises BadInput with the file and the line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines cuts at more
-    except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"--task={path}: cannot be read as UTF-8 text ({e})") from None
+    """(context, choices, number of the right one) of each line of a file of JSON objects:
+    HellaSwag's ctx, endings, label; context, choices, label; or BLiMP's sentence_good,
+    sentence_bad, which are two choices without a context. Raises BadInput with the file and the
+    line."""
     items = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-
-        def need(ok, why):
-            if not ok:
-                raise BadInput(f"--task={path}, line {number}: {why}")
-
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            need(False, f"not JSON ({e})")
-        need(isinstance(record, dict), "not a JSON object")
-        names = max(TASK_FIELDS, key=lambda names: sum(n in record for n in names if n != "label"))
-        for n in names:
-            need(n in record, f"no field `{n}`; the fields {', or '.join(', '.join(f) for f in TASK_FIELDS)} are needed")
-        context, choices, label = ("", [record[n] for n in names], 0) if len(names) == 2 else [record[n] for n in names]
-        need(isinstance(context, str), f"`{names[0]}` is no text")
-        need(isinstance(choices, list) and len(choices) > 1 and all(isinstance(t, str) and t.strip() for t in choices),
-             f"`{names[1]}`: two texts or more are needed" if len(names) == 3 else "two sentences are needed")
-        label = int(label) if isinstance(label, str) and label.isdecimal() and len(label) < 10 else label  # HellaSwag has "3"
-        need(type(label) is int and 0 <= label < len(choices),
-             f"`label` {label!r}: a number from 0 to {len(choices) - 1} is needed")
-        items.append((context, choices, label))
-    if not items:
-        raise BadInput(f"--task={path}: no line in it")
+    lines = read_text(path, "--task").split("\n")  # splitlines cuts at more
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                items.append(read_item(json.loads(line)))
+            except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
+                raise BadInput(f"--task={path}, line {number}: {e!r}") from None
+    need(items, f"--task={path}: no line in it")
     return items
 
 
+def read_item(record: dict) -> tuple[str, list[str], int]:
+    """One record of read_task. Raises an error that says what is wrong."""
+    if "sentence_good" in record:
+        context, choices, label = "", [record["sentence_good"], record["sentence_bad"]], 0
+    else:
+        names = ("ctx", "endings") if "ctx" in record else ("context", "choices")
+        context, choices = (record[name] for name in names)
+        label = int(str(record["label"])[:9])  # HellaSwag has "3"
+    texts = [context, *choices] if isinstance(choices, list) else []
+    if len(texts) < 3 or not all(isinstance(text, str) for text in texts):
+        raise ValueError("a context and two choices or more are needed, all texts")
+    if not all(choice.strip() for choice in choices):
+        raise ValueError("a choice without a letter")
+    if not 0 <= label < len(choices):
+        raise ValueError(f"label: a number from 0 to {len(choices) - 1} is needed")
+    return context, choices, label
+
+
 def encode_pair(enc, context: str, choice: str) -> tuple[list[int], int]:
-    """(token ids of context and choice, number of the first that is the choice's), after an end-of-text token, as every
-    document had one in training. The boundary is lm-evaluation-harness's: one space between the two, which belongs to
-    the choice, as all blanks at the end of the context do; both are encoded together, and cut where the context encoded
-    alone ends."""
+    """(token ids of context and choice after an end-of-text token, number of the choice's first).
+    The boundary is lm-evaluation-harness's: one space between the two, which belongs to the
+    choice, as do all blanks at the end of the context. Both are encoded together and cut where
+    the context encoded alone ends."""
     if context and not (context[-1].isspace() or choice[0].isspace()):
         choice = " " + choice
-    stripped = context.rstrip()
     whole = enc.encode_ordinary(context + choice)
-    start = len(enc.encode_ordinary(stripped))
+    start = len(enc.encode_ordinary(context.rstrip()))
     return [enc.eot_token, *whole], 1 + min(start, len(whole) - 1)
 
 
-def cut_to(length: int, ids, start: int):
-    """The end of a sequence that is longer than `length`: (ids, start), with start below 1 where it does not hold all
-    of the choice and a token before it."""
-    gone = max(0, len(ids) - length)
-    return ids[gone:], start - gone
-
-
-def rows_of(cache: Cache, rows) -> Cache:
-    """A cache for these rows, in this order and as often as they stand there."""
-    picked = Cache()
-    picked.length = cache.length
-    for name in ("k", "v", "conv", "state"):
-        kept = getattr(cache, name)
-        setattr(picked, name, None if kept is None else kept[rows])
-    return picked
-
-
-@torch.no_grad()
-def log_likelihoods(model, items, batch_tokens=1024, progress=None) -> list[list[float]]:
-    """Of every sequence of every item, the sum over tokens i >= start of log p(token i | tokens before it), in nats.
-
-    items: lists of sequences (token ids, start), 1 <= start < len(ids) <= block_size + 1. What the sequences of an item
-    have in common before their starts, a long context with several endings, goes through the model once, and its
-    caches serve all of them: items with contexts of about one length together, all cut at the shortest, so that no
-    filling stands before a token. batch_tokens: in one forward pass; a CPU is fastest where their states fit in its
-    caches. The rest goes in order of length, filled up at the end, where a causal model does
-    not see it; the head runs only where a token is scored."""
-    V, device = model.config.vocab_size, next(model.parameters()).device
-    totals = [[0.0] * len(item) for item in items]
-    common = [min(start for _, start in item) - 1 for item in items]  # the last context token's state is needed
-    for i, item in enumerate(items):
-        same = all(ids[:common[i]] == item[0][0][:common[i]] for ids, _ in item)
-        if len(item) < 2 or not same or not isinstance(model, GPT):
-            common[i] = 0
-    order = sorted(range(len(items)), key=lambda i: -common[i])
-    while order:
-        longest, n = common[order[0]], 1
-        if longest < 8:  # does not pay
-            n = len(order)
-        while n < len(order) and common[order[n]] >= 0.75 * longest and (n + 1) * longest <= batch_tokens:
-            n += 1
-        group, order = order[:n], order[n:]
-        P, caches = common[group[-1]] if longest >= 8 else 0, None
-        if P:
-            caches = [Cache() for _ in model.blocks]
-            model.trunk(torch.tensor([items[i][0][0][:P] for i in group], device=device), caches=caches)
-        rows = sorted(((len(ids) - 1 - P, g, k, i) for g, i in enumerate(group) for k, (ids, _) in enumerate(items[i])),
-                      reverse=True)
-        while rows:
-            width = rows[0][0]
-            n = max(1, batch_tokens // (width + (P if device.type != "cpu" else 0)))  # a GPU's memory holds every row's cache
-            batch, rows = rows[:n], rows[n:]
-            idx, picked = torch.zeros(len(batch), width, dtype=torch.int64), []  # (row, place, token) of what is scored
-            for row, (size, _, k, i) in enumerate(batch):
-                ids, start = items[i][k]
-                idx[row, :size] = torch.tensor(ids[P:-1])
-                picked += [(row, t - 1 - P, ids[t]) for t in range(start, len(ids))]
-            chosen = torch.tensor([g for _, g, _, _ in batch], device=device)
-            idx, (at, place, token) = idx.to(device), torch.tensor(picked, device=device).T
-            x, _ = model.trunk(idx, **({"caches": [rows_of(c, chosen) for c in caches]} if P else {}))
-            scored = []
-            for some, ids in zip(x[at, place].split(1024), token.split(1024)):  # not all logits at once
-                logits = model.head(model.norm(some))[:, :V]
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                scored.append(-F.cross_entropy(logits, ids, reduction="none").double().cpu())
-            sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, at.cpu(), torch.cat(scored))
-            for total, (_, _, k, i) in zip(sums.tolist(), batch):
-                totals[i][k] = total
-            if progress:
-                progress.update(len(batch))
-    return totals
+def scored(ids, start: int, limit=math.inf):
+    """The (ids, targets) of a sequence of tokens of which those from `start` on are scored. One
+    longer than `limit` loses its beginning. None if that leaves no token before the first scored
+    one."""
+    cut = int(max(0, len(ids) - limit))
+    ids, start = ids[cut:], start - cut
+    return (ids[:-1], [IGNORE] * (start - 1) + ids[start:]) if start >= 1 else None
 
 
 def right(scores, label: int) -> tuple[float, bool]:
-    """(1 if the label's score is the highest, its share of 1 in a tie, else 0; whether there is a tie at the top).
-    Scores that differ by less than 1e-5 of themselves, which is rounding, are equal."""
+    """(1 if the label's score is the highest, its share of 1 in a tie, else 0; whether there is a
+    tie). Scores that differ by less than 1e-5 of themselves, which is rounding, are equal."""
     best = max(scores)
     top = [k for k, s in enumerate(scores) if best - s <= 1e-5 * abs(best)]
     return (1 / len(top) if label in top else 0.0), len(top) > 1
 
 
-def evaluate_task(model, enc, task, batch_tokens=1024, progress=None) -> dict:
-    """Multiple choice over (context, choices, label): `sum` and `per_character`, the accuracies by summed
-    log-likelihood and by that over the characters of the choice (the harness's acc and acc_norm), with standard errors
-    *_se and *_ties, items with several best choices; chance; items; cut: of these, those that lost the beginning of
-    their context, as they are longer than the model's; left_out: further ones, where a choice alone is longer. scores:
-    each item's log-likelihoods in nats, None where left out."""
+def evaluate_task(model, enc, task, batch_tokens=1024) -> dict:
+    """Multiple choice over (context, choices, label).
+
+    sum, per_character: accuracy by summed log-likelihood, and by that over the characters of the
+    choice (the harness's acc and acc_norm), with standard errors *_se and *_ties, the items with
+    several best choices; chance; items; cut: those of them whose context lost its beginning to
+    fit the model's; left_out: further ones, of which a choice alone is too long; scores: each
+    item's log-likelihoods in nats, None where left out."""
     limit = model.config.block_size + 1 if getattr(model, "has_attention", True) else math.inf
-    items, cut = [], 0
-    for context, choices, _ in task:
-        whole = [encode_pair(enc, context, choice) for choice in choices]
-        item = [cut_to(limit, *pair) for pair in whole] if limit < math.inf else whole
-        items.append(item if all(start >= 1 for _, start in item) else None)
-        cut += items[-1] is not None and any(len(ids) > limit for ids, _ in whole)
-    kept = [i for i, item in enumerate(items) if item]
-    found = dict(zip(kept, log_likelihoods(model, [items[i] for i in kept], batch_tokens, progress)))
-    out = {"items": len(kept), "cut": cut, "left_out": len(items) - len(kept),
-           "scores": [found.get(i) for i in range(len(items))],
-           "chance": statistics.mean(1 / len(task[i][1]) for i in kept) if kept else math.nan}
+    pairs = [[encode_pair(enc, context, choice) for choice in choices]
+             for context, choices, _ in task]
+    items = [[scored(ids, start, limit) for ids, start in pair] for pair in pairs]
+    kept = [i for i, item in enumerate(items) if None not in item]
+    sequences = [sequence for i in kept for sequence in items[i]]
+    totals = iter(log_likelihoods(model, sequences, batch_tokens * model.config.vocab_size))
+    found = {i: [next(totals)[0] for _ in items[i]] for i in kept}
+    cut = sum(any(len(ids) > limit for ids, _ in pairs[i]) for i in kept)
+    out = {"items": len(kept), "cut": cut, "left_out": len(task) - len(kept),
+           "scores": [found.get(i) for i in range(len(task))],
+           "chance": mean([1 / len(task[i][1]) for i in kept])}
     for name, size in (("sum", lambda choice: 1), ("per_character", len)):
-        results = [right([s / size(c) for s, c in zip(found[i], task[i][1])], task[i][2]) for i in kept]
+        results = [right([s / size(choice) for s, choice in zip(found[i], task[i][1])], task[i][2])
+                   for i in kept]
         got = [credit for credit, _ in results]
-        out |= {name: statistics.mean(got) if got else math.nan, f"{name}_ties": sum(tie for _, tie in results),
-                f"{name}_se": statistics.stdev(got) / math.sqrt(len(got)) if len(got) > 1 else math.nan}
+        out |= {name: mean(got), f"{name}_se": standard_error(got),
+                f"{name}_ties": sum(tie for _, tie in results)}
     return out
 
 
-def evaluate_text(model, ids, n_bytes: int, stride: int, batch_tokens=1024, progress=None) -> dict:
-    """nats, mean per token of a text of n_bytes, with nats_se over windows; perplexity; bits_per_byte; tokens.
-    ids: its tokens after an end-of-text token. Every window of block_size inputs scores its last `stride` tokens."""
-    T = model.config.block_size
-    ends = [(begin, min(begin + stride, len(ids))) for begin in range(1, len(ids), stride)]
-    windows = [(ids[max(0, end - T - 1):end], begin - max(0, end - T - 1)) for begin, end in ends]
-    totals = [total for total, in log_likelihoods(model, [[w] for w in windows], batch_tokens, progress)]
-    means = [-total / (len(w) - start) for total, (w, start) in zip(totals, windows)]
-    nats = -sum(totals) / (len(ids) - 1)
+def evaluate_text(model, ids, n_bytes: int, stride: int, batch_tokens=1024) -> dict:
+    """Perplexity of a text of n_bytes; ids: its tokens after an end-of-text token. Windows of
+    block_size inputs each score their last `stride` tokens. nats: mean per token; nats_se over
+    windows."""
+    T, windows = model.config.block_size, []
+    for begin in range(1, len(ids), stride):
+        end = min(begin + stride, len(ids))
+        first = max(0, end - T - 1)
+        windows.append(scored(ids[first:end], begin - first))
+    found = log_likelihoods(model, windows, batch_tokens * model.config.vocab_size)
+    total = -sum(value for value, _ in found)
+    nats = total / (len(ids) - 1)
     return {"tokens": len(ids) - 1, "nats": nats, "perplexity": math.exp(nats),
-            "bits_per_byte": -sum(totals) / math.log(2) / n_bytes,
-            "nats_se": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan}
+            "nats_se": standard_error([value / n for value, n in found]),
+            "bits_per_byte": total / math.log(2) / n_bytes}
 
 
-def eval_command(a) -> str:
-    if not (a.task or a.text):
-        raise BadInput("eval: --task=FILE.jsonl or --text=FILE is needed")
-    tasks = [(path, read_task(path)[:a.items or None]) for path in a.task]
-    model, enc, _ = open_model(a.checkpoint, a.device, DTYPES[a.dtype])
-    stride = a.stride or model.config.block_size
-    if not (0 < stride <= model.config.block_size and a.batch_tokens >= 0 and a.items >= 0):
-        raise BadInput(f"--stride={a.stride} --batch_tokens={a.batch_tokens} --items={a.items}: a stride from 1 to the "
-                       f"context of {model.config.block_size}, a batch and items not negative are needed")
-    batch_tokens = a.batch_tokens or (1024 if a.device == "cpu" else 32_768)
-    ids = [enc.eot_token, *read_ids(a.text, enc, a.tokens)] if a.text else []  # as in training
-    if len(ids) == 1:
-        raise BadInput(f"--text={a.text}: no text in it")
-    lines, done = [], []
-    for path, task in tasks:
-        texts = sum(len(choices) for _, choices, _ in task)
-        with tqdm(total=texts, unit="text", desc=Path(path).name, disable=None) as progress:
-            done.append((Path(path).stem, evaluate_task(model, enc, task, batch_tokens, progress)))
-    if done:
-        lines += ["| task | items | accuracy by sum, % | per character, % | chance | ties | context cut | left out |",
-                  "|---" * 8 + "|"]
-    for name, r in done:
-        accuracies = [f"{100 * r[key]:.2f} ± {100 * r[f'{key}_se']:.2f}" for key in ("sum", "per_character")]
-        lines.append(" | ".join((f"| {name}", f"{r['items']:,}", *accuracies, f"{100 * r['chance']:.1f}",
-                                 f"{r['sum_ties']}, {r['per_character_ties']}", f"{r['cut']}", f"{r['left_out']}")) + " |")
-    if len(done) > 1:
-        means = [f"{100 * statistics.mean(r[key] for _, r in done):.2f}" for key in ("sum", "per_character", "chance")]
-        lines.append(" | ".join(("| mean", f"{sum(r['items'] for _, r in done):,}", *means, "", "", "")) + " |")
-    if ids:
-        with tqdm(total=-(-(len(ids) - 1) // stride), unit="window", disable=None) as progress:
-            r = evaluate_text(model, ids, len(enc.decode_bytes(ids[1:])), stride, batch_tokens, progress)
-        lines += [f"{a.text}: {r['nats']:.4f} ± {r['nats_se']:.4f} nats per token, perplexity {r['perplexity']:.3f}, "
-                  f"{r['bits_per_byte']:.4f} bits per byte, over {r['tokens']:,} tokens"]
-    return "\n".join(lines)
+# --------------------------------------------------------------------------------------------------
+# Scale of the weights
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables over runs
+def weight_scales(model, multipliers=None) -> dict:
+    """Scales of the weights by piece, over all blocks, for metrics.jsonl.
+
+    weights: {piece: {rms, rms_effective, spread}}: root mean square of W and of W~; spread is the
+    standard deviation of log(RMS of a row of W~ over its matrix' mean of these), rows of zeros
+    left out: the feature-scale diversity of the multipliers' paper (section 3.1) as one number.
+    drift, with multipliers: of each symmetric pair, log of RMS r of q, v, up over that of the
+    partner k, o, down (rows of k, columns of o and down), mean over blocks: q times t and k over
+    t are the same model, so weight decay alone holds this. After relu2 up's counts twice, as t^2
+    comes out; after gelu, and under qk_norm, there is no symmetry."""
+    params, found = dict(model.named_parameters()), {}
+    for name, pieces in logical_pieces(model).items():
+        if name in params:  # a tied head is not
+            p, sizes = params[name].detach(), [rows for _, rows in pieces]
+            W = multipliers.W.get(name, p).detach() if multipliers else p
+            squares = (t.flatten(0, -2).square().mean(1).split(sizes) for t in (W, p))
+            for (piece, _), *rows in zip(pieces, *squares):
+                found.setdefault(piece, []).append(rows)
+    out = {"weights": {}}
+    for piece, matrices in found.items():
+        rms, effective = (torch.stack([rows.mean() for rows in side]).mean().sqrt().item()
+                          for side in zip(*matrices))
+        norms = [rows[rows > 0].sqrt() for _, rows in matrices]
+        logs = torch.cat([(v / v.mean()).log() for v in norms])
+        spread = logs.std().item() if len(logs) > 1 else None
+        out["weights"][piece] = {"rms": rms, "rms_effective": effective, "spread": spread}
+    if multipliers and (drift := multiplier_drift(model.config, multipliers)):
+        out["drift"] = drift
+    return out
+
+
+def multiplier_drift(c, multipliers) -> dict[str, float]:
+    """{pair: drift}, see weight_scales."""
+    logs, drift = {}, {}  # {(piece, side): log RMS of the multipliers, one a matrix}
+    for piece, _, *sides in itertools.chain(*multipliers.pieces.values()):
+        for side, v in zip("rc", sides):
+            if v is not None:
+                rms = v.detach().square().mean().sqrt().clamp(min=1e-30)
+                logs.setdefault((piece, side), []).append(rms.log().item())
+    powers = {("q", "k", "r"): int(not c.qk_norm), ("v", "o", "c"): 1,
+              ("up", "down", "c"): {"swiglu": 1, "relu2": 2, "gelu": 0}[c.mlp]}
+    for (piece, partner, side), power in powers.items():
+        other = logs.get((partner, side)) or logs.get((partner, "r"))  # a scalar counts as r
+        if (piece, "r") in logs and other and power:
+            drift[f"{piece}/{partner}"] = power * mean(logs[piece, "r"]) - mean(other)
+    return drift
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs: what train.py wrote into metrics.jsonl
 
 
 def read_metrics(run) -> list[dict]:
-    """The lines of a run's metrics.jsonl."""
+    """The lines of a run's metrics.jsonl, {"a": {"b": 1}} as {"a b": 1}. A kill can leave half a
+    line, which is left out."""
     path, lines = Path(run) / "metrics.jsonl", []
     try:
-        for text in path.read_text().splitlines():
+        for text in path.read_text(encoding="utf-8").splitlines():
             try:
-                lines.append(json.loads(text))
+                lines.append(flat(json.loads(text)))
             except json.JSONDecodeError:
-                if lines:  # a kill can leave half a line
-                    continue
-                raise
-    except (OSError, ValueError) as e:
+                if not lines:
+                    raise
+    except (OSError, AttributeError, ValueError) as e:
         raise BadInput(f"{path}: not the metrics of a run ({e})") from None
-    lines, numbers = [line for line in lines if isinstance(line, dict)], ("step", "val_loss", "flops", "seconds")
-    if not all("step" in line and all(isinstance(line[k], (int, float)) for k in numbers if k in line) for line in lines):
-        raise BadInput(f"{path}: not the metrics of a run (a line without a step, or with a text for a number)")
+    for line in lines:
+        sound = all(isinstance(line.get(key, 0), (int, float))
+                    for key in ("val_loss", "bits_per_byte", "tokens", "flops", "seconds"))
+        need(sound and isinstance(line.get("step"), int),
+             f"{path}: not the metrics of a run (no step, or text for a number)")
     return lines
 
 
+def flat(line: dict) -> dict:
+    """{"a": {"b": {"c": 1}}} as {"a b c": 1}."""
+    made = {}
+    for key, value in line.items():
+        inside = flat(value) if isinstance(value, dict) else {"": value}
+        made |= {f"{key} {name}".strip(): v for name, v in inside.items()}
+    return made
+
+
 def read_evaluations(run) -> list[dict]:
-    """The lines of a run's metrics.jsonl that hold an evaluation. A run that stopped before its last step, as a
-    diverged one does, has an infinite loss in the last."""
+    """The lines of a run's metrics.jsonl with a held-out loss. If the run stopped before its last
+    step, as a diverged one does, the last loss is infinite."""
     lines = [line for line in read_metrics(run) if "val_loss" in line]
-    if not lines:
-        raise BadInput(f"{Path(run) / 'metrics.jsonl'}: no evaluation in it")
+    need(lines, f"{Path(run) / 'metrics.jsonl'}: no evaluation in it")
     config = Path(run) / "config.json"
     try:
         unfinished = config.exists() and lines[-1]["step"] < json.loads(config.read_text())["steps"]
@@ -1091,266 +720,553 @@ def read_evaluations(run) -> list[dict]:
     return lines
 
 
+def name_and_seed(run) -> tuple[str, str]:
+    """("plain", "0") of a folder plain-0; ("", "") of a name without a seed."""
+    name, _, seed = Path(run).resolve().name.rpartition("-")
+    return (name, seed) if name else ("", "")
+
+
 def first_reached(lines, loss: float) -> dict | None:
-    """Where the held-out loss first comes down to `loss`: step, flops and seconds, each on the straight line between
-    the evaluations around it. None when it never does."""
+    """Where the held-out loss first comes down to `loss`: step, flops and seconds, on the
+    straight line between the evaluations around it. None if it never does."""
     if lines[0]["val_loss"] <= loss:
         return lines[0]
-    for before, after in zip(lines, lines[1:]):
+    for before, after in itertools.pairwise(lines):
         if after["val_loss"] <= loss < before["val_loss"]:
             part = (before["val_loss"] - loss) / (before["val_loss"] - after["val_loss"])
-            return {k: before[k] + part * (after[k] - before[k]) for k in ("step", "flops", "seconds")}
+            return {k: before[k] + part * (after[k] - before[k])
+                    for k in ("step", "flops", "seconds")}
     return None
 
 
-def mean_sd(values, digits) -> str:
-    """Mean and standard deviation as text; runs that did not finish, with an infinite value, are counted instead."""
+def mean_sd(values, digits: int, none="") -> str:
+    """Mean ± standard deviation; or the number of runs that did not finish, of infinite value."""
     if unfinished := sum(not math.isfinite(v) for v in values):
         return f"{unfinished} of {len(values)} did not finish"
     sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{sd}"
+    return f"{mean(values):.{digits}f}{sd}" if values else none
 
 
-def by_name_and_seed(runs) -> dict[str, dict[str, list[dict]]]:
-    """Folders NAME-SEED as {name: {seed: evaluations}}, in the order they were given."""
-    groups = {}
-    for run in dict.fromkeys(str(Path(run)) for run in runs):  # once each: the patterns of a shell overlap
-        name, dash, seed = Path(run).name.rpartition("-")
-        if not dash or not name:
-            raise BadInput(f"{run}: the folder's name has to end in -SEED")
-        if seed in groups.setdefault(name, {}):
-            raise BadInput(f"{run}: the second folder of this name")
+def compare(runs, piece="") -> str:
+    """A table over groups of runs (folders NAME-SEED), mean ± standard deviation over seeds: the
+    final held-out loss, and where each run comes down to the final loss of the first group's run
+    of the same seed, in steps, FLOPs and seconds as a share of that run's own. Paired by seed:
+    two runs of a seed share their initial weights and the order of their data. piece: also the
+    RMS of its W and W~."""
+    groups = {}  # {name: {seed: evaluations}}
+    for run in dict.fromkeys(str(Path(run)) for run in runs):  # once each
+        name, seed = name_and_seed(run)
+        need(name, f"{run}: the folder's name has to end in -SEED")
+        need(seed not in groups.setdefault(name, {}), f"{run}: the second folder of this name")
         groups[name][seed] = read_evaluations(run)
-    return groups
+    reference = next(iter(groups.values()))
+    heading = ["run", "seeds", "held-out nats", "minus the first", "bits per byte", "steps to it",
+               "FLOPs to it", "seconds to it"] + ([f"RMS of {piece}: W", "W~"] if piece else [])
+    return table(heading, *(compare_row(name, group, reference, piece)
+                            for name, group in groups.items()))
 
 
-def compare(runs) -> str:
-    """A table over groups of runs (folders NAME-SEED): final held-out loss, mean ± sd over seeds, and where each comes
-    down to the final loss of the first group's run of the same seed, in steps, FLOPs and seconds as a share of that
-    run's own. Paired by seed, as two runs of a seed share their initial weights and the order of their data."""
-    groups = by_name_and_seed(runs)
-    reference = groups[next(iter(groups))]
-    rows = ["| run | seeds | held-out nats | minus the first | bits per byte | steps to it | FLOPs to it | seconds to it |",
-            "|---|---|---|---|---|---|---|---|"]
-    for name, group in groups.items():
-        if missing := group.keys() - reference.keys():
-            raise BadInput(f"{name}-{min(missing)}: the first group has no run of this seed")
-        final = {seed: lines[-1] for seed, lines in group.items()}
-        shares = {k: [] for k in ("step", "flops", "seconds")}
-        for seed, lines in group.items():
-            target = reference[seed][-1]
-            if math.isfinite(target["val_loss"]) and (found := first_reached(lines, target["val_loss"])):
+def compare_row(name: str, group: dict, reference: dict, piece: str) -> list[str]:
+    """The cells of a group of runs in compare's table. group, reference: {seed: evaluations}."""
+    differences, shares = [], {"step": [], "flops": [], "seconds": []}
+    for seed, lines in group.items():
+        need(seed in reference, f"{name}-{seed}: the first group has no run of this seed")
+        target = reference[seed][-1]
+        if math.isfinite(target["val_loss"]):
+            differences.append(lines[-1]["val_loss"] - target["val_loss"])
+            if found := first_reached(lines, target["val_loss"]):
                 for k, share in shares.items():
                     share.append(100 * found[k] / target[k] if target[k] else 0.0)
-        beyond = [f["val_loss"] - reference[seed][-1]["val_loss"] for seed, f in final.items()
-                  if math.isfinite(reference[seed][-1]["val_loss"])]
-        reached = len(shares["step"])
-        note = "" if reached == len(group) else f" ({reached} of {len(group)} seeds)"
-        rows.append(" | ".join((
-            f"| {name}", str(len(group)), mean_sd([f["val_loss"] for f in final.values()], 4),
-            mean_sd(beyond, 4) if beyond else "the first did not finish",
-            mean_sd([f["bits_per_byte"] for f in final.values()], 4),
-            *((mean_sd(share, 1) + " %" + note) if share else "never" for share in shares.values()))) + " |")
-    return "\n".join(rows)
+    final, reached = [lines[-1] for lines in group.values()], len(shares["step"])
+    note = " %" if reached == len(group) else f" % ({reached} of {len(group)} seeds)"
+    cells = [mean_sd([line["val_loss"] for line in final], 4),
+             mean_sd(differences, 4, none="the first did not finish"),
+             mean_sd([line["bits_per_byte"] for line in final], 4)]
+    cells += [mean_sd(share, 1) + note if share else "never" for share in shares.values()]
+    for key in ("rms", "rms_effective") if piece else ():
+        scales = [line.get(f"weights {piece} {key}") for line in final]
+        need(None not in scales, f"--piece={piece}: no such kind of matrix in the runs {name}-*")
+        cells.append(mean_sd(scales, 4))
+    return [name, str(len(group)), *cells]
 
 
-def read_sweep(runs) -> dict[str, dict[float, list[dict]]]:
-    """Folders NAME@X-SEED as {name: {X: last evaluations of the seeds}}, X rising."""
-    lines = {}
-    for name, seeds in by_name_and_seed(runs).items():
-        base, at, x = name.rpartition("@")
-        try:
-            x = float(x)
-        except ValueError:
-            x = math.nan
-        if not (base and 0 < x < math.inf):
-            raise BadInput(f"{name}: the folder's name has to be NAME@X-SEED with a positive number X")
-        lines.setdefault(base, {}).setdefault(x, []).extend(found[-1] for found in seeds.values())
-    return {base: dict(sorted(by_x.items())) for base, by_x in lines.items()}
-
-
-def geometric_mean(values) -> float:
-    return math.exp(statistics.mean(map(math.log, values))) if all(values) else 0.0
-
-
-def sweep(runs, piece: str, digits=3) -> str:
-    """Two tables over X: final held-out loss in nats, mean ± sd over seeds; and RMS W -> RMS W~ of a kind of matrix,
-    geometric means."""
-    lines = read_sweep(runs)
-    xs = sorted({x for by_x in lines.values() for x in by_x})
-    head = ["| run | " + " | ".join(f"{x:g}" for x in xs) + " |", "|---" * (1 + len(xs)) + "|"]
-    losses, scales = list(head), list(head)
-    for base, by_x in lines.items():
-        cells = {x: mean_sd([f["val_loss"] for f in finals], digits) for x, finals in by_x.items()}
-        losses.append(f"| {base} | " + " | ".join(cells.get(x, "") for x in xs) + " |")
-        cells = {x: " → ".join(f"{geometric_mean(weight_rms(finals, piece, key)):.3g}" for key in ("rms", "rms_effective"))
-                 for x, finals in by_x.items()}
-        scales.append(f"| {base} | " + " | ".join(cells.get(x, "") for x in xs) + " |")
-    return "\n".join(["held-out loss", "", *losses, "", f"RMS of {piece}: W → W~", "", *scales])
-
-
-def weight_rms(finals, piece: str, key: str) -> list[float]:
-    try:
-        return [f["weights"][piece][key] for f in finals]
-    except KeyError:
-        raise BadInput(f"--piece={piece}: no such kind of matrix in these runs") from None
-
-
-def plot_sweep(runs, piece: str, path: str):
-    """The tables of `sweep` as a picture: loss over X with the standard deviation, RMS W (dashed) and W~ over X."""
-    plt = plotting(path)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for i, (base, by_x) in enumerate(read_sweep(runs).items()):
-        losses = [[f["val_loss"] for f in finals] for finals in by_x.values()]
-        losses = [[v for v in found if math.isfinite(v)] or [math.nan] for found in losses]
-        left.errorbar(list(by_x), [statistics.mean(v) for v in losses], label=base, color=f"C{i}", marker="o", capsize=3,
-                      yerr=[statistics.stdev(v) if len(v) > 1 else 0 for v in losses])
-        for key, style in (("rms", "--"), ("rms_effective", "-")):
-            right.plot(list(by_x), [geometric_mean(weight_rms(f, piece, key)) for f in by_x.values()], style, color=f"C{i}",
-                       marker="o", label=f"{base}, {'W~' if style == '-' else 'W'}")
-    left.set(xscale="log", xlabel="X", ylabel="held-out loss, nats", title="final loss, mean and sd over seeds")
-    right.set(xscale="log", yscale="log", xlabel="X", ylabel=f"RMS of {piece}", title=f"{piece}: W dashed, W~ solid")
-    left.legend()
-    right.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
-def over_seeds(group, value) -> tuple[list[dict], list[float], list[float]]:
-    """What value(line) gives, by step, over the runs of a group (lists of lines) where it is a finite number: (step,
-    tokens, flops and seconds there, means over the seeds; its means; its standard deviations, 0 of a single one)."""
+def over_seeds(group, key: str) -> tuple[list[dict], list[float], list[float]]:
+    """The values of `key` by step over the runs of a group (lists of lines), where they are
+    finite numbers: the step and the mean tokens, flops and seconds there; means over seeds;
+    standard deviations, 0 of a single one."""
     by_step = {}
-    for line in (line for lines in group for line in lines):
-        if "step" in line and (v := value(line)) is not None and math.isfinite(v):
-            by_step.setdefault(line["step"], []).append((line, v))
-    found = [found for _, found in sorted(by_step.items())]
-    at = [{k: statistics.mean(line.get(k, math.nan) for line, _ in lines) for k in ("step", "tokens", "flops", "seconds")}
-          for lines in found]
-    values = [[v for _, v in lines] for lines in found]
-    return at, [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+    for line in itertools.chain(*group):
+        value = line.get(key)
+        if value is not None and math.isfinite(value):
+            by_step.setdefault(line["step"], []).append(line)
+    at = [{k: mean([line.get(k, math.nan) for line in lines])
+           for k in ("step", "tokens", "flops", "seconds")} for _, lines in sorted(by_step.items())]
+    values = [[line[key] for line in lines] for _, lines in sorted(by_step.items())]
+    deviations = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+    return at, [mean(v) for v in values], deviations
 
 
 def plot_runs(runs, path: str) -> str:
-    """Held-out loss over steps, tokens, FLOPs and seconds, and, where runs have them, cosine(T, M) and the drift of the
-    multipliers: mean and band of ± one standard deviation over seeds. Folders NAME-SEED are one line a NAME; any other
-    name is a line of its own."""
+    """Held-out loss over steps, tokens, FLOPs and seconds, and where runs have them cosine(T, M),
+    drift of multipliers and scales of the weights (weight_scales) over steps: mean and a band of
+    one standard deviation over seeds. Folders NAME-SEED with a number for a seed are one line a
+    NAME; other folders one each."""
     pyplot, groups = plotting(path), {}
     for run in runs:
-        name, _, seed = Path(run).resolve().name.rpartition("-")
-        groups.setdefault(name if name and seed.isdecimal() else Path(run).resolve().name, []).append(read_metrics(run))
-    every = [line for group in groups.values() for lines in group for line in lines]
-    if not any("val_loss" in line for line in every):
-        raise BadInput(f"{runs[0]}: no evaluation in its metrics.jsonl")
-
-    pairs = sorted({pair for line in every for pair in line.get("drift", ())})
-    panels = [("held-out loss, nats", x, [("", lambda line: line.get("val_loss"))])
-              for x in ("step", "tokens", "flops", "seconds")]
-    if any("let_cosine" in line for line in every):
-        panels.append(("cosine(T, M)", "step", [("", lambda line: line.get("let_cosine"))]))
-    if pairs:
-        panels.append(("multiplier drift, log of the ratio", "step", [
-            (pair, lambda line, pair=pair: line.get("drift", {}).get(pair)) for pair in pairs]))
-    columns = 2 if len(panels) == 4 else 3
-    figure, axes = pyplot.subplots(2, columns, figsize=(4.6 * columns, 7.2), layout="constrained")
-    for axis, (title, x, lines) in zip(axes.flat, panels):
-        start = []  # the losses after a tenth of each run; above is the fall from ln V, which would flatten the rest
-        for i, (name, group) in enumerate(groups.items()):
-            for (pair, value), style in zip(lines, ("-", "--", ":", "-.")):
-                at, mean, sd = over_seeds(group, value)
-                xs = [point[x] for point in at]
-                if not xs:
-                    continue
-                label = name + (f" ({len(group)} seeds)" if len(group) > 1 else "") + (f" {pair}" if pair else "")
-                axis.plot(xs, mean, style, color=f"C{i}", marker="o" if len(xs) < 15 else None, ms=3, label=label)
-                low, high = ([m + sign * s for m, s in zip(mean, sd)] for sign in (-1, 1))
-                axis.fill_between(xs, low, high, color=f"C{i}", alpha=0.2, lw=0)
-                start += [m + s for point, m, s in zip(at, mean, sd) if point["step"] >= 0.1 * at[-1]["step"]][:1]
-        axis.set(title=title if x == "step" else None, xlabel={"step": "steps", "flops": "FLOPs"}.get(x, x), ylabel=title)
-        if title.startswith("held-out") and start:
-            axis.set_ylim(top=max(start))
-        axis.grid(alpha=0.3)
-        axis.ticklabel_format(axis="x", scilimits=(-3, 5))
-        if x == "step":
-            axis.legend(fontsize="small")
+        name, seed = name_and_seed(run)
+        key = name if seed.isdecimal() else Path(run).resolve().name
+        groups.setdefault(key, []).append(read_metrics(run))
+    lines = itertools.chain(*itertools.chain(*groups.values()))
+    keys = dict.fromkeys(itertools.chain(*lines))
+    need("val_loss" in keys, f"{runs[0]}/metrics.jsonl: no evaluation in it")
+    panels = {("val_loss", x): ["val_loss"] for x in ("step", "tokens", "flops", "seconds")}
+    for key in keys:
+        first, *rest = key.split()
+        if first in ("let_cosine", "drift", "weights"):  # all of "weights head" in one panel
+            panels.setdefault((" ".join([first, *rest[:-1]]), "step"), []).append(key)
+    rows = math.ceil(len(panels) / 4)
+    figure, axes = pyplot.subplots(rows, 4, figsize=(18, 3.6 * rows), layout="constrained")
+    for axis, ((title, x), shown) in zip(axes.flat, panels.items()):
+        plot_panel(axis, groups, x, shown)
+        axis.set(title=title, xlabel=x)
     for axis in axes.flat[len(panels):]:
         axis.remove()
     figure.savefig(path, dpi=120)
     return path
 
 
-def sweep_command(a) -> str:
+def plot_panel(axis, groups: dict, x: str, keys):
+    """The values of these keys over x: a color a group, a style a key."""
+    tops = []  # of losses, after a tenth of each run: the fall from ln V would flatten the rest
+    for i, (name, group) in enumerate(groups.items()):
+        for key, style in zip(keys, ("-", "--", ":", "-.")):
+            at, means, deviations = over_seeds(group, key)
+            if at:
+                xs, last = [point[x] for point in at], key.split()[-1]
+                low, high = ([m + side * s for m, s in zip(means, deviations)] for side in (-1, 1))
+                label = f"{name}, {len(group)} seeds" if key == last else f"{name} {last}"
+                axis.plot(xs, means, style, color=f"C{i}", label=label)
+                axis.fill_between(xs, low, high, color=f"C{i}", alpha=0.2, lw=0)
+                after = at[-1]["step"] / 10
+                tops.append(next(v for point, v in zip(at, high) if point["step"] >= after))
+    if keys == ["val_loss"]:
+        axis.set_ylim(top=max(tops))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+
+
+# --------------------------------------------------------------------------------------------------
+# Input and output, shared by the commands
+
+
+def need(ok, message: str):
+    if not ok:
+        raise BadInput(message)
+
+
+def open_model(name, device: str, dtype=torch.float32):
+    """(model, encoding, tokenizer as a checkpoint holds it) of anything that
+    teacher.load_pretrained reads, frozen, in eval mode, its parameters in `dtype`."""
+    from teacher import load_pretrained
+
+    need(device_exists(device), f"--device={device}: no such device here")
+    model, tokenizer = load_pretrained(name, device, dtype, flag="")
+    for p in model.parameters():  # not the tables of rotary positions
+        p.data = p.data.to(dtype)
+        need(p.isfinite().all(), f"{name}: has weights that are not finite")
+    return model, tokenizer_from_dict(tokenizer), tokenizer
+
+
+def read_text(path, flag="--text") -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"{flag}={path}: cannot be read as UTF-8 text ({e})") from None
+
+
+def read_ids(path, enc, tokens=0) -> list[int]:
+    """An end-of-text token and the first `tokens` (0: all) of a text file."""
+    return [enc.eot_token, *enc.encode_ordinary(read_text(path))[:tokens or None]]
+
+
+def read_contexts(a, model, enc, least: int) -> list:
+    """--text as contexts of token ids, (T,) each; see the top of this file. There have to be
+    `least` of them, with at least four tokens a dimension of the width in all."""
+    limit, width = model.config.block_size, model.config.n_embd
+    length = a.context or min(512, limit)
+    need(2 <= length <= limit, f"--context={a.context}: from 2 to the model's {limit}")
+    if a.characters:
+        text, contexts, room = read_text(a.text), [], a.tokens or math.inf
+        while len(text) >= a.characters and room > 0:
+            ids = [enc.eot_token, *enc.encode_ordinary(text[:a.characters])][:length]
+            text, room = text[a.characters:], room - len(ids)
+            contexts.append(torch.tensor(ids))
+    else:
+        ids = torch.tensor(read_ids(a.text, enc, a.tokens))
+        contexts = [*ids[:len(ids) // length * length].view(-1, length)]
+    tokens = sum(map(len, contexts))
+    need(len(contexts) >= least and tokens >= 4 * width,
+         f"--text={a.text} --tokens={a.tokens}: {tokens:,} tokens in {len(contexts)} contexts; at "
+         f"least {max(4 * width, least * length):,} in {least} contexts are needed")
+    return contexts
+
+
+def batched(contexts, rows: int, device) -> list:
+    """Contexts (T,) as batches (B, T) of one length each, B at most `rows`."""
+    made = []
+    for _, alike in itertools.groupby(sorted(contexts, key=len), key=len):
+        made += torch.stack([*alike]).to(device).split(rows)
+    return made
+
+
+def table(*rows) -> str:
+    """Rows of cells as a Markdown table; the first row is the heading."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def plotting(path: str):
+    """matplotlib.pyplot without a screen. Refuses a name that no picture can be written to."""
+    need(Path(path).suffix in (".png", ".pdf", ".svg"),
+         f"--plot={path}: has to end in .png, .pdf or .svg")
+    need(Path(path).parent.is_dir() and not Path(path).is_dir(), f"--plot={path}: no folder for it")
+    try:
+        import matplotlib
+    except ImportError:
+        raise BadInput("--plot: needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+# --------------------------------------------------------------------------------------------------
+# Commands
+
+
+def bars(values, low: float, high: float) -> str:
+    """A row of bars, one a value; the full height is `high`; nan leaves a blank."""
+    heights = [min(7, max(0, int(8 * (v - low) / (high - low)))) if v == v else -1 for v in values]
+    return "".join("▁▂▃▄▅▆▇█ "[h] for h in heights)
+
+
+def linearity_command(a) -> str:
+    """Show how linear each block of a model is."""
+    model, enc, _ = open_model(a.checkpoint, a.device)
+    contexts = read_contexts(a, model, enc, 2)
+    batches = batched(contexts, min(16, len(contexts) // 2), a.device)
+    profile = linearity_profile(model, batches, a.skip_first)
+    keys = ("full", "full_adjusted", "full_held_out", "free", "free_adjusted", "free_held_out",
+            "ratio_mean")
+    rows = [(p["block"], *(f"{p[key]:.4f}" for key in keys), p["rank"]) for p in profile]
+    n = profile[0]["n"]
+    lines = [f"{n:,} tokens to fit on, {n / model.config.n_embd:.1f} times the width", "",
+             table(("block", *keys, "rank"), *rows), ""]
+    for key, low in (("full_held_out", 0.8), ("free_held_out", 0.0)):
+        heights = bars([p[key] for p in profile], low, 1)
+        lines.append(f"{key:<14} {heights}  from {low} to 1, block 1 to {len(profile)}")
     if a.plot:
-        plot_sweep(a.runs, a.piece, a.plot)
-    return sweep(a.runs, a.piece)
+        figure, axis = plotting(a.plot).subplots(figsize=(6, 4), layout="constrained")
+        depth = [p["block"] / len(profile) for p in profile]
+        for key in ("full", "full_held_out", "free", "free_held_out"):
+            axis.plot(depth, [p[key] for p in profile], "--" if "held" in key else "-", marker="o",
+                      color="C0" if "full" in key else "C1", label=key.replace("_", " "))
+        axis.set(xlabel="depth, block over blocks", ylabel="linearity score",
+                 title="linearity of each block")
+        figure.legend(loc="outside lower center", ncols=4)
+        figure.savefig(a.plot, dpi=120)
+    return "\n".join(lines)
 
 
-COMMANDS = {"linearity": linearity_command, "prune": prune_command, "curvature": curvature_command,
-            "norms": norms_command, "eval": eval_command, "compare": lambda a: compare(a.runs), "sweep": sweep_command,
-            "plot": lambda a: plot_runs(a.runs, a.plot)}
+@dataclass
+class Pruned:
+    """A pruned model, by which order and which arm, and the numbers of the blocks that went."""
+
+    order: str
+    arm: str
+    blocks: list
+    model: GPT
+
+
+def pruned_models(whole: GPT, profile, batches, a):
+    """All that is asked for, one Pruned after the other; the whole model first."""
+    yield Pruned("", "whole", [], whole)
+    for order, count in itertools.product(a.orders, a.blocks):
+        chosen, replaced = sorted(prune_order(profile, order, a.protect, a.seed)[:count]), None
+        for arm in a.arms:
+            if arm == "remove":
+                model = remove_blocks(whole, chosen)
+            else:
+                replaced = replaced or replace_blocks(whole, chosen, batches, a.skip_first)
+                model = replaced
+            if arm.startswith("distil"):
+                model = distil(replaced, whole, batches, a.distil_steps, a.distil_lr,
+                               everything=arm == "distil_all")
+            yield Pruned(order, arm, chosen, model)
+
+
+def prune_command(a) -> str:
+    """Remove the most linear blocks, or replace them by affine maps.
+
+    A row for every order, number of blocks and arm. Three quarters of the contexts are fitted on.
+    Of the models with the most blocks gone, the one with the least loss on the next eighth is
+    written. The table reports the loss on the last eighth, which chooses nothing."""
+    whole, enc, tokenizer = open_model(a.checkpoint, a.device)
+    need(isinstance(whole, GPT), f"{a.checkpoint}: {NOT_OURS}")
+    n_layer = whole.config.n_layer
+    most = min(n_layer - 1, n_layer - len({*a.protect}))
+    need(max(a.protect) <= n_layer, f"--protect={numbers(a.protect)}: there are {n_layer} blocks")
+    need(1 <= min(a.blocks) <= max(a.blocks) <= most,
+         f"--blocks={numbers(a.blocks)}: of {a.checkpoint}'s {n_layer} blocks 1 to {most} can go")
+    source = Path(checkpoint_file(a.checkpoint))
+    ours = source.suffix == ".pt"
+    folder = a.out_dir or (source.parent if ours else Path("runs", source.name)) / "pruned"
+    out = Path(folder, "ckpt.pt")
+    need(not out.exists(), f"--out_dir={folder}: holds a checkpoint already")
+    contexts = read_contexts(a, whole, enc, 16)
+    judged = contexts[-(len(contexts) // 4):]
+    fitted = contexts[:-len(judged)]
+    batches = batched(fitted, min(8, len(fitted) // 8), a.device)
+    choosing, reported = (batched(part, 8, a.device)
+                          for part in (judged[:len(judged) // 2], judged[len(judged) // 2:]))
+    rows, kinds, shapes, least, best = [], [], {}, math.inf, None
+    profile = linearity_profile(whole, batches, a.skip_first)
+    for found in pruned_models(whole, profile, batches, a):
+        loss, n = mean_loss(found.model, reported), found.model.num_params()
+        rows.append([found.order, found.arm, numbers(found.blocks), f"{loss:.4f}",
+                     f"{math.exp(loss):.2f}", f"{n:,}", f"{100 * n / whole.num_params():.1f} %"])
+        kinds.append("".join(sorted(found.model.config.kinds())))  # the time is that of any order
+        shapes.setdefault(kinds[-1], found.model)
+        if len(found.blocks) == max(a.blocks):
+            loss = mean_loss(found.model, choosing)
+            least, best = (loss, found) if loss < least else (least, best)
+    if best is None:
+        raise Failed(f"--arms={','.join(a.arms)} --distil_lr={a.distil_lr:g}: no finite loss")
+    seconds = dict(zip(shapes, seconds_per_pass(shapes.values(), batches[0])))
+    for row, kind in zip(rows, kinds):
+        row.append(f"{seconds[kinds[0]] / seconds[kind]:.2f}")
+    how = {"order": best.order, "arm": best.arm, "blocks": best.blocks}
+    ckpt = load_checkpoint(source) if ours else {
+        "format": "nanolet-2", "tokenizer": tokenizer, "step": 0, "config": {}, "model_config": {}}
+    with written_whole(out) as tmp, open(tmp, "wb") as file:  # torch's own writer hides a full disk
+        torch.save(pruned_checkpoint(ckpt, best.model, source=str(source), **how), file)
+    heading = ("order", "arm", "blocks", "held-out nats", "perplexity", "parameters",
+               "of the whole", "speed over the whole")
+    return (f"{table(heading, *rows)}\n\n{out}: {best.order}, {best.arm}, blocks "
+            f"{numbers(best.blocks)}, chosen by {least:.4f} nats on other tokens")
+
+
+def numbers(values) -> str:
+    return ", ".join(map(str, values))
+
+
+def checkpoints_of(names) -> list[str]:
+    """The step-*.pt of each run's folder (train.py's --keep_checkpoints), or else its ckpt.pt;
+    other names as they are."""
+    found = []
+    for name in names:
+        found += sorted(map(str, Path(name).glob("step-*.pt"))) or [checkpoint_file(name)]
+    return found
+
+
+def curvature_command(a) -> str:
+    """Show the extreme eigenvalues of the loss' Hessian, a row a checkpoint.
+
+    Where the folders are NAME-SEED, also each NAME's eigenvalues over those of the first NAME at
+    the same step and seed."""
+    found = []
+    for name in checkpoints_of(a.checkpoints):
+        model, enc, _ = open_model(name, a.device, DTYPES[a.dtype])
+        need(isinstance(model, GPT), f"{name}: {NOT_OURS}")
+        T = min(model.config.block_size, a.tokens or math.inf)
+        ids = torch.tensor(read_ids(a.text, enc, a.tokens), device=a.device)
+        n = (len(ids) - 1) // T * T
+        need(n, f"--text={a.text}: {len(ids) - 1} tokens; a context of {T} is needed")
+        parts = (part.view(-1, T).split(a.micro_batch) for part in (ids[:n], ids[1:n + 1]))
+        step = load_checkpoint(name).get("step", 0) if name.endswith(".pt") else 0
+        s = spectrum(model, [*zip(*parts)], a.steps, a.probes, a.seed, a.top)
+        found.append({"name": name, "step": step, **s})
+    cells = [(s["name"], s["step"], f"{s['loss']:.4f}", ", ".join(f"{v:.4g}" for v in s["top"]),
+              f"{s['least']:.4g}", f"{s['top'][0] / abs(s['least']):.3g}", f"{s['residual']:.1g}",
+              f"{s['trace']:.4g} ± {s['trace_se']:.2g}", f"{s['rms']:.3g}") for s in found]
+    heading = ("checkpoint", "step", "loss", "largest eigenvalues", "most negative", "their ratio",
+               "error below", "trace", "rms")
+    if a.plot:
+        plot_spectra(found, a.plot)
+    return (f"{found[-1]['tokens']:,} tokens, {found[-1]['parameters']:,} parameters, {a.dtype}\n\n"
+            f"{table(heading, *cells)}{spectra_over_the_first(found)}")
+
+
+def spectra_over_the_first(found) -> str:
+    """A table of ratios to the first group of runs at the same step and seed, if there are
+    groups."""
+    groups = {}  # {(name, step): {seed: spectrum}}
+    for s in found:
+        name, seed = name_and_seed(Path(s["name"]).parent)
+        groups.setdefault((name, s["step"]), {})[seed] = s
+    names, rows = [*dict.fromkeys(name for name, _ in groups)], []
+    if "" in names or len(names) == 1:
+        return ""
+    for (name, step), by_seed in groups.items():
+        same = groups.get((names[0], step), {})
+        pairs = [(s, same[seed]) for seed, s in by_seed.items() if seed in same]
+        if name != names[0] and pairs:
+            top = [s["top"][0] / r["top"][0] for s, r in pairs]
+            least = [s["least"] / r["least"] for s, r in pairs]
+            columns = (top, least, [t / m for t, m in zip(top, least)],
+                       [s["trace"] / r["trace"] for s, r in pairs])
+            rows.append((name, step, len(pairs), *(mean_sd(values, 3) for values in columns)))
+    heading = (f"over {names[0]}", "step", "seeds", "largest eigenvalue", "most negative",
+               "their ratio", "trace")
+    return f"\n\n{table(heading, *rows)}"
+
+
+def plot_spectra(found, path: str):
+    """Density of the eigenvalues of each checkpoint."""
+    figure, axis = plotting(path).subplots(figsize=(6, 4), layout="constrained")
+    low, high = min(s["least"] for s in found), max(s["top"][0] for s in found)
+    margin = 0.05 * (high - low)
+    x = torch.linspace(low - margin, high + margin, 2000, dtype=torch.float64)
+    for s in found:
+        label = f"{Path(s['name']).parent.name} step {s['step']}"
+        axis.semilogy(x, density(s["ritz"], x, 0.01 * (high - low)), label=label)
+    axis.set(xlabel="eigenvalue", ylabel="density", title="Hessian of the loss", ylim=(1e-10, None))
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def eval_command(a) -> str:
+    """Show the accuracy on multiple choice and minimal pairs, and the perplexity of a text."""
+    need(a.task or a.text, "eval: --task=FILE.jsonl or --text=FILE is needed")
+    tasks = {Path(path).stem: read_task(path)[:a.items or None] for path in a.task}
+    model, enc, _ = open_model(a.checkpoint, a.device, DTYPES[a.dtype])
+    limit = model.config.block_size
+    need(a.stride <= limit, f"--stride={a.stride}: at most the context of {limit}")
+    batch_tokens = a.batch_tokens or (1024 if a.device == "cpu" else 32_768)
+    found = {name: evaluate_task(model, enc, task, batch_tokens)
+             for name, task in tqdm(tasks.items(), "tasks", disable=None, leave=False)}
+    lines, rows = [], []
+    for name, r in found.items():
+        accuracy = (f"{100 * r[key]:.2f} ± {100 * r[f'{key}_se']:.2f}"
+                    for key in ("sum", "per_character"))
+        rows.append((name, f"{r['items']:,}", *accuracy, f"{100 * r['chance']:.1f}",
+                     f"{r['sum_ties']}, {r['per_character_ties']}", r["cut"], r["left_out"]))
+    if len(found) > 1:
+        means = (f"{100 * mean([r[key] for r in found.values()]):.2f}"
+                 for key in ("sum", "per_character", "chance"))
+        rows.append(("mean", sum(r["items"] for r in found.values()), *means, "", "", ""))
+    if rows:
+        heading = ("task", "items", "accuracy by sum, %", "per character, %", "chance", "ties",
+                   "context cut", "left out")
+        lines.append(table(heading, *rows))
+    if a.text:
+        ids = read_ids(a.text, enc, a.tokens)
+        need(len(ids) > 1, f"--text={a.text}: no text in it")
+        n_bytes = len(enc.decode_bytes(ids[1:]))
+        r = evaluate_text(model, ids, n_bytes, a.stride or limit, batch_tokens)
+        lines.append(f"{a.text}: {r['nats']:.4f} ± {r['nats_se']:.4f} nats per token, perplexity "
+                     f"{r['perplexity']:.3f}, {r['bits_per_byte']:.4f} bits per byte, over "
+                     f"{r['tokens']:,} tokens")
+    return "\n".join(lines)
+
+
+def compare_command(a) -> str:
+    """Show final losses, and where each run reaches the first one's."""
+    return compare(a.runs, a.piece)
+
+
+def plot_command(a) -> str:
+    """Draw losses, scales of weights and drift of multipliers of runs."""
+    return plot_runs(a.runs, a.plot)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+NOT_OURS = "its architecture is not one of model.py's, which this command needs"
+DEVICE = {"device": ("", "cpu, cuda, cuda:1, mps; empty: cuda where there is one")}
+CONTEXTS = {"context": (0, "tokens in a context; 0: the model's, at most 512"),
+            "characters": (0, "cut the text into pieces of so many characters, each a context of "
+                           "its own after an end-of-text token; the paper: 512; 0: one sequence"),
+            "skip_first": (False, "leave the first position of each context out"), **DEVICE}
+PICTURE = {"plot": ("", "also draw a picture to this file")}
+POSITIVE = ("distil_steps", "distil_lr", "steps", "probes", "top", "micro_batch")  # others may be 0
+# {command: (function, its files, {flag: (default, help, *choices)})}; None: it is required
+COMMANDS = {
+    "linearity": (linearity_command, "checkpoint", {
+        "text": (None, "a text file to read"),
+        "tokens": (40_000, "how many of its tokens; 0: all"), **CONTEXTS, **PICTURE}),
+    "prune": (prune_command, "checkpoint", {
+        "text": (None, "a text file: 3/4 to fit, 1/8 to choose the model to save, 1/8 to report"),
+        "tokens": (80_000, "how many of its tokens; 0: all"), **CONTEXTS,
+        "blocks": ([1], "how many go, such as 3, or several, such as 1,2,3"),
+        "orders": (["full"], "which go first: one or more of " + ", ".join(ORDERS), *ORDERS),
+        "arms": ([*ARMS[:3]], "one or more of " + ", ".join(ARMS), *ARMS),
+        "protect": ([0], "numbers of blocks that stay, such as 1,12; 0: none"),
+        "distil_steps": (200, "steps of distillation"), "distil_lr": (1e-3, "its learning rate"),
+        "seed": (0, "of the random order"),
+        "out_dir": ("", "folder of the new checkpoint; empty: `pruned` beside the old one")}),
+    "curvature": (curvature_command, "checkpoints", {
+        "text": (None, "a text file to take the loss on"),
+        "tokens": (2048, "how many of its tokens; 0: all"),
+        "steps": (32, "Hessian-vector products from each random vector"),
+        "probes": (2, "random vectors"), "seed": (0, "of the random vectors"),
+        "top": (3, "how many of the largest eigenvalues are shown"),
+        "micro_batch": (8, "sequences differentiated at a time"),
+        "dtype": ("fp32", "of the weights", "fp32", "fp64"), **DEVICE, **PICTURE}),
+    "eval": (eval_command, "checkpoint", {
+        "task": ((), "files of JSON lines: ctx, endings, label; or context, choices, label; or "
+                 "sentence_good, sentence_bad"),
+        "items": (0, "how many items of each file; 0: all"),
+        "text": ("", "a text file to take the perplexity of"),
+        "tokens": (0, "how many of its tokens; 0: all"),
+        "stride": (0, "tokens from window to window; 0: a context, no overlap"),
+        "batch_tokens": (0, "tokens in one forward pass; 0: 1,024 on a CPU, else 32,768"),
+        "dtype": ("fp32", "of the weights", *DTYPES), **DEVICE}),
+    "compare": (compare_command, "runs", {
+        "piece": ("", "also the RMS of this kind of matrix, such as head")}),
+    "plot": (plot_command, "runs", {
+        "plot": ("runs.png", "file to draw to")})}
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="probes.py", description="Measure models, and make tables and pictures of runs.")
+    parser = argparse.ArgumentParser(prog="probes.py", description="Measure models; compare runs.")
     commands = parser.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("compare", help="final losses, and where each run reaches the first one's")
-    c.add_argument("runs", nargs="+", help="folders of runs, named NAME-SEED; the first NAME is the reference")
-    s = commands.add_parser("sweep", help="final loss and weight scale over X")
-    s.add_argument("runs", nargs="+", help="folders of runs, named NAME@X-SEED")
-    s.add_argument("--piece", default="head", help="kind of matrix whose RMS is shown")
-    s.add_argument("--plot", default="", help="also write a picture to this file")
-    known = "a checkpoint, smollm2, a GGUF file, or a Hugging Face folder or id"
-    p = commands.add_parser("linearity", help="how linear each block of a model is")
-    p.add_argument("checkpoint", help=known)
-    p.add_argument("--text", required=True, help="a text file to read")
-    p.add_argument("--plot", default="", help="also draw the profile over depth to this file")
-    r = commands.add_parser("prune", help="leave the most linear blocks out, or put affine maps in their place")
-    r.add_argument("checkpoint", help=known)
-    r.add_argument("--text", required=True, help="a text file: three quarters to fit on, the last one for the losses")
-    r.add_argument("--blocks", default="1", help="how many go, such as 3, or several, such as 1,2,3")
-    r.add_argument("--orders", default="full", help=f"which go first, out of {', '.join(ORDERS)}")
-    r.add_argument("--arms", default="remove,replace,distil", help=f"out of {', '.join(ARMS)}")
-    r.add_argument("--protect", default="", help="numbers of blocks that stay, such as 1,12")
-    r.add_argument("--distil_steps", type=int, default=200)
-    r.add_argument("--distil_lr", type=float, default=1e-3)
-    r.add_argument("--seed", type=int, default=0, help="of the random order")
-    r.add_argument("--out_dir", default="", help="folder of the new checkpoint; empty: `pruned` beside the old one")
-    for x, tokens in ((p, 40_000), (r, 80_000)):
-        x.add_argument("--tokens", type=int, default=tokens, help="how many of its tokens; 0: all")
-        x.add_argument("--context", type=int, default=0, help="tokens in a context; 0: the model's, at most 512")
-        x.add_argument("--skip_first", action="store_true", help="leave the first position of each context out")
-        x.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    h = commands.add_parser("curvature", help="extreme eigenvalues and density of the loss' Hessian")
-    h.add_argument("checkpoints", nargs="+", help="checkpoints, or folders of runs (--keep_checkpoints keeps them all)")
-    h.add_argument("--text", required=True, help="a text file to take the loss on")
-    h.add_argument("--tokens", type=int, default=2048, help="how many of its tokens")
-    h.add_argument("--steps", type=int, default=32, help="Hessian-vector products from each random vector")
-    h.add_argument("--probes", type=int, default=2, help="random vectors")
-    h.add_argument("--top", type=int, default=3, help="how many of the largest eigenvalues are shown")
-    h.add_argument("--micro_batch", type=int, default=8, help="sequences differentiated at a time")
-    h.add_argument("--dtype", default="fp32", choices=("fp32", "fp64"))
-    h.add_argument("--seed", type=int, default=0, help="of the random vectors")
-    h.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    h.add_argument("--plot", default="", help="also draw the density to this file")
-    n = commands.add_parser("norms", help="norms of W and W~ by matrix and block, against those of pure noise")
-    n.add_argument("run", help="a run's folder, or a checkpoint")
-    n.add_argument("--plot", default="", help="also draw them over steps, and the rows' histogram, to this file")
-    e = commands.add_parser("eval", help="accuracy on multiple choice and minimal pairs; perplexity of a text")
-    e.add_argument("checkpoint")
-    e.add_argument("--task", nargs="+", default=[], help="files of JSON lines: ctx, endings, label; context, choices, "
-                   "label; or sentence_good, sentence_bad")
-    e.add_argument("--items", type=int, default=0, help="how many items of each file; 0: all")
-    e.add_argument("--text", default="", help="a text file to take the perplexity of")
-    e.add_argument("--tokens", type=int, default=0, help="how many of its tokens; 0: all")
-    e.add_argument("--stride", type=int, default=0, help="tokens from window to window; 0: a context, no overlap")
-    e.add_argument("--batch_tokens", type=int, default=0, help="tokens in one forward pass; 0: 1,024 on a CPU, else 32,768")
-    e.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp64"))
-    e.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    o = commands.add_parser("plot", help="losses, cosine(T, M) and multiplier drift of runs in one picture")
-    o.add_argument("runs", nargs="+", help="folders of runs; those named NAME-SEED are one line with a band")
-    o.add_argument("-o", "--plot", default="runs.png", help="file to draw to")
+    for name, (function, files, flags) in COMMANDS.items():
+        what = function.__doc__.split("\n")[0]
+        sub = commands.add_parser(name, help=what, description=what)
+        sub.add_argument(files, nargs="+" if files.endswith("s") else None)
+        for flag, (default, text, *_) in flags.items():
+            kind = {"type": str if default is None else type(default)}
+            if default is False:
+                kind = {"action": "store_true"}
+            elif isinstance(default, list):  # separated by commas
+                one = type(default[0])
+                kind = {"type": lambda text, one=one: [one(word) for word in text.split(",")]}
+            elif default == ():
+                kind = {"nargs": "+"}
+            sub.add_argument(*["-o"] * (flag == "plot"), f"--{flag}", default=default, help=text,
+                             required=default is None, **kind)
     a = parser.parse_args(argv)
+    check_flags(a)
+    if getattr(a, "device", None) == "":
+        a.device = "cuda" if torch.cuda.is_available() else "cpu"
     if getattr(a, "plot", ""):
         plotting(a.plot)
-    print(COMMANDS[a.command](a))
+    print(COMMANDS[a.command][0](a))
+
+
+def check_flags(a):
+    """Numbers are 0 or more, those of POSITIVE more; where there are choices, the value is of
+    them."""
+    for flag, (_, _, *choices) in COMMANDS[a.command][2].items():
+        value = getattr(a, flag)
+        for one in value if isinstance(value, list) else [value]:
+            where = f"--{flag}={one}"
+            if isinstance(one, (int, float)):
+                need(0 <= one < math.inf, f"{where}: has to be 0 or more")
+                need(one > 0 or flag not in POSITIVE, f"{where}: has to be more than 0")
+            need(not choices or one in choices, f"{where}: one of {', '.join(choices)} is needed")
 
 
 if __name__ == "__main__":

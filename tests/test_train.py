@@ -1,63 +1,555 @@
-"""The run: the loop, LET in it, resuming, killing, several ranks, signals, what is logged and saved."""
+"""train.py: tokenizers, tokens, order of the data, evaluation, the run, resuming, several ranks,
+signals and failures, flags."""
 import json
 import math
 import os
 import random
 import re
+import shlex
 import signal
+import struct
 import subprocess
 import sys
 import time
+import weakref
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import tiktoken
 import torch
-from conftest import ROOT, flags_of, run_python
+import torch.nn.functional as F
+from conftest import (
+    ROOT,
+    figures,
+    flags_of,
+    lines,
+    run_python,
+    same,
+    state,
+    stop_at,
+    tiny_config,
+    tiny_model,
+)
 
 import train as t
-from model import load_checkpoint, model_from_checkpoint
-from teacher import LET
+from model import (
+    IGNORE,
+    generate,
+    load_checkpoint,
+    model_from_checkpoint,
+    tokenizer_from_dict,
+)
 
-
-def lines(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(history):
-    return {(h["step"], k): h[k] for h in history for k in ("train_loss", "val_loss", "let_cosine") if k in h}
-
-
-def same(a, b):
-    """Bitwise equality of nested checkpoints, tensors included."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def state(path):
-    """What must not depend on how a run came to its step: all but the clock, the flags and the provenance."""
-    ckpt = load_checkpoint(path)
-    return {k: v for k, v in ckpt.items() if k not in ("config", "seconds", "provenance")}
+EOT = "<|endoftext|>"
+ODD = [" ", "  ", "\n", "\r\n", "\r", "\t", "\v", "\f", "\x00", "\x1c", "\x85", "\xa0", "\u2003",
+       "\u2028", "\u3000", "\ufeff", "\u200b", "\u200d", "e\u0301", "\u0301", "\u094d", "²", "½",
+       "①", "٣", "_", "__", "‿", "ß", "ſ", "İ", "Ω", "北京", "안녕", "👩‍🚀", "🏳️‍🌈", "\U0001d7d8",
+       "\U000e0041", "\U0010ffff", "'", '"', "“", "€", "a", "Z", "09"]
+EVERY = "".join(map(chr, [*range(0xd800), *range(0xe000, 0x110000)]))  # all but surrogates
 
 
 @pytest.fixture
-def small_teacher(tiny, tmp_path):
+def cache(tmp_path, monkeypatch):
+    """A cache that no other test shares."""
+    monkeypatch.setenv("NANOLET_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def random_text(seed: int, pieces: int = 300) -> str:
+    rng = random.Random(seed)
+    kinds = [lambda: rng.choice(ODD), lambda: chr(rng.randrange(128)), lambda: rng.choice(EVERY)]
+    return "".join(rng.choices(kinds, (5, 3, 2))[0]() for _ in range(pieces))
+
+
+def few_letters(seed, letters) -> list[str]:
+    rng = random.Random(seed)
+    return ["".join(rng.choices(letters, k=rng.randrange(1, 12))) + " " for _ in range(60)]
+
+
+def write_text(folder: Path, texts: dict[str, str]):
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(text.encode())
+
+
+def many_texts(n=40) -> dict[str, str]:
+    return {f"{'ab'[i % 2]}/doc{i}.txt": f"document {i}\r\n\tnaïve 北京 {EOT[:5]}\n"
+            + random_text(i, 50 + 5 * i) for i in range(n)}
+
+
+def files_below(folder: Path) -> dict:
+    return {p: p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def ids_of(part: t.Blocks) -> list[int]:
+    return [int(i) for array in part.arrays for i in array]
+
+
+def texts_of(part: t.Blocks, enc: tiktoken.Encoding) -> list[str]:
+    """The texts between the end-of-text tokens of a part."""
+    ids = ids_of(part)
+    starts = [i for i, token in enumerate(ids) if token == enc.eot_token]
+    assert starts[0] == 0
+    return [enc.decode(ids[start + 1:end], errors="strict")
+            for start, end in zip(starts, starts[1:] + [len(ids)])]
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def replace_pair(word, pair, new):
+    out = []
+    for token in word:
+        if out and (out[-1], token) == pair:
+            out[-1] = new
+        else:
+            out.append(token)
+    return out
+
+
+def naive_bpe(texts, vocab_size):
+    """(tokens, merges): counts all pairs of all words anew before every merge; ties go to the pair
+    of lowest ids."""
+    words = [list(word.encode()) for text in texts for word in re.findall(t.PATTERN, text)]
+    tokens, merges = [bytes([i]) for i in range(256)], []
+    while len(tokens) < vocab_size:
+        counts = Counter(pair for word in words for pair in zip(word, word[1:]))
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        words = [replace_pair(word, best, len(tokens)) for word in words]
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+        merges.append(best)
+    return tokens, merges
+
+
+BPE_TEXTS = {
+    "one letter": ["aaaaaaaaaaaaa aaa aaaa aaaaa a"],
+    "ties": ["ab cd ef gh ba dc fe hg"],
+    "two letters": few_letters(1, "ab"),
+    "three letters": few_letters(2, "abc"),
+    "code": ["def f(x):\n    return x + 1\n\n\ndef g(y):\n    return f(y) * 100000\n" * 3,
+             "    if x:\n\treturn\r\n"],
+    "not ascii": ["naïve café, Größe größer; Straße 北京 北京市 नमस्ते 👩‍🚀👩‍🚀 ёлка e\u0301"] * 2,
+    "odd characters": [random_text(3, 400), random_text(4, 400)],
+    "several texts": ["the cat the hat", "the rat", "", "that cat"],
+}
+
+
+@pytest.mark.parametrize("name", BPE_TEXTS)
+def test_bpe_training_finds_the_merges_of_a_naive_trainer_in_their_order(name):
+    texts = BPE_TEXTS[name]
+    for vocab_size in (256, 257, 280, 400):  # some of these texts run out of pairs before 400
+        tokens, _ = naive_bpe(texts, vocab_size)
+        for order in (texts, texts[::-1]):
+            ranks = t.train_bpe(order, vocab_size)
+            assert list(ranks.items()) == [(token, i) for i, token in enumerate(tokens)]
+
+
+def test_tiktoken_encodes_with_the_trained_merges_in_the_order_of_training():
+    texts = BPE_TEXTS["code"] + few_letters(6, "abc")
+    _, merges = naive_bpe(texts, 340)
+    ranks = t.train_bpe(texts, 340)
+    enc = tokenizer_from_dict(t.make_tokenizer("bpe", ranks, t.PATTERN))
+    other = ["def abc(cab):\n    return bacab + 12345\n", "größe 北京! Ωμέγα – y"]
+    for text in texts + other:
+        expected = []
+        for word in re.findall(t.PATTERN, text):
+            word = list(word.encode())
+            for i, pair in enumerate(merges):
+                word = replace_pair(word, pair, 256 + i)
+            expected += word
+        assert enc.encode_ordinary(text) == expected
+
+
+@pytest.fixture(scope="module", params=["bpe", "bytes"])
+def tokenizer(request):
+    if request.param == "bytes":
+        return t.make_tokenizer_for(t.Config(tokenizer="bytes"), ())
+    texts = [text for texts in BPE_TEXTS.values() for text in texts]
+    return t.make_tokenizer("bpe", t.train_bpe(texts, 600), t.PATTERN)
+
+
+def test_every_text_survives_encoding_with_end_of_text_as_plain_characters(tokenizer):
+    enc = tokenizer_from_dict(tokenizer)
+    for text in [EVERY, f"a{EOT}b", *map(random_text, range(20))]:
+        ids = enc.encode_ordinary(text)
+        assert enc.decode(ids, errors="strict") == text
+        assert max(ids) < enc.eot_token == enc.n_vocab - 1
+        lengths = t.token_lengths(enc)
+        assert lengths[enc.eot_token] == 0 and lengths[ids].sum() == len(text.encode())
+        if tokenizer["name"] == "bytes":
+            assert ids == list(text.encode())
+
+
+# --------------------------------------------------------------------------------------------------
+# Text to tokens, and their cache
+
+
+@pytest.mark.parametrize("flags", [{"tokenizer": "bytes"}, {"tokenizer": "bpe", "vocab_size": 300}])
+def test_tokens_are_the_documents_each_after_an_end_of_text_token(flags, folder, tiny, cache):
+    texts = many_texts()
+    write_text(folder, texts)
+    data = t.load_data(tiny(data=str(folder), **flags))
+    enc = tokenizer_from_dict(data.tokenizer)
+    assert enc.n_vocab == flags.get("vocab_size", 257)
+    trained, held_out = texts_of(data.train, enc), texts_of(data.val, enc)
+    assert sorted(trained + held_out) == sorted(texts.values())  # all differ: so disjoint as well
+    assert data.train.arrays[0].dtype == np.uint16
+
+
+def test_the_tokenizer_is_trained_on_the_training_documents_alone(folder, tiny, cache):
+    write_text(folder, {f"{i}.txt": " ".join(few_letters(i, "abcde")) for i in range(30)})
+    data = t.load_data(tiny(data=str(folder), tokenizer="bpe", vocab_size=300))
+    enc = tokenizer_from_dict(data.tokenizer)
+    tokens = [enc.decode_single_token_bytes(i) for i in range(299)]
+    trained, held_out = texts_of(data.train, enc), texts_of(data.val, enc)
+    assert tokens == naive_bpe(trained, 299)[0] != naive_bpe(trained + held_out, 299)[0]
+
+
+def test_held_out_are_as_few_whole_documents_as_make_up_a_tenth():
+    documents = [(f"doc{i}#0", random_text(i, 20 + i)) for i in range(100)]
+    trained, held_out = split = t.split_documents(documents)
+    assert sorted(trained + held_out) == sorted(documents)
+    sizes, total = [len(text) for _, text in held_out], sum(len(text) for _, text in documents)
+    assert sum(sizes) >= 0.1 * total > sum(sizes) - max(sizes)
+    assert t.split_documents(random.Random(0).sample(documents, 100)) == split
+    for names in ("ab", "xy", "pq"):  # a document always stays for training
+        parts = t.split_documents([(names[0], "x"), (names[1], "y" * 1000)])
+        assert [len(part) for part in parts] == [1, 1]
+
+
+@pytest.mark.parametrize("text, slack", [
+    ("".join("x" * (i * 7 % 60) + "\n" for i in range(400)), 60),  # cut at a line end
+    ("x" * 1000, 1), ("a title\n" + "x" * 10_000, 600)])
+def test_of_a_single_document_the_last_tenth_is_held_out(text, slack):
+    ((_, head),), ((_, tail),) = t.split_documents([("a", text)])
+    assert head + tail == text and abs(len(tail) - 0.1 * len(text)) <= slack
+    assert head.endswith("\n") or text.count("\n") < 2
+
+
+def test_end_of_text_in_a_file_separates_documents(folder, tiny, cache):
+    parts = [f"\nstory {i}\n" + "word " * 20 for i in range(50)]
+    text = EOT.join(parts[:30]) + EOT + " \n" + EOT + EOT.join(parts[30:]) + EOT
+    write_text(folder, {"stories.txt": text})
+    data = t.load_data(tiny(data=str(folder / "stories.txt")))
+    enc = tokenizer_from_dict(data.tokenizer)
+    assert sorted(texts_of(data.train, enc) + texts_of(data.val, enc)) == sorted(parts)
+
+
+@pytest.mark.parametrize("n_vocab, dtype", [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_a_token_takes_two_bytes_where_the_vocabulary_fits_and_else_four(n_vocab, dtype, tmp_path):
+    enc = SimpleNamespace(n_vocab=n_vocab, eot_token=n_vocab - 1,
+                          encode_ordinary_batch=lambda texts, num_threads: [[n_vocab - 2, 5]])
+    t.write_shard(tmp_path / "x.bin", [("a", "text")], enc, "")
+    tokens = t.open_shard(tmp_path / "x.bin", "")
+    assert tokens.dtype == dtype and tokens.tolist() == [n_vocab - 1, n_vocab - 2, 5]
+
+
+@pytest.mark.parametrize("text", ["line of text äöü\n" * 20_000, "no line end " * 30_000],
+                         ids=["lines", "one line"])
+def test_long_documents_lose_nothing_where_they_are_taken_in_pieces(text, tmp_path):
+    enc = tokenizer_from_dict(t.make_tokenizer_for(t.Config(tokenizer="bytes"), ()))
+    t.write_shard(tmp_path / "x.bin", [("a", text), ("b", "end")], enc, "")
+    ids = t.open_shard(tmp_path / "x.bin", "")
+    assert len(text) > 2**18 and ids.tolist() == [256, *text.encode(), 256, *b"end"]
+
+
+def test_text_is_found_by_folder_glob_and_name_but_not_what_is_hidden(folder):
+    write_text(folder, {"b.txt": "b", "sub/a.md": "a", ".git/x": "x", "sub/.hidden": "h"})
+    for data, names in (("", ["b.txt", "sub/a.md"]), ("*.txt", ["b.txt"]), ("**/*.md", ["a.md"]),
+                        ("*/a.*", ["a.md"]), ("b.txt", ["b.txt"])):
+        root, files = t.find_files(str(folder / data))
+        assert [p.relative_to(root).as_posix() for p in files] == names
+    root, files = t.find_files("stdlib")
+    names = [p.relative_to(root) for p in files]
+    assert {Path("argparse.py"), Path("json/decoder.py")} <= {*names} and names == sorted(names)
+    assert not any({"test", "site-packages", "__pycache__"} & {*p.parts} for p in names)
+
+
+def test_tokens_are_made_once_and_again_after_a_kill(folder, tiny, cache):
+    write_text(folder, many_texts(10))
+    for flags in ({"tokenizer": "bytes"}, {"tokenizer": "bpe", "vocab_size": 270}):
+        c, before = tiny(data=str(folder), **flags), {*files_below(cache)}
+        first = t.load_data(c)
+        made = files_below(cache)
+        again = t.load_data(c)
+        assert files_below(cache) == made and again.tokenizer == first.tokenizer
+        assert ids_of(again.train) == ids_of(first.train) and ids_of(again.val) == ids_of(first.val)
+        expected = ids_of(first.train)
+        file, = (p for p in {*made} - before if p.name == "tokenizer.json")
+        file.unlink()  # it is written last, so a kill leaves none
+        os.truncate(file.with_name("train.bin"), 100)
+        assert ids_of(t.load_data(c).train) == expected
+
+
+@pytest.mark.parametrize("change", [
+    lambda path: path.write_text("D" + path.read_text()[1:]),
+    lambda path: path.write_text(path.read_text() + "!"),
+    lambda path: path.with_name("new.txt").write_text("a new file"),
+    lambda path: path.rename(path.with_name("renamed.txt"))],
+    ids=["content", "size", "new file", "name"])
+def test_changed_files_are_tokenized_again(change, folder, tiny, cache):
+    write_text(folder, {name: text.replace("\r", "") for name, text in many_texts(10).items()})
+    c = tiny(data=str(folder))
+    t.load_data(c)
+    change(next(folder.rglob("doc3.txt")))
+    data = t.load_data(c)
+    enc = tokenizer_from_dict(data.tokenizer)
+    expected = [p.read_bytes().decode() for p in folder.rglob("*.txt")]
+    assert sorted(texts_of(data.train, enc) + texts_of(data.val, enc)) == sorted(expected)
+
+
+def test_data_in_two_folders_share_no_tokens(tmp_path, tiny, cache):
+    """Archives and reproducible builds give all files one time."""
+    loaded = []
+    for name in ("one", "two"):
+        write_text(tmp_path / name, {"input.txt": f"this is text {name}\n" * 100})
+        os.utime(tmp_path / name / "input.txt", ns=(0, 0))
+        loaded.append(ids_of(t.load_data(tiny(data=str(tmp_path / name))).train))
+    assert loaded[0] != loaded[1] and len(loaded[0]) == len(loaded[1])
+
+
+def test_a_download_is_fetched_once_or_put_in_place_by_hand(tmp_path, tiny, cache, monkeypatch):
+    text = "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 200
+    monkeypatch.setattr(t, "SHAKESPEARE", (tmp_path / "site" / "input.txt").as_uri())
+    with pytest.raises(t.BadInput) as error:
+        t.load_data(tiny(data="shakespeare"))
+    assert t.SHAKESPEARE in str(error.value) and files_below(cache) == {}
+    target, = re.findall(rf"{re.escape(str(cache))}\S+", str(error.value))
+    write_text(tmp_path / "site", {"input.txt": text})
+    assert [str(p) for p in t.download("shakespeare")] == [target]
+    (tmp_path / "site" / "input.txt").unlink()
+    data = t.load_data(tiny(data="shakespeare"))
+    assert bytes(ids_of(data.train)[1:] + ids_of(data.val)[1:]).decode() == text
+
+
+def raw_uint16(tokens) -> bytes:
+    """nanoGPT: nothing but little-endian uint16."""
+    return struct.pack(f"<{len(tokens)}H", *tokens)
+
+
+def llm_c(tokens, magic=20240520, version=1, count=None, code="H") -> bytes:
+    """llm.c: 256 int32, of which the first are magic, version and number of tokens; the tokens."""
+    count = len(tokens) if count is None else count
+    header = struct.pack("<256i", magic, version, count, *[0] * 253)
+    return header + struct.pack(f"<{len(tokens)}{code}", *tokens)
+
+
+def npy(array) -> bytes:
+    """NumPy's format 1.0: magic, version, length of the header, header padded to a multiple of 64,
+    the array."""
+    array = np.asarray(array)
+    header = repr({"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}).encode()
+    header += b" " * (-(10 + len(header) + 1) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + array.tobytes()
+
+
+WRITERS = {
+    "nanogpt": (".bin", raw_uint16),
+    "llm.c uint16": (".bin", llm_c),
+    "llm.c uint32": (".bin", lambda tokens: llm_c(tokens, magic=20240801, code="I")),
+    "npy uint16": (".npy", lambda tokens: npy(np.array(tokens, np.uint16))),
+    "npy uint32": (".npy", lambda tokens: npy(np.array(tokens, np.uint32))),
+}
+
+
+def random_tokens(seed, n, top=256):
+    rng = random.Random(seed)
+    return [rng.randint(0, top) for _ in range(n)]
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_shards_of_each_format_are_read_as_written(form, folder, tiny):
+    suffix, write = WRITERS[form]
+    shards = {name: random_tokens(i, 700) for i, name in enumerate(["train_1", "train_0", "val"])}
+    for name, tokens in shards.items():
+        (folder / (name + suffix)).write_bytes(write(tokens))
+    (folder / "readme.md").write_text("not a shard")
+    data = t.load_data(tiny(data=str(folder)))
+    assert [a.tolist() for a in data.train.arrays] == [shards["train_0"], shards["train_1"]]
+    assert ids_of(data.val) == shards["val"]
+    single = t.load_data(tiny(data=str(folder / ("train_0" + suffix))))  # its end is held out
+    assert ids_of(single.train) + ids_of(single.val) == shards["train_0"]
+    assert len(ids_of(single.val)) == pytest.approx(70, abs=1)
+
+
+def test_without_val_in_a_name_the_first_shard_is_held_out(folder, tiny):
+    for i in (2, 0, 1):
+        (folder / f"shard_{i}.bin").write_bytes(llm_c(random_tokens(i, 300)))
+    (folder / "other.bin").write_bytes(b"odd")
+    data = t.load_data(tiny(data=str(folder / "shard_*.bin")))
+    assert ids_of(data.val) == random_tokens(0, 300)
+    assert ids_of(data.train) == random_tokens(1, 300) + random_tokens(2, 300)
+
+
+# --------------------------------------------------------------------------------------------------
+# The order of the data
+
+
+@pytest.mark.parametrize("lengths, block_size", [
+    ((50,), 7), ((10, 3, 0, 17, 1, 4, 5, 9), 4), ((8, 9), 8), ((9, 9), 1)])
+def test_blocks_are_the_tokens_at_their_places_in_every_shard(lengths, block_size):
+    arrays = [np.arange(n, dtype=np.uint16) + 1000 * i for i, n in enumerate(lengths)]
+    expected = []
+    for array in arrays:
+        start = 0
+        while start + block_size + 1 <= len(array):
+            expected.append(array[start:start + block_size + 1].tolist())
+            start += block_size
+    blocks = t.Blocks(arrays, block_size)
+    assert len(blocks) == len(expected)
+    numbers = random.Random(0).choices(range(len(expected)), k=30)
+    idx, targets = blocks.batch(numbers)
+    assert idx.dtype == targets.dtype == torch.int64
+    assert idx.tolist() == [expected[i][:-1] for i in numbers]
+    assert targets.tolist() == [expected[i][1:] for i in numbers]
+
+
+@pytest.mark.parametrize("seed, n", [(0, 1), (0, 7), (3, 64), (3, 1000)])
+def test_each_epoch_is_a_permutation_of_all_blocks_and_another_one(seed, n):
+    stream = t.block_numbers(seed, 0, 4 * n, n)
+    epochs = [tuple(stream[i * n:(i + 1) * n]) for i in range(4)]
+    assert all(sorted(epoch) == [*range(n)] for epoch in epochs)
+    assert n < 64 or len({*epochs}) == 4
+    orders = {tuple(t.block_numbers(s, n, n, n)) for s in range(6)} | {*epochs}
+    assert n < 64 or len(orders) == 9  # nor is one seed's second epoch another seed's first
+
+
+def sequences_read(world, micro_batch, batch_tokens, tokens_before, steps):
+    """[(number of the block, place in the order of training)] of all ranks, step by step."""
+    T, n = 8, 45
+    data = SimpleNamespace(train=t.Blocks([np.arange(n * T + 1, dtype=np.uint16)], T))
+    c = t.Config(seed=2, block_size=T, micro_batch=micro_batch, batch_tokens=batch_tokens)
+    read = [[] for _ in range(steps)]
+    for rank in range(world):
+        devices = t.Devices(torch.device("cpu"), rank, world)
+        per_rank = batch_tokens // T // world
+        run = SimpleNamespace(
+            c=c, data=data, devices=devices, state=t.State(tokens=tokens_before),
+            records_per_rank=per_rank, records_per_pass=min(micro_batch, per_rank),
+            accumulation=max(1, per_rank // micro_batch))
+        batches = t.Run.batches(run)
+        for step in range(steps):
+            for batch in (next(batches) for _ in range(run.accumulation)):
+                assert sum(batch.counted) == batch.targets.numel()
+                numbers = (batch.idx[:, 0] // T).tolist()
+                read[step] += [(number, batch.first + i) for i, number in enumerate(numbers)]
+    return [pair for step in read for pair in step]
+
+
+@pytest.mark.parametrize("world, micro_batch", [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (8, 1)])
+def test_ranks_and_micro_batches_read_one_order_across_epochs(world, micro_batch):
+    expected = [*zip(t.block_numbers(2, 0, 96, 45), range(96))]
+    assert sequences_read(world, micro_batch, 64, 0, 12) == expected
+
+
+@pytest.mark.parametrize("batch_tokens", [32, 128])
+def test_a_run_resumed_with_another_batch_size_reads_on_where_it_was(batch_tokens):
+    read = sequences_read(1, 2, 64, 0, 3) + sequences_read(2, 2, batch_tokens, 3 * 64, 4)
+    assert read == [*zip(t.block_numbers(2, 0, len(read), 45), range(len(read)))]
+
+
+@pytest.fixture
+def evaluation(tokenizer):
+    """evaluation(eval_tokens) -> (all of a Run that evaluate reads, (nats, bits per byte) by
+    hand), with a model in float64 and 21 blocks."""
+    enc, rng, T = tokenizer_from_dict(tokenizer), random.Random(1), 32
+    ids = [rng.choice([enc.eot_token, rng.randrange(256), rng.randrange(enc.n_vocab)])
+           for _ in range(700)]
+    shards = [np.array(ids[:400], np.uint16), np.array(ids[400:], np.uint16)]  # 12 and 9 blocks
+    model = tiny_model(vocab_size=enc.n_vocab, block_size=T).double()
+    blocks = [shard[i:i + T + 1] for shard in shards for i in range(0, len(shard) - T, T)]
+    assert len(blocks) == 21
+
+    def make(eval_tokens, rows=4, rank=0, world=1):
+        n = max(1, min(21, eval_tokens // T))
+        nats = n_bytes = 0
+        for block in (torch.from_numpy(blocks[i * 21 // n].astype(np.int64)) for i in range(n)):
+            with torch.no_grad():
+                logits = model.logits(model(block[None, :-1])[0])[0]
+            nats += F.cross_entropy(logits, block[1:], reduction="sum").item()
+            plain = [i for i in block[1:].tolist() if i != enc.eot_token]
+            n_bytes += len(enc.decode_bytes(plain))
+        run = SimpleNamespace(
+            c=t.Config(block_size=T, eval_tokens=eval_tokens), records_per_pass=rows, model=model,
+            data=t.Data(None, t.Blocks(shards, T), tokenizer), token_bytes=t.token_lengths(enc),
+            devices=t.Devices(torch.device("cpu"), rank, world))
+        return run, (nats / (n * T), nats / math.log(2) / n_bytes)
+
+    return make
+
+
+@pytest.mark.parametrize("eval_tokens", [1, 32, 7 * 32, 8 * 32 + 31, 21 * 32, 10**6])
+def test_evaluation_is_the_plain_mean_over_its_blocks_whatever_the_rows(evaluation, eval_tokens):
+    before = torch.get_rng_state()
+    for rows in (1, 2, 4, 16, 64):
+        run, expected = evaluation(eval_tokens, rows)
+        assert t.evaluate(run) == pytest.approx(expected, rel=1e-6)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(p.grad is None for p in run.model.parameters())
+
+
+# --------------------------------------------------------------------------------------------------
+# A run
+
+
+@pytest.fixture(scope="module")
+def teacher(corpus, tmp_path_factory):
     """A checkpoint of ours, narrower than the student, on the same tokens."""
-    return t.train(tiny(n_embd=16, n_layer=1, steps=20, seed=9, out_dir=str(tmp_path / "teacher")))["checkpoint"]
+    folder = tmp_path_factory.mktemp("teacher")
+    c = tiny_config(corpus, folder, n_embd=16, n_layer=1, steps=20, seed=9)
+    return t.train(c)["checkpoint"]
 
 
-def test_loss_falls_and_everything_is_written(tiny):
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Records of very unequal length for step_by_step."""
+    rng = random.Random(0)
+    pairs = [(rng.randrange(9 ** rng.randrange(1, 9)), rng.randrange(99)) for _ in range(80)]
+    path = tmp_path_factory.mktemp("records") / "records.jsonl"
+    path.write_text("".join(json.dumps({
+        "input": f"{a}+{b}", "label": str(a + b), "rationale": f"{a} and {b} are {a + b}"}) + "\n"
+        for a, b in pairs))
+    return str(path)
+
+
+def let(teacher, **flags):
+    return dict(teacher=teacher, let_weight=1.0, let_stop=6.0, let_student_layer=1, **flags)
+
+
+def step_by_step(records, **flags):
+    return dict(data=records, distill="step_by_step", block_size=64, batch_tokens=512, **flags)
+
+
+def first_batch(c):
+    """(initial model, inputs, targets) of a run's first step."""
+    data = t.load_data(c)
+    torch.manual_seed(c.seed)
+    model = t.GPT(t.model_config(c, 257))
+    count = c.batch_tokens // c.block_size // data.train.rows
+    numbers = t.block_numbers(c.seed, 0, count, len(data.train))
+    return model, *data.train.batch(numbers)
+
+
+def test_the_loss_falls_and_everything_is_written(tiny):
     result = t.train(tiny(steps=60, eval_every=20, lr=0.02))
-    out = t.Path(result["out_dir"])
+    out = Path(result["out_dir"])
     assert sorted(p.name for p in out.iterdir()) == ["ckpt.pt", "config.json", "metrics.jsonl"]
+    assert lines(out) == result["history"]
     evals = [h["val_loss"] for h in lines(out) if "val_loss" in h]
     assert evals[0] == pytest.approx(math.log(257), rel=0.01)
     assert evals[0] > evals[1] > evals[-1] and evals[-1] < 0.6 * evals[0]
-    assert lines(out) == result["history"]
     config = json.loads((out / "config.json").read_text())
     assert config["lr"] == 0.02 and len(config["provenance"]["source_sha256"]) == 64
     steps = [h for h in lines(out) if "train_loss" in h]
@@ -65,668 +557,589 @@ def test_loss_falls_and_everything_is_written(tiny):
     assert {"lr", "seconds", "flops", "tokens_per_second", "mfu", "grad_norm"} <= steps[0].keys()
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 8])
-def test_gradient_accumulation_does_not_change_the_run(tiny, tmp_path, accumulate):
-    one = t.train(tiny(micro_batch=8, out_dir=str(tmp_path / "one")))
-    more = t.train(tiny(micro_batch=8 // accumulate, out_dir=str(tmp_path / "more")))
-    a, b = losses(one["history"]), losses(more["history"])
-    assert a.keys() == b.keys() and all(abs(a[k] - b[k]) < 1e-4 for k in a)
+MICRO_BATCHES = {
+    "plain": {}, "muon on experts": dict(n_experts=4), "linearity": dict(linearity="cosine"),
+    "let": "let", "gkd": dict(distill="gkd", distill_on_policy=1.0),
+    "distilbert": dict(distill="distilbert"), "salt": dict(distill="salt", distill_stop=0.5),
+    "step_by_step": "step_by_step"}
 
 
-def test_logged_train_loss_is_the_loss_of_the_whole_batch_before_the_step(tiny):
-    """Step 1 is taken from the initial weights, which the seed gives."""
-    c = tiny(steps=1, warmup_steps=0)
-    result, data = t.train(c), t.load_data(c)
-    torch.manual_seed(c.seed)
-    model = t.GPT(t.model_config(c, 257))
-    idx, targets = data.train.batch(t.block_numbers(c.seed, 0, 8, len(data.train)))
-    logits, _ = model(idx)
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
-    assert losses(result["history"])[1, "train_loss"] == pytest.approx(expected, abs=1e-5)
+@pytest.mark.parametrize("name", MICRO_BATCHES)
+def test_a_run_does_not_depend_on_its_micro_batches(name, tiny, teacher, records, tmp_path):
+    flags = MICRO_BATCHES[name]
+    if flags == "let":
+        flags = let(teacher, let_resize="project")
+    elif flags == "step_by_step":
+        flags = step_by_step(records)
+    elif "distill" in flags:
+        flags = dict(flags, teacher=teacher)
+    one, more = (t.train(tiny(**flags, micro_batch=size, out_dir=str(size))) for size in (8, 2))
+    assert figures(more["history"]) == pytest.approx(figures(one["history"]), abs=3e-4, rel=3e-4)
 
 
-def test_evaluating_more_often_does_not_change_the_run(tiny, tmp_path):
-    a = t.train(tiny(eval_every=1, save_every=1, out_dir=str(tmp_path / "a")))
-    b = t.train(tiny(eval_every=10, save_every=10, out_dir=str(tmp_path / "b")))
-    assert same(state(a["checkpoint"])["model"], state(b["checkpoint"])["model"])
-
-
-# LET in the loop
-
-
-def test_first_loss_with_let_is_nll_plus_weight_times_projection(tiny, small_teacher):
-    """By hand, from the parts: the student's state after block 1, the teacher's last normed state, the cosine."""
-    c = tiny(teacher=small_teacher, let_weight=2.0, let_stop=5, let_student_layer=1, steps=5, micro_batch=8)
-    first = next(h for h in t.train(c)["history"] if "train_loss" in h)
-    data = t.load_data(c)
-    torch.manual_seed(c.seed)
-    student, teacher = t.GPT(t.model_config(c, 257)), model_from_checkpoint(load_checkpoint(small_teacher))
-    idx, _ = data.train.batch(t.block_numbers(c.seed, 0, 8, len(data.train)))
-    _, (h_M,) = student(idx, hidden=(1,))
-    _, (h_T,) = teacher(idx, hidden=(1,))
-    h_T = torch.nn.functional.interpolate(teacher.norm(h_T), size=32, mode="linear")
-    cosine = torch.nn.functional.cosine_similarity(h_M, h_T, dim=-1).mean().item()
-    assert first["let_weight"] == 2.0
-    assert first["let_cosine"] == pytest.approx(cosine, abs=1e-5)
-    assert first["let_loss"] == pytest.approx(-cosine, abs=1e-5)
-
-
-def test_let_weight_is_logged_as_the_formula_has_it(tiny, small_teacher):
-    history = t.train(tiny(teacher=small_teacher, let_weight=0.8, let_stop=0.4, let_student_layer=1))["history"]
-    logged = [h.get("let_weight") for h in history if "train_loss" in h]
-    assert logged == pytest.approx([0.8, 0.6, 0.4, 0.2] + [None] * 6)
-
-
-@pytest.mark.parametrize("stop, steps, step", [(0.25, 40, 10), (1.0, 40, 1), (2.0, 40, 2), (40.0, 40, 40), (1 / 40, 40, 1)])
-def test_a_stop_below_1_is_a_share_of_the_run_and_from_1_on_steps(tiny, stop, steps, step):
-    assert t.stop_of(tiny(let_stop=stop), steps) == step
-    assert t.stop_of(tiny(distill="salt", distill_stop=stop), steps) == step
-
-
-@pytest.mark.parametrize("resize", ["interpolate", "project"])
-def test_after_let_stop_the_run_is_bitwise_one_that_never_had_a_teacher(tiny, small_teacher, tmp_path, resize):
-    let = dict(teacher=small_teacher, let_weight=1.0, let_stop=5, let_student_layer=1, let_resize=resize)
-    whole = t.train(tiny(**let, out_dir=str(tmp_path / "whole")))
-    # The state at let_stop, from a run of the same length stopped there; then on without any teacher flag.
-    stopped = stop_at(tiny(**let, out_dir=str(tmp_path / "stopped")), 5)
-    plain = t.train(tiny(resume=stopped, out_dir=str(tmp_path / "plain")))
-    assert same(state(whole["checkpoint"]), state(plain["checkpoint"]))
-    after = {k: v for k, v in losses(whole["history"]).items() if k[0] > 5}
-    assert after and after.items() <= losses(plain["history"]).items()
-
-
-def test_the_teacher_is_called_once_a_micro_batch_until_let_stop_and_then_let_go(tiny, small_teacher, monkeypatch):
-    import gc
-    import weakref
-    calls, alive = [], []
-    teach, evaluate = LET.teach, t.evaluate
-
-    def counted(self, idx, place):
-        calls.append(weakref.ref(self._teacher[0]))
-        return teach(self, idx, place)
-
-    def watched(*args):
-        gc.collect()
-        alive.append(bool(calls) and calls[0]() is not None)
-        return evaluate(*args)
-
-    monkeypatch.setattr(LET, "teach", counted)
-    monkeypatch.setattr(t, "evaluate", watched)
-    t.train(tiny(teacher=small_teacher, let_stop=6, let_student_layer=1, eval_every=2))
-    assert len(calls) == 6 * 2  # two micro-batches a step
-    assert alive == [False, True, True, True, False, False]
-
-
-def test_teacher_is_unchanged_and_outside_the_checkpoint(tiny, small_teacher):
-    before = state(small_teacher)
-    result = t.train(tiny(teacher=small_teacher, let_student_layer=1, let_weight=1.0))
-    assert same(before, state(small_teacher))
-    assert state(result["checkpoint"])["model"].keys() == t.GPT(t.model_config(tiny(), 257)).state_dict().keys()
-
-
-def test_let_costs_its_flops_and_no_more(tiny, small_teacher):
-    a = t.train(tiny(teacher=small_teacher, let_stop=4, let_student_layer=1))
-    teacher = model_from_checkpoint(load_checkpoint(small_teacher))
-    n = sum(p.numel() for p in teacher.blocks.parameters() if p.ndim == 2)
-    plain = model_from_checkpoint(load_checkpoint(a["checkpoint"])).flops_per_token() * 256 * 10
-    assert a["flops"] - plain == 4 * 256 * (2 * n + 4 * 1 * 16 * 32)
-
-
-def test_auto_teacher_is_small_sees_more_tokens_and_is_kept(tiny, tmp_path):
-    c = tiny(teacher="auto", n_embd=64, n_layer=4, let_student_layer=1, out_dir=str(tmp_path / "a"))
-    a = t.train(c)
-    kept, = (t.cache_dir() / "teachers").glob("*/ckpt.pt")
-    teacher, time_made = load_checkpoint(kept), kept.stat().st_mtime_ns
-    student = load_checkpoint(a["checkpoint"])
-    size = [sum(v.numel() for v in ckpt["model"].values()) for ckpt in (teacher, student)]
-    assert size[0] <= size[1] / 4 and teacher["tokens"] > student["tokens"]
-    t.train(t.replace(c, seed=1, lr=1e-3, out_dir=str(tmp_path / "b")))
-    assert kept.stat().st_mtime_ns == time_made and len(list((t.cache_dir() / "teachers").iterdir())) == 1
-
-
-# Resuming
-
-
-def stop_at(c, step):
-    """Run c in this process and have it stopped by a signal at `step`; returns the checkpoint."""
-    save, seen = t.save_checkpoint, []
-
-    def saving(path, s):
-        save(path, s)
-        if s["step"] == step:
-            seen.append(step)
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(t, "save_checkpoint", saving)
-        with pytest.raises(KeyboardInterrupt):
-            t.train(c)
-    assert seen
-    return f"{c.out_dir}/ckpt.pt"
-
-
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("flags", [{}, dict(let_student_layer=1), dict(let_student_layer=1, let_resize="project",
-                                                                     let_stop=8), dict(multipliers="vector")],
-                         ids=["plain", "let", "let-project", "multipliers"])
-def test_ten_steps_straight_equal_five_and_five_in_a_new_process(tiny, small_teacher, tmp_path, optimizer, flags):
-    flags = dict(flags, optimizer=optimizer, **(dict(teacher=small_teacher) if "let_student_layer" in flags else {}))
-    if "multipliers" in flags and optimizer == "muon":
-        flags |= dict(normuon=True, muon_coefficients="polar_express", momentum_warmup=8)
-    straight = t.train(tiny(**flags, out_dir=str(tmp_path / "straight")))
-    halved = tiny(**flags, out_dir=str(tmp_path / "halved"))
-    ckpt = stop_at(halved, 5)
-    done = run_python(ROOT / "train.py", f"--resume={ckpt}", env={"OMP_NUM_THREADS": str(torch.get_num_threads())})
-    assert done.returncode == 0, done.stderr
-    assert same(state(straight["checkpoint"]), state(ckpt))
-    assert losses(straight["history"]) == losses(lines(tmp_path / "halved"))
-
-
-def test_killed_at_random_moments_a_loadable_checkpoint_stands_and_the_end_is_the_same(tiny, tmp_path):
-    """kill -9, 30 times, of a run that saves at every step; resumed from where it was killed each time."""
-    flags = dict(steps=60, save_every=1, eval_every=60, log_every=5)
-    straight = t.train(tiny(**flags, out_dir=str(tmp_path / "straight")))
-    c, rng, kills = tiny(**flags, out_dir=str(tmp_path / "killed")), random.Random(0), 0
-    out = tmp_path / "killed"
-    # One process that forks a run, so that Python and torch are imported once and not 30 times.
-    code = ("import os, sys, signal, time; sys.path.insert(0, sys.argv[1]); import train as t\n"
-            "t.torch.set_num_threads(1)\n"
-            "for line in sys.stdin:\n"
-            "    pid = os.fork()\n"
-            "    if pid == 0:\n"
-            "        try: t.train(t.parse_flags(line.split())); os._exit(0)\n"
-            "        except BaseException as e: print(repr(e), file=sys.stderr); os._exit(1)\n"
-            "    print(pid, flush=True); print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)\n")
-    server = subprocess.Popen([sys.executable, "-c", code, str(ROOT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-    def answer(of=int):
-        while True:
-            line = server.stdout.readline()
-            assert line, "the server died"
-            if line.strip().lstrip("-").isdigit():
-                return int(line)
-
-    try:
-        first = True
-        while True:
-            words = flags_of(c) if first or not (out / "ckpt.pt").exists() else [f"--resume={out}/ckpt.pt"]
-            first = False
-            server.stdin.write(" ".join(words) + "\n")
-            server.stdin.flush()
-            pid = answer()
-            if kills < 30:
-                time.sleep(rng.uniform(0.02, 0.35))
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-            code = answer()
-            assert code in (0, -signal.SIGKILL)
-            if (out / "ckpt.pt").exists():
-                load_checkpoint(out / "ckpt.pt")
-            if code == -signal.SIGKILL:
-                kills += 1
-            elif kills < 30:  # it came to its end: start over, until 30 have been killed
-                assert same(state(straight["checkpoint"])["model"], state(out / "ckpt.pt")["model"])
-                for path in out.iterdir():
-                    path.unlink()
-                first = True
-            else:
-                break
-    finally:
-        server.kill()
-    assert kills == 30
-    assert same(state(straight["checkpoint"]), state(out / "ckpt.pt"))
-    assert losses(straight["history"]) == losses(lines(out))
-
-
-@pytest.mark.parametrize("change", [dict(n_layer=3), dict(n_embd=64), dict(mlp="gelu"), dict(block_size=16),
-                                    dict(tie_embeddings=True), dict(optimizer="adamw"),
-                                    dict(tokenizer="bpe", vocab_size=300)])
-def test_resuming_with_a_changed_model_is_refused(tiny, tmp_path, change):
-    ckpt = t.train(tiny(steps=2))["checkpoint"]
-    before = open(ckpt, "rb").read()
-    with pytest.raises(t.BadInput, match="--resume=.*changed"):
-        t.train(tiny(steps=4, resume=ckpt, **change))
-    assert open(ckpt, "rb").read() == before
-
-
-def test_resume_takes_the_checkpoints_flags_and_folder(tiny):
-    ckpt = t.train(tiny(steps=4, lr=0.003))["checkpoint"]
-    c = t.parse_flags([f"--resume={ckpt}", "--steps=6"])
-    assert (c.lr, c.steps, c.out_dir, c.n_embd) == (0.003, 6, str(t.Path(ckpt).parent), 32)
-    assert t.parse_flags([f"--out_dir={t.Path(ckpt).parent}", "--resume=auto"]).lr == 0.003
-    assert t.parse_flags([f"--out_dir={t.Path(ckpt).parent}/none", "--resume=auto"]).resume == ""
-
-
-def test_resuming_past_the_last_step_is_refused(tiny):
-    ckpt = t.train(tiny(steps=4))["checkpoint"]
-    with pytest.raises(t.BadInput, match="--steps=3: the checkpoint is at step 4"):
-        t.train(tiny(steps=3, resume=ckpt))
-
-
-def test_resuming_with_other_optimizer_settings_uses_them(tiny, tmp_path):
-    """After one step from the same state the weights differ by the decay of that step alone."""
-    ckpt = t.train(tiny(steps=5, schedule="constant"))["checkpoint"]
-    ends = {}
-    for decay in (0.0, 0.5):
-        c = tiny(steps=6, schedule="constant", resume=ckpt, weight_decay=decay, out_dir=str(tmp_path / str(decay)))
-        ends[decay] = load_checkpoint(t.train(c)["checkpoint"])["model"]["blocks.0.mlp.up.weight"]
-    start = load_checkpoint(ckpt)["model"]["blocks.0.mlp.up.weight"]
-    torch.testing.assert_close(ends[0.0] - ends[0.5], t.Config().lr * 0.5 * start, atol=1e-6, rtol=1e-3)
-
-
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("before, after", [("none", "vector"), ("vector", "none"), ("scalar", "vector"), ("vector", "scalar")])
-def test_multipliers_can_come_and_go_without_a_change_of_the_model(tiny, tmp_path, before, after, optimizer):
-    ckpt = t.train(tiny(steps=5, multipliers=before, optimizer=optimizer))["checkpoint"]
-    stored = load_checkpoint(ckpt)
-    c = t.parse_flags([f"--resume={ckpt}", "--steps=9", f"--multipliers={after}", f"--out_dir={tmp_path}/after"])
-    history = t.train(c)["history"]
-    first = {h["step"]: h["val_loss"] for h in t.train(tiny(steps=5, resume=ckpt, multipliers=before, optimizer=optimizer,
-                                                           out_dir=str(tmp_path / "same")))["history"] if "val_loss" in h}
-    assert next(h["val_loss"] for h in history if h["step"] == 5) == first[5]
-    end = load_checkpoint(tmp_path / "after" / "ckpt.pt")
-    assert (end["multipliers"] is None) == (after == "none")
-    assert not any(torch.equal(end["model"][n], p) for n, p in stored["model"].items() if n.startswith("blocks."))
-
-
-def test_the_model_of_a_checkpoint_is_the_folded_matrices(tiny):
-    ckpt = torch.load(t.train(tiny(multipliers="vector", multiplier_lr=0.1))["checkpoint"], weights_only=True)
-    kept, model = ckpt["multipliers"], ckpt["model"]
-    q, k = (kept[f"blocks.1.mixer.qkv.weight:{piece}.r"] for piece in "qk")
-    assert (q - 1).abs().max() > 0.01 and not torch.equal(q, k)
-    W, c = kept["blocks.1.mixer.qkv.weight"], kept["blocks.1.mixer.qkv.weight:k.c"]
-    torch.testing.assert_close(model["blocks.1.mixer.qkv.weight"][32:64], torch.diag(k) @ W[32:64] @ torch.diag(c))
-    assert model["head.weight"].shape == (320, 32) and not any("head" in name for name in kept)
-
-
-def test_scales_are_logged_at_each_evaluation(tiny):
-    history = t.train(tiny(multipliers="vector"))["history"]
-    seen = [h for h in history if "weights" in h]
-    assert [h["step"] for h in seen] == [0, 5, 10]
-    assert set(seen[0]["drift"]) == {"q/k", "v/o", "up/down"} and set(seen[0]["drift"].values()) == {0.0}
-    assert seen[0]["weights"]["q"]["rms"] == seen[0]["weights"]["q"]["rms_effective"]
-    assert seen[-1]["weights"]["q"]["rms"] != seen[-1]["weights"]["q"]["rms_effective"]
-    assert seen[0]["weights"]["down"]["spread"] is None, "down starts at 0"
+@pytest.mark.parametrize("mixer, flags, optimizer", [
+    ("mamba2", dict(multipliers="vector"), "adamw"), ("hybrid", dict(n_experts=3), "muon"),
+    ("MA", dict(multipliers="scalar", linearity="mse", linearity_weight=0.01), "muon"),
+    ("attention", dict(n_experts=4, mlp="swiglu", param="completep", base_n_embd=16), "muon")])
+def test_all_kinds_of_blocks_train_resume_bitwise_and_sample(
+        mixer, flags, optimizer, tiny, teacher, tmp_path):
+    if mixer != "attention":
+        flags = dict(flags, d_state=8, ssm_head_dim=16)
+    flags = dict(flags, mixer=mixer, optimizer=optimizer, lr=0.01, **let(teacher))
+    straight = t.train(tiny(**flags, out_dir="straight"))
+    history = figures(straight["history"])
+    assert history[10, "val_loss"] < history[0, "val_loss"] - 0.1
+    checkpoint = stop_at(tiny(**flags), 5)
+    t.train(t.parse_flags([f"--resume={checkpoint}"]))
+    assert same(state(straight["checkpoint"]), state(checkpoint))
+    model = model_from_checkpoint(load_checkpoint(checkpoint)).eval()
+    idx = torch.tensor([[256, 100, 101]])
+    assert torch.equal(generate(model, idx, 8), generate(model, idx, 8, use_cache=False))
 
 
 def test_frozen_gains_stay_at_1(tiny, tmp_path):
-    for which, frozen in (("final", {"norm.weight"}), ("blocks", {f"blocks.{i}.{m}_norm.weight" for i in range(2)
-                                                                for m in ("mixer", "mlp")})):
-        c = tiny(steps=3, frozen_gains=which, out_dir=str(tmp_path / which))
+    blocks = {f"blocks.{i}.{m}_norm.weight" for i in range(2) for m in ("mixer", "mlp")}
+    for which, frozen in (("final", {"norm.weight"}), ("blocks", blocks),
+                          ("all", blocks | {"norm.weight"})):
+        c = tiny(steps=3, frozen_gains=which, out_dir=which)
         model = load_checkpoint(t.train(c)["checkpoint"])["model"]
-        assert {n for n, p in model.items() if n.endswith("norm.weight") and (p == 1).all()} == frozen
-
-
-def test_module_factors_act_on_their_module_alone(tiny, tmp_path):
-    """A step from 0 gradient history: the head moves twice as far, and all else as it did."""
-    ends = [load_checkpoint(t.train(tiny(steps=1, warmup_steps=0, weight_decay=0.0, optimizer="adamw", out_dir=str(
-        tmp_path / str(i)), module_lr=factors))["checkpoint"])["model"] for i, factors in enumerate(("", "head=2,mlp=0.5"))]
-    torch.manual_seed(0)
-    start = t.GPT(t.model_config(tiny(), 257)).state_dict()
-    for name, p in start.items():
-        factor = 2.0 if name == "head.weight" else 0.5 if ".mlp." in name else 1.0
-        torch.testing.assert_close(ends[1][name] - p, factor * (ends[0][name] - p), rtol=1e-3, atol=1e-6)
-
-
-def test_a_decay_branches_off_and_is_the_run_planned_to_that_length(tiny, tmp_path):
-    """From step 5 of a long run: with decay_fraction 0.5 it ends at 10, as a run of 10 steps that decays from 5 does."""
-    flags = dict(teacher="none", decay_fraction=0.5, decay_shape="sqrt")
-    trunk = stop_at(tiny(**flags, steps=40, out_dir=str(tmp_path / "trunk")), 5)
-    kept = open(trunk, "rb").read()
-    planned = t.train(tiny(**flags, steps=10, out_dir=str(tmp_path / "planned")))
-    c = t.parse_flags([f"--resume={trunk}", "--decay_now", f"--out_dir={tmp_path}/branch"])
-    assert c.steps == 10
-    assert t.train(c)["step"] == 10 and open(trunk, "rb").read() == kept
-    assert same(state(planned["checkpoint"]), state(tmp_path / "branch" / "ckpt.pt"))
-    lr = [h["lr"] for h in lines(tmp_path / "branch") if "lr" in h]
-    assert lr == pytest.approx([0.006 * (1 - (i / 5) ** 0.5) for i in range(5)], rel=1e-9)
-    longer = t.train(t.parse_flags([f"--resume={trunk}", "--decay_now", "--steps=25", f"--out_dir={tmp_path}/longer"]))
-    assert [h["lr"] for h in longer["history"] if "lr" in h][4] == pytest.approx(0.006 * (1 - 0.2**0.5))
-    again = t.parse_flags([f"--resume={tmp_path}/branch/ckpt.pt", "--steps=10"])
-    assert not again.decay_now, "a branch is resumed as any run"
-
-
-@pytest.mark.parametrize("share, stop", [(0.2, 8), (0.025, 1)])
-def test_a_decay_keeps_the_trunks_let_stop(tiny, small_teacher, tmp_path, share, stop):
-    flags = dict(teacher=small_teacher, let_student_layer=1, let_stop=share, decay_fraction=0.5)
-    trunk = stop_at(tiny(**flags, steps=40, out_dir=str(tmp_path / "trunk")), 5)
-    branch = t.train(t.parse_flags([f"--resume={trunk}", "--decay_now", f"--out_dir={tmp_path}/branch"]))
-    assert {h["step"]: h["let_weight"] for h in branch["history"] if "let_weight" in h} == pytest.approx(
-        {s + 1: 0.1 * (8 - s) / 8 for s in range(5, stop)})
-    kept = t.Config(**load_checkpoint(tmp_path / "branch/ckpt.pt")["config"])
-    assert t.stop_of(kept, kept.steps) == stop
-
-
-@pytest.mark.parametrize("flags, words, message", [
-    (dict(steps=8), [], "step 5 of a wsd schedule is not in its stable phase, steps 2 to 3"),
-    (dict(steps=40, schedule="cosine"), ["--schedule=wsd"], "step 5 of a cosine schedule is not in its stable phase"),
-    (dict(steps=40), ["--steps=5"], "--steps=5: the decay would begin at step 5"),
-    (dict(steps=40), ["--out_dir=TRUNK"], "holds a run already"),
-    (dict(steps=40, schedule="constant"), [], "is a setting of wsd")])
-def test_a_decay_that_cannot_branch_off_is_refused(tiny, tmp_path, flags, words, message):
-    trunk = stop_at(tiny(**flags, out_dir=str(tmp_path / "trunk")), 5)
-    words = [w.replace("TRUNK", str(tmp_path / "trunk")) for w in words]
-    with pytest.raises(t.BadInput, match=re.escape(message)):
-        t.train(t.parse_flags([f"--resume={trunk}", "--decay_now", *words]))
-
-
-def test_every_optimizer_flag_reaches_the_optimizer(tiny, tmp_path):
-    """Each makes another run than the one without it; and what is stored of it is what was asked for."""
-    base = dict(steps=4, warmup_steps=0, multipliers="vector", clip=0.1)
-    ends = []
-    for i, change in enumerate(({}, dict(muon_coefficients="polar_express"), dict(normuon=True), dict(momentum_warmup=8),
-                                dict(clip_multipliers=True), dict(multiplier_weight_decay=1.0), dict(multiplier_lr=0.1),
-                                dict(multiplier_placement="symmetry_free"), dict(multiplier_modules="mlp"),
-                                dict(decay_shape="sqrt"))):
-        end = load_checkpoint(t.train(tiny(**{**base, **change}, out_dir=str(tmp_path / str(i))))["checkpoint"])
-        assert not any(torch.equal(end["model"]["blocks.0.mlp.up.weight"], other) for other in ends), change
-        ends.append(end["model"]["blocks.0.mlp.up.weight"])
-        if change.get("momentum_warmup"):
-            assert end["optimizers"][0]["param_groups"][0]["momentum"] == pytest.approx(0.85 + 3 / 8 * 0.1)
-        if change.get("multiplier_weight_decay"):
-            assert end["optimizers"][2]["param_groups"][0]["weight_decay"] == 1.0
-
-
-@pytest.mark.parametrize("before, after, refused", [("", "mlp=2", True), ("mlp=2", "mlp=3", False), ("mlp=2", "head=2", True)])
-def test_the_groups_of_the_optimizer_stay_what_they_were(tiny, tmp_path, before, after, refused):
-    ckpt = t.train(tiny(steps=2, module_lr=before))["checkpoint"]
-    c = t.parse_flags([f"--resume={ckpt}", "--steps=3", f"--module_lr={after}", f"--out_dir={tmp_path}/after"])
-    if refused:
-        with pytest.raises(t.BadInput, match="modules named by --module_lr"):
-            t.train(c)
-    else:
-        t.train(c)
-
-
-def test_contradicting_optimizer_flags_are_listed_at_once(tiny, tmp_path):
-    words = ["--multiplier_lr=-0.1", "--multiplier_weight_decay=-1", "--multiplier_placement=nowhere", "--clip_multipliers",
-             "--optimizer=adamw", "--normuon", "--muon_coefficients=polar_express", "--momentum_warmup=5", "--decay_now",
-             "--module_lr=heads=2", "--module_decay=head=-1", "--schedule=cosine", "--decay_shape=sqrt",
-             "--multiplier_modules=mlp,heads", "--muon_scale=original"]
-    done = run_python(ROOT / "train.py", *words, f"--out_dir={tmp_path}/run")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
-    for expected in ("--multiplier_lr=-0.1: must be positive", "--multiplier_lr=-0.1: has no effect without --multipliers",
-                     "--multiplier_weight_decay=-1.0: must not be negative", "--multiplier_placement=nowhere: one of all, symm",
-                     "--clip_multipliers=True: has no effect", "--normuon=True --optimizer=adamw: is a setting of Muon",
-                     "--muon_coefficients=polar_express --optimizer=adamw", "--momentum_warmup=5 --optimizer=adamw",
-                     "--decay_now=True: needs --resume", "--module_lr=heads=2: heads: no such module",
-                     "--module_decay=head=-1: head=-1: a number from 0 on", "--decay_shape=sqrt --schedule=cosine",
-                     "--multiplier_modules=mlp,heads: out of", "--muon_scale=original --optimizer=adamw"):
-        assert expected in done.stderr, expected
-    with pytest.raises(t.BadInput, match="--multiplier_modules=head --tie_embeddings=True: a tied head"):
-        t.check(tiny(multipliers="scalar", multiplier_modules="head", tie_embeddings=True))
-
-
-def test_a_longer_run_keeps_the_stop_that_it_had(tiny, small_teacher, tmp_path):
-    ckpt = t.train(tiny(teacher=small_teacher, let_student_layer=1, let_stop=0.4))["checkpoint"]
-    assert [t.stop_of(c := t.parse_flags([f"--resume={ckpt}", *more]), c.steps) for more in (
-        [], ["--steps=40"], ["--steps=40", "--let_stop=0.4"])] == [4, 4, 16]
-    history = t.train(t.parse_flags([f"--resume={ckpt}", "--steps=14"]))["history"]
-    assert not any("let_weight" in h for h in history if h["step"] > 4)
-
-
-def test_a_run_is_not_resumed_into_the_folder_of_another(tiny, tmp_path):
-    a, b = (t.train(tiny(steps=2, save_every=1, keep_checkpoints=True, out_dir=str(tmp_path / name)))["checkpoint"] for name in "ab")
-    before = {p: p.read_bytes() for p in (tmp_path / "b").iterdir()}
-    for words in ([f"--resume={a}", f"--out_dir={tmp_path}/b"], [f"--resume={tmp_path}/b/step-0000001.pt"]):
-        with pytest.raises(t.BadInput, match=f"--out_dir={re.escape(str(tmp_path))}/b: holds a run already"):
-            t.train(t.parse_flags([*words, "--steps=3"]))
-    assert {p: p.read_bytes() for p in (tmp_path / "b").iterdir()} == before
-    assert t.train(t.parse_flags([f"--resume={b}", "--steps=3"]))["step"] == 3
-
-
-def test_a_projection_of_the_other_side_is_not_resumed(tiny, small_teacher, tmp_path):
-    ckpt = t.train(tiny(teacher=small_teacher, let_student_layer=1, let_resize="project", let_stop=8, steps=4))["checkpoint"]
-    before = Path(ckpt).read_bytes()
-    with pytest.raises(t.BadInput, match=r"its learned projection, \(32, 16\), is of the teacher's .*=student with .* needs \(16, 32\)"):
-        t.train(t.parse_flags([f"--resume={ckpt}", "--steps=6", "--let_resize_side=student"]))
-    assert Path(ckpt).read_bytes() == before
-
-
-def test_teachers_of_other_texts_are_others(tiny, tmp_path):
-    keys = set()
-    for text in ("one line\n", "another line\n"):
-        (tmp_path / "input.txt").write_text("".join(f"{text}{i}" for i in range(3000)))
-        c = tiny(data=str(tmp_path / "input.txt"), tokenizer="bytes", teacher="auto", n_embd=64, n_layer=4, let_student_layer=1)
-        data = t.load_data(c)
-        keys.add(t.auto_teacher(c, data.tokenizer, t.tokens_id(data)).out_dir)
-        assert t.tokens_id(data) == t.tokens_id(t.load_data(c))
-    assert len(keys) == 2
-
-
-@pytest.mark.parametrize("name, peak", [("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA RTX A1000", None), ("NVIDIA L40", None),
-                                        ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA L4", 121e12), ("NVIDIA RTX A4000", None)])
-def test_peak_of_a_gpu_is_its_own_or_none(name, peak, monkeypatch):
-    devices = t.Devices(torch.device("cpu"))
-    monkeypatch.setattr(devices, "name", lambda: name)
-    assert devices.peak_flops() == peak
-
-
-# Several ranks
-
-
-def test_ranks_and_their_gpus(tiny, monkeypatch):
-    with pytest.raises(t.BadInput, match="--device=cpu:0: of several processes each takes one of its own"):
-        t.check(tiny(device="cpu:0"), 2)
-    monkeypatch.setattr(t, "check", lambda *a: None)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    with pytest.raises(t.BadInput, match="--nproc_per_node=8: this machine has 2 GPUs"):
-        t.run(tiny(device="cuda"), None)
-
-
-@pytest.mark.parametrize("rank, error, said", [
-    ("0", t.BadInput("x"), "error: x\n"), ("1", t.BadInput("x"), ""), ("1", t.NonFinite("x"), ""),
-    ("1", FileNotFoundError(2, "No such file", "tokens"), "error of rank 1: tokens: No such file\n"),
-    ("0", FileNotFoundError(2, "No such file", "tokens"), "error: tokens: No such file\n")])
-def test_a_rank_speaks_of_what_it_met_alone(rank, error, said, monkeypatch, capsys):
-    def main(argv):
-        raise error
-
-    monkeypatch.setenv("RANK", rank)
-    with pytest.raises(SystemExit) as left:
-        t.command(main)
-    assert capsys.readouterr().err == said and left.value.code == (2 if isinstance(error, t.BadInput) else 1)
-
-
-@pytest.fixture
-def let_flags(small_teacher):
-    return dict(teacher=small_teacher, let_weight=1.0, let_stop=6, let_student_layer=1, let_resize="project")
-
-
-def test_the_projection_learns_at_the_laws_rate_and_at_the_rate_of_now_when_resumed(tiny, small_teacher, tmp_path):
-    law = {"version": t.LAW_VERSION, "units": "parameters, tokens", "a": math.log(0.01), "b": 0.0, "c": 0.0, "N": [1, 2],
-           "D": [1, 2], "draws": [[0.0, 0.0, 0.0]]}
-    (tmp_path / "law.json").write_text(json.dumps(law))
-    flags = dict(teacher=small_teacher, let_student_layer=1, let_resize="project", let_stop=8)
-    ckpt = t.train(tiny(**flags, steps=4, lr=0.0, lr_law=str(tmp_path / "law.json")))["checkpoint"]
-    assert load_checkpoint(ckpt)["let_optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.01)
-    ckpt = t.train(t.parse_flags([f"--resume={ckpt}", "--steps=6", "--lr=0.002"]))["checkpoint"]
-    assert load_checkpoint(ckpt)["let_optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.002)
-
-
-def test_a_teacher_without_a_name_is_refused(tiny):
-    with pytest.raises(t.BadInput, match="--teacher=: a name is needed"):
-        t.check(tiny(teacher=""))
-
-
-@pytest.mark.parametrize("extra", [{}, dict(multipliers="vector", normuon=True), dict(optimizer="adamw",
-                                   multipliers="scalar", tie_embeddings=True)], ids=["plain", "muon", "adamw"])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_reach_the_same_losses(tiny, tmp_path, let_flags, ranks, extra):
-    let_flags |= extra
-    one = t.train(tiny(**let_flags, micro_batch=2, eval_tokens=1100, out_dir=str(tmp_path / "one")))
-    c = tiny(**let_flags, micro_batch=2, eval_tokens=1100, out_dir=str(tmp_path / "more"))
-    done = run_python(ROOT / "train.py", *flags_of(c), ranks=ranks)
-    assert done.returncode == 0, done.stderr
-    a, b = losses(one["history"]), losses(lines(tmp_path / "more"))
-    assert a.keys() == b.keys() and max(abs(a[k] - b[k]) for k in a) < 1e-4
-    assert json.loads((tmp_path / "more" / "config.json").read_text())["provenance"]["world_size"] == ranks
-    a, b = (load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("one", "more"))
-    for i, packed in enumerate(a["optimizers"]):  # the state is whole, and does not show the number of ranks
-        for index, kept in packed["state"].items():
-            for key, value in kept.items():
-                assert (b["optimizers"][i]["state"][index][key] - value).norm() <= 2e-2 * value.norm()
-
-
-@pytest.mark.parametrize("before,after", [(2, 1), (1, 2)])
-def test_a_checkpoint_moves_between_numbers_of_ranks(tiny, tmp_path, before, after):
-    """With a schedule that does not depend on the number of steps, a run of 5 is the first half of a run of 10."""
-    flags = dict(schedule="constant", multipliers="vector", normuon=True)
-    reference = t.train(tiny(**flags, out_dir=str(tmp_path / "reference")))
-    c = tiny(**flags, steps=5)
-    for words, ranks in ((flags_of(c), before), ([f"--resume={c.out_dir}/ckpt.pt", "--steps=10"], after)):
-        done = run_python(ROOT / "train.py", *words, ranks=ranks)
-        assert done.returncode == 0, done.stderr
-    a, b = losses(reference["history"]), losses(lines(tmp_path / "run"))
-    assert a.keys() == b.keys() and max(abs(a[k] - b[k]) for k in a) < 1e-4
-
-
-# Signals, failures
-
-
-def wait_for(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
-
-
-def children(pid):
-    out = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(p) for p in out.split()]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_at_the_next_step_and_exits_0(tiny, tmp_path, number):
-    c = tiny(steps=10**6, save_every=10**6, eval_every=10**6)
-    run = subprocess.Popen([sys.executable, ROOT / "train.py", *flags_of(c)], stdout=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and "train_loss" in metrics.read_text())
-    run.send_signal(number)
-    out, _ = run.communicate(timeout=60)
-    assert run.returncode == 0 and "--resume=" in out
-    ckpt = load_checkpoint(tmp_path / "run" / "ckpt.pt")
-    assert ckpt["step"] == lines(tmp_path / "run")[-1]["step"] > 0
-
-
-@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-def test_a_signal_to_one_rank_stops_all_with_0(tiny, tmp_path):
-    c = tiny(steps=10**6, save_every=10**6, eval_every=10**6)
-    run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                            ROOT / "train.py", *flags_of(c)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and "train_loss" in metrics.read_text())
-    os.kill(children(run.pid)[-1], signal.SIGTERM)
-    _, err = run.communicate(timeout=60)
-    assert run.returncode == 0, err
-    assert load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] > 0
-
-
-@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-def test_the_second_signal_aborts(tiny, monkeypatch):
-    signals = t.StopSignals()
-    with signals:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)  # torchrun's echo of a Ctrl-C: another signal, the same wish
-        with pytest.raises(SystemExit) as stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)
-    assert stop.value.code == 128 + signal.SIGTERM
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_value_that_is_not_finite_stops_before_the_weights_are_touched(tiny, monkeypatch, what):
-    c, clip, taken = tiny(save_every=1), t.clip_gradients, []
-
-    def poisoned(params, max_norm):
-        params = list(params)
-        if len(taken) == 6:
-            if what == "loss":
-                raise AssertionError("not reached")
-            params[0].grad[0] = math.nan
-        taken.append(1)
-        return clip(params, max_norm)
-
-    if what == "gradient":
-        monkeypatch.setattr(t, "clip_gradients", poisoned)
-    else:
-        forward = t.GPT.forward
-
-        def broken(self, idx, targets=None, **kw):
-            loss, states = forward(self, idx, targets, **kw)
-            if torch.is_grad_enabled():
-                taken.append(1)
-            return (loss * math.inf if len(taken) > 12 else loss), states  # two micro-batches a step
-        monkeypatch.setattr(t.GPT, "forward", broken)
-    with pytest.raises(t.NonFinite, match="step 6: .*ckpt.pt holds step 6"):
-        t.train(c)
-    weights = load_checkpoint(f"{c.out_dir}/ckpt.pt")
-    assert weights["step"] == 6 and all(torch.isfinite(v).all() for v in weights["model"].values())
-
-
-def test_a_diverging_run_exits_with_1_and_one_line(tiny):
-    done = run_python(ROOT / "train.py", *flags_of(tiny(lr=1e30, clip=0.0, optimizer="adamw", steps=30)))
-    assert done.returncode == 1
-    assert done.stderr.count("error:") == 1 and "before the weights were touched" in done.stderr
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a file size limit stands in for a full disk")
-def test_a_full_disk_exits_with_1_and_leaves_the_last_checkpoint(tiny, tmp_path):
-    ckpt = t.train(tiny(steps=5))["checkpoint"]
-    size = os.path.getsize(ckpt)
-    code = ("import resource, signal, sys, runpy; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}));"
-            f"sys.argv = ['train.py', '--resume={ckpt}', '--steps=10']; sys.path.insert(0, {str(ROOT)!r});"
-            "runpy.run_path(sys.path[0] + '/train.py', run_name='__main__')")
-    done = run_python("-c", code)
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error:") and "ckpt.pt" in done.stderr
-    assert load_checkpoint(ckpt)["step"] == 5
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_dry_run_prints_the_plan_and_writes_nothing(tiny, capsys):
+        gains = {name: p for name, p in model.items() if name.endswith("norm.weight")}
+        assert {name for name, p in gains.items() if (p == 1).all()} == frozen
+
+
+def test_every_setting_of_the_optimizer_reaches_it(tiny, tmp_path):
+    """Each makes another run than the one without it."""
+    base, ends = dict(steps=4, warmup_steps=0, multipliers="vector", clip=0.1), {}
+    for name, value in {
+            "seed": 0, "lr": 0.01, "weight_decay": 0.5, "clip": 0.0, "beta1": 0.5, "beta2": 0.5,
+            "momentum": 0.5, "muon_scale": "spectral", "optimizer": "adamw", "embedding_lr": 3.0,
+            "module_lr": "mlp=2", "schedule": "wsd_sqrt", "decay_fraction": 0.9,
+            "clip_multipliers": True, "multipliers": "scalar", "multiplier_lr": 0.1,
+            "multiplier_weight_decay": 1.0, "multiplier_placement": "symmetry_free",
+            "multiplier_modules": "mlp"}.items():
+        c = tiny(**{**base, name: value}, out_dir=name)
+        model = load_checkpoint(t.train(c)["checkpoint"])["model"]
+        ends[name] = model["blocks.0.mlp.up.weight"], model["embed.weight"], model["head.weight"]
+    for name, end in ends.items():
+        assert not any(same(end, other) for key, other in ends.items() if key != name), name
+
+
+def test_the_plan_names_the_size_and_writes_nothing(tiny, cache, capsys):
     c = tiny(dry_run=True)
-    t.train(c)
-    out = capsys.readouterr().out
-    n = t.GPT(t.model_config(c, 257)).num_params()
-    assert f"{n:,}" in out and "2,560 tokens" in out and not t.Path(c.out_dir).exists()
-
-
-def test_the_commands_of_the_readme_are_understood():
-    """A shell runs them all, with a stand-in for train.py that prints its flags: each exists, has the right type, agrees."""
-    blocks = re.findall(r"(?:^(?:    .*)?\n)*^    .*train\.py.*\n(?:^(?:    .*)?\n)*", (ROOT / "README.md").read_text(), re.MULTILINE)
-    script = """python() { if [ "$1" = train.py ]; then shift; printf '%s\\x1f' "$@"; echo; elif [ "$1" = -c ]; then command python3 "$@"; fi; }
-        torchrun() { while [[ $1 == --* ]]; do shift; done; python "$@"; }; pip() { :; }; pytest() { :; }
-        """ + "\n".join(line for line in "\n".join(blocks).splitlines() if not re.match(r"    (teacher:|step |student:)", line))
-    done = subprocess.run(["bash", "-ec", script], text=True, capture_output=True)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    commands = [line.split("\x1f")[:-1] for line in done.stdout.splitlines()]
-    assert len(commands) > 80
-    for words in {tuple(words) for words in commands}:
-        if words and words != ("--help",) and not words[0].startswith("--resume"):
-            t.check(t.parse_flags(words))
-
-
-def test_bf16_autocast_stays_near_fp32(tiny, tmp_path):
-    a = t.train(tiny(steps=30, eval_every=30, out_dir=str(tmp_path / "a")))
-    b = t.train(tiny(steps=30, eval_every=30, dtype="bf16", out_dir=str(tmp_path / "b")))
-    assert a["val_loss"] != b["val_loss"] and abs(a["val_loss"] - b["val_loss"]) < 0.05
-
-
-SSM = dict(d_state=16, ssm_head_dim=16, chunk_size=8)
+    plan, out = t.train(c), capsys.readouterr().out
+    model = t.GPT(t.model_config(c, 257))
+    assert plan["parameters"] == sum(p.numel() for p in model.parameters())
+    assert plan["flops"] == model.flops_per_token() * 2560
+    assert f"{plan['parameters']:,}" in out and "2,560" in out
+    taught = t.train(tiny(dry_run=True, teacher="auto", let_student_layer=1, let_stop=5.0))
+    assert taught["flops"] > plan["flops"]
+    assert not Path(c.out_dir).exists() and not (cache / "teachers").exists()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("flags", [{}, dict(multipliers="vector", normuon=True, muon_coefficients="polar_express"),
-                                   dict(SSM, mixer="mamba2"), dict(SSM, mixer="hybrid", n_experts=4)],
-                         ids=["default", "multipliers", "mamba2", "hybrid-experts"])
-def test_cuda_run_in_bf16_compiled(tiny, flags):
-    result = t.train(tiny(device="cuda", dtype="auto", compile="true", steps=60, eval_every=20, lr=0.02, **flags))
-    evals = [h["val_loss"] for h in result["history"] if "val_loss" in h]
+@pytest.mark.parametrize("flags", [
+    {}, dict(multipliers="vector"), dict(mixer="mamba2", d_state=16, ssm_head_dim=16),
+    dict(mixer="hybrid", d_state=16, ssm_head_dim=16, n_experts=4)],
+    ids=["default", "multipliers", "mamba2", "hybrid-experts"])
+def test_a_compiled_run_in_bf16_learns_on_a_gpu(tiny, flags):
+    c = tiny(device="cuda", dtype="auto", compile="true", steps=60, eval_every=20, lr=0.02, **flags)
+    evals = [h["val_loss"] for h in t.train(c)["history"] if "val_loss" in h]
     assert evals[-1] < 0.6 * evals[0]
+
+
+def test_the_first_loss_with_let_is_the_sum_of_its_parts(tiny, teacher):
+    """From the student's state after block 1, the teacher's last normed state and the cosine."""
+    c = tiny(**let(teacher), steps=6)
+    first = next(h for h in t.train(c)["history"] if "train_loss" in h)
+    student, idx, targets = first_batch(c)
+    T = model_from_checkpoint(load_checkpoint(teacher))
+    x, (h_M,) = student(idx, hidden=(1,))
+    h_T = F.interpolate(T(idx)[0], size=32, mode="linear")
+    cosine = F.cosine_similarity(h_M, h_T, dim=-1).mean().item()
+    nll = F.cross_entropy(student.logits(x).flatten(0, 1), targets.flatten()).item()
+    assert first["let_weight"] == 1.0
+    assert first["let_cosine"] == pytest.approx(cosine, abs=1e-5)
+    assert first["loss"] == pytest.approx(nll - cosine, abs=1e-5)
+
+
+def test_the_loss_of_step_by_step_is_the_mean_over_each_tasks_counted_tokens(tiny, records):
+    c = tiny(**step_by_step(records, distill_weight=0.25), steps=2)
+    first = next(h for h in t.train(c)["history"] if "train_loss" in h)
+    student, idx, targets = first_batch(c)
+    logits = student.logits(student(idx)[0])
+    label, rationale = (F.cross_entropy(logits[row::2].flatten(0, 1), targets[row::2].flatten(),
+                                        ignore_index=IGNORE).item() for row in (0, 1))
+    assert first["train_loss"] == pytest.approx(label, abs=1e-5)
+    assert first["loss"] == pytest.approx(0.75 * label + 0.25 * rationale, abs=1e-5)
+    lengths = (targets != IGNORE).sum(1)
+    assert len({*lengths.tolist()}) > 4  # else a mean of means would do as well
+
+
+@pytest.mark.parametrize("flags", [dict(let_stop=5.0), dict(let_stop=5.0, let_resize="project"),
+                                   dict(distill="salt", distill_stop=5.0)], ids=str)
+def test_after_the_stop_a_run_is_bitwise_one_that_never_had_a_teacher(
+        flags, tiny, teacher, tmp_path):
+    """The other goes on from the stop, without any flag of a teacher."""
+    flags = dict(flags, teacher=teacher)
+    if "let_stop" in flags:
+        flags |= dict(let_weight=1.0, let_student_layer=1)
+    whole = t.train(tiny(**flags, out_dir="whole"))
+    stopped = stop_at(tiny(**flags, out_dir="stopped"), 5)
+    plain = t.train(tiny(resume=stopped, out_dir="plain"))
+    assert same(state(whole["checkpoint"])["model"], state(plain["checkpoint"])["model"])
+    a, b = figures(whole["history"]), figures(plain["history"])
+    after = {k: v for k, v in a.items() if k[0] > 5}
+    assert after and after.items() <= b.items()
+
+
+def test_the_teacher_is_called_once_a_pass_until_its_stop_and_then_leaves_memory(
+        tiny, teacher, monkeypatch):
+    calls, alive = [], []
+    call, evaluate = t.LET.__call__, t.evaluate
+
+    def counted(self, p):
+        calls.append(weakref.ref(self.teacher))
+        return call(self, p)
+
+    def watched(run):
+        alive.append(bool(calls) and calls[0]() is not None)
+        return evaluate(run)
+
+    monkeypatch.setattr(t.LET, "__call__", counted)
+    monkeypatch.setattr(t, "evaluate", watched)
+    t.train(tiny(**let(teacher), eval_every=2))
+    assert len(calls) == 6 * 2  # two passes a step
+    assert alive == [False, True, True, True, False, False]
+
+
+def test_the_automatic_teacher_is_small_sees_more_tokens_and_is_made_once(tiny, tmp_path, cache):
+    c = tiny(teacher="auto", n_embd=64, n_layer=4, let_student_layer=1)
+    result = t.train(c)
+    kept, = (cache / "teachers").glob("*/ckpt.pt")
+    made, time_made = load_checkpoint(kept), kept.stat().st_mtime_ns
+    student = load_checkpoint(result["checkpoint"])
+    sizes = [sum(v.numel() for v in ckpt["model"].values()) for ckpt in (made, student)]
+    assert sizes[0] <= sizes[1] / 4 and made["tokens"] > student["tokens"]
+    t.train(t.replace(c, seed=1, lr=1e-3, optimizer="adamw", out_dir=str(tmp_path / "b")))
+    assert kept.stat().st_mtime_ns == time_made
+    write_text(tmp_path / "other", {"input.txt": "other text\n" * 2000})
+    t.train(t.replace(c, data=str(tmp_path / "other"), out_dir=str(tmp_path / "c")))
+    assert len([*(cache / "teachers").glob("*/ckpt.pt")]) == 2
+
+
+@pytest.mark.parametrize("flags, kinds, chosen", [
+    (dict(n_layer=4), "AA", (0, 3)), (dict(n_layer=4, tie_embeddings=True), "AAAA", (0, 1, 2, 3)),
+    (dict(n_layer=4, mixer="MAAH", d_state=8, ssm_head_dim=16), "MH", (0, 3)),
+    (dict(mixer="mamba2", d_state=8, ssm_head_dim=16), "MM", (0, 1))], ids=str)
+def test_a_run_starts_from_a_checkpoints_weights_and_architecture(
+        flags, kinds, chosen, tiny, tmp_path):
+    source = t.train(tiny(**flags, out_dir="source"))
+    words = [word for word in flags_of(tiny(lr=1e-30, steps=1, warmup_steps=0)) if not re.match(
+        "--(n_layer|n_embd|n_head|tokenizer)=", word)] + [f"--init_from={source['checkpoint']}"]
+    c = t.parse_flags(words + [f"--n_layer={len(kinds)}"])
+    assert (c.n_embd, c.n_head, c.tokenizer) == (32, 2, "teacher")
+    result = t.train(c)
+    a, b = load_checkpoint(source["checkpoint"])["model"], load_checkpoint(result["checkpoint"])
+    assert model_from_checkpoint(b).config.kinds() == kinds
+    for name, p in b["model"].items():
+        if name.startswith("blocks."):
+            _, block, rest = name.split(".", 2)
+            name = f"blocks.{chosen[int(block)]}.{rest}"
+        torch.testing.assert_close(p, a[name], rtol=0, atol=0)
+    if len(kinds) == flags.get("n_layer", 2):
+        assert result["history"][0]["val_loss"] == pytest.approx(source["val_loss"], abs=1e-6)
+    again = t.train(t.parse_flags([f"--resume={result['checkpoint']}", "--steps=2"]))
+    assert again["step"] == 2
+
+
+def test_ten_steps_are_bitwise_five_and_five_in_a_new_process(tiny, teacher, tmp_path):
+    flags = let(teacher, let_resize="project", multipliers="vector", schedule="wsd_sqrt")
+    straight = t.train(tiny(**flags, out_dir="straight"))
+    checkpoint = stop_at(tiny(**flags, out_dir="halved"), 5)
+    done = run_python(ROOT / "train.py", f"--resume={checkpoint}")
+    assert done.returncode == 0, done.stderr
+    assert same(state(straight["checkpoint"]), state(checkpoint))
+    assert figures(straight["history"]) == figures(lines(tmp_path / "halved"))
+
+
+KILLER = """
+import os, random, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import train
+checkpoint, flags, rng, kills = sys.argv[2], sys.argv[3:], random.Random(0), 0
+def stamp():
+    return os.path.exists(checkpoint) and os.stat(checkpoint).st_mtime_ns
+while kills < 3:
+    pid = os.fork()
+    if pid == 0:
+        words = [f"--resume={checkpoint}"] if os.path.exists(checkpoint) else flags
+        train.train(train.parse_flags(words))
+        os._exit(0)
+    time_saved = stamp()
+    while stamp() == time_saved:
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.1))
+    os.kill(pid, signal.SIGKILL)
+    kills += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    if os.path.exists(checkpoint):
+        train.load_checkpoint(checkpoint)
+train.train(train.parse_flags([f"--resume={checkpoint}"]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_a_run_killed_at_random_moments_comes_to_the_same_end(tiny, tmp_path):
+    """kill -9, three times, of a run that saves at every step."""
+    flags = dict(steps=60, save_every=1, eval_every=20, log_every=5)
+    straight = t.train(tiny(**flags, out_dir="straight"))
+    c = tiny(**flags, out_dir="killed")
+    done = run_python("-c", KILLER, ROOT, f"{c.out_dir}/ckpt.pt", *flags_of(c))
+    assert done.returncode == 0, done.stderr
+    assert same(state(straight["checkpoint"]), state(tmp_path / "killed" / "ckpt.pt"))
+    assert figures(straight["history"]) == figures(lines(tmp_path / "killed"))
+
+
+def test_a_resumed_run_takes_the_checkpoints_flags_and_folder(tiny, tmp_path):
+    checkpoint = t.train(tiny(steps=4, lr=0.003))["checkpoint"]
+    c = t.parse_flags([f"--resume={checkpoint}", "--steps=6"])
+    assert (c.lr, c.steps, c.out_dir, c.n_embd) == (0.003, 6, str(tmp_path / "run"), 32)
+    assert t.parse_flags([f"--out_dir={tmp_path}/run", "--resume=auto"]).lr == 0.003
+    assert t.parse_flags([f"--out_dir={tmp_path}", "--resume=auto"]) == t.Config(
+        out_dir=str(tmp_path))
+
+
+def test_a_decay_branches_off_and_is_the_run_planned_to_that_length(tiny, tmp_path):
+    """From step 5 of a long run, with a decay of half of the steps: the run of 10 steps."""
+    flags = dict(decay_fraction=0.5, schedule="wsd_sqrt")
+    trunk = stop_at(tiny(**flags, steps=40, out_dir="trunk"), 5)
+    kept = Path(trunk).read_bytes()
+    planned = t.train(tiny(**flags, out_dir="planned"))
+    branch = [f"--resume={trunk}", "--decay_now", f"--out_dir={tmp_path}/branch"]
+    assert t.train(t.parse_flags(branch))["step"] == 10 and Path(trunk).read_bytes() == kept
+    assert same(state(planned["checkpoint"]), state(tmp_path / "branch" / "ckpt.pt"))
+    lr = [h["lr"] for h in lines(tmp_path / "branch") if "lr" in h]
+    assert lr == pytest.approx([0.006 * (1 - (i / 5) ** 0.5) for i in range(5)])
+    longer = t.train(t.parse_flags([*branch[:2], "--steps=25", f"--out_dir={tmp_path}/longer"]))
+    lr = [h["lr"] for h in longer["history"] if "lr" in h]
+    assert lr == pytest.approx([0.006 * (1 - (i / 20) ** 0.5) for i in range(20)])
+    again = t.parse_flags([f"--resume={tmp_path}/branch/ckpt.pt"])
+    assert not again.decay_now, "a branch is resumed as any run"
+
+
+def test_a_decay_branches_off_a_constant_run_and_not_off_a_schedule_that_is_not_known(
+        tiny, tmp_path):
+    trunk = stop_at(tiny(schedule="constant", out_dir="trunk"), 5)
+    words = [f"--resume={trunk}", "--decay_now", "--schedule=wsd", f"--out_dir={tmp_path}/branch"]
+    assert t.train(t.parse_flags(words))["step"] == round(5 / (1 - t.Config().decay_fraction))
+    checkpoint = load_checkpoint(trunk)
+    checkpoint["config"]["schedule"] = "wsd_of_next_year"
+    torch.save(checkpoint, trunk)
+    with pytest.raises(t.BadInput, match="--decay_now.*wsd_of_next_year"):
+        t.train(t.parse_flags([*words[:-1], f"--out_dir={tmp_path}/other"]))
+
+
+@pytest.mark.parametrize("words, last", [
+    (["--decay_now", "--decay_fraction=0.5"], 8), (["--steps=60"], 8),
+    (["--steps=60", "--let_stop=0.2"], 12)])
+def test_a_teacher_stops_where_it_did_in_a_branch_and_in_a_longer_run(
+        words, last, tiny, teacher, tmp_path):
+    flags = {**let(teacher), "let_stop": 0.2, "decay_fraction": 0.5}
+    trunk = stop_at(tiny(**flags, steps=40, out_dir="trunk"), 5)
+    words = [f"--resume={trunk}", *words, f"--out_dir={tmp_path}/more"]
+    history = t.train(t.parse_flags(words))["history"]
+    weights = {h["step"] - 1: h["let_weight"] for h in history if h.get("let_weight")}
+    end = min(last, history[-1]["step"])
+    assert weights == pytest.approx({s: (last - s) / last for s in range(5, end)})
+
+
+# --------------------------------------------------------------------------------------------------
+# Several ranks, in one process group for all runs
+
+RANKS = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import train
+for words in json.load(open(sys.argv[2])):
+    train.train(train.parse_flags(words))
+train.dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def on_ranks(corpus, teacher, records, tmp_path_factory):
+    """{name: (the run in one process, the folder of the run on two ranks)}."""
+    folder, runs = tmp_path_factory.mktemp("ranks"), {}
+    for name, flags in {
+            "let and multipliers": let(teacher, let_resize="project", multipliers="vector"),
+            "tied adamw": dict(optimizer="adamw", tie_embeddings=True, n_experts=4),
+            "gkd": dict(teacher=teacher, distill="gkd", distill_on_policy=0.5),
+            "step_by_step": step_by_step(records),
+            "constant": dict(schedule="constant")}.items():
+        runs[name] = [tiny_config(corpus, folder, f"{world} {name}", micro_batch=2,
+                                  eval_tokens=1100, **flags) for world in (1, 2)]
+    one = {name: t.train(c) for name, (c, _) in runs.items()}
+    halved = tiny_config(corpus, folder, "halved", schedule="constant", steps=5, eval_tokens=1100)
+    t.train(halved)
+    words = [flags_of(c) for _, c in runs.values()]
+    words.append([f"--resume={halved.out_dir}/ckpt.pt", "--steps=10"])
+    first = t.replace(halved, out_dir=str(folder / "first half"))
+    words.append(flags_of(first))
+    (folder / "runs.json").write_text(json.dumps(words))
+    (folder / "ranks.py").write_text(RANKS)
+    done = run_python(folder / "ranks.py", ROOT, folder / "runs.json", ranks=2)
+    assert done.returncode == 0, done.stderr
+    t.train(t.parse_flags([f"--resume={first.out_dir}/ckpt.pt", "--steps=10"]))
+    found = {name: (one[name], Path(c.out_dir)) for name, (_, c) in runs.items()}
+    found["from one rank to two"] = one["constant"], Path(halved.out_dir)
+    found["from two ranks to one"] = one["constant"], Path(first.out_dir)
+    return found
+
+
+@pytest.mark.parametrize("name", [
+    "let and multipliers", "tied adamw", "gkd", "step_by_step", "from one rank to two",
+    "from two ranks to one"])
+def test_two_ranks_write_the_same_metrics_and_checkpoint_as_one(name, on_ranks):
+    one, folder = on_ranks[name]
+    assert figures(lines(folder)) == pytest.approx(figures(one["history"]), abs=3e-4, rel=1e-3)
+    a, b = load_checkpoint(one["checkpoint"]), load_checkpoint(folder / "ckpt.pt")
+    for name, p in a["optimizers"]["adamw"].items():  # whole, whatever the number of ranks
+        for key, value in p.items():
+            other = b["optimizers"]["adamw"][name][key]
+            assert (other - value).norm() <= 2e-2 * value.norm() + 1e-6
+    assert a["optimizers"].keys() == b["optimizers"].keys()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+@pytest.mark.parametrize("number, ranks", [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_saves_at_the_next_step_on_all_ranks_and_exits_with_its_code(
+        number, ranks, tiny, tmp_path):
+    c = tiny(steps=10**6, save_every=10**6, eval_every=10**6)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] * (ranks > 1)
+    run = subprocess.Popen([sys.executable, *launcher, ROOT / "train.py", *flags_of(c)],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and "train_loss" in metrics.read_text()):
+        assert time.monotonic() < end and run.poll() is None
+        time.sleep(0.02)
+    asked = run.pid
+    if ranks > 1:
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], text=True,
+                                  capture_output=True).stdout.split()
+        asked = int(children[-1])
+    os.kill(asked, number)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == (128 + number if ranks == 1 else 1), err
+    assert f"--resume={c.out_dir}/ckpt.pt" in out and (ranks > 1 or "Traceback" not in err)
+    assert load_checkpoint(f"{c.out_dir}/ckpt.pt")["step"] == lines(c.out_dir)[-1]["step"] > 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_the_same_signal_twice_aborts_and_an_interrupted_run_has_its_exit_code(monkeypatch):
+    with t.StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)  # torchrun's echo of a Ctrl-C: another, the same wish
+        assert signals.seen == {signal.SIGTERM, signal.SIGINT}
+        with pytest.raises(SystemExit) as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+    assert stop.value.code == 143
+    monkeypatch.setattr(t, "train", lambda c: {"interrupted": 15})
+    with pytest.raises(SystemExit) as stop:
+        t.main([])
+    assert stop.value.code == 143
+
+
+def test_a_loss_that_is_not_finite_stops_a_run_before_its_weights_are_touched(tiny, monkeypatch):
+    """The message has the value that was trained on: here a term other than the next-token loss."""
+    c, runs, loop = tiny(save_every=1, linearity="cosine"), [], t.loop
+
+    class Broken(t.Linearity):
+        def __call__(self, p):
+            loss, named = super().__call__(p)
+            return (loss - math.inf if p.step == 6 else loss), named
+
+    monkeypatch.setattr(t, "Linearity", Broken)
+    monkeypatch.setattr(t, "loop", lambda run, signals: runs.append(run) or loop(run, signals))
+    with pytest.raises(t.NonFinite) as error:
+        t.train(c)
+    assert all(part in str(error.value) for part in ("step 6", "-inf", f"{c.out_dir}/ckpt.pt"))
+    kept = load_checkpoint(f"{c.out_dir}/ckpt.pt")
+    assert kept["step"] == 6 and same(kept["model"], dict(runs[0].model.state_dict()))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tiny, tmp_path, monkeypatch):
+    checkpoint = t.train(tiny(steps=5))["checkpoint"]
+
+    def full_disk(state, path):
+        Path(path).write_bytes(b"half of the file")
+        raise RuntimeError("what torch says")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError) as error:
+        t.train(t.parse_flags([f"--resume={checkpoint}", "--steps=10"]))
+    assert error.value.filename == checkpoint and load_checkpoint(checkpoint)["step"] == 5
+    assert len([*(tmp_path / "run").iterdir()]) == 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags, and what bad input is answered with
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("", {}), ("--steps 7 --lr 1e-3", {"steps": 7, "lr": 0.001}), ("--out_dir=", {}),
+    ("--dry_run --steps=7 --qk_norm", {"dry_run": True, "steps": 7, "qk_norm": True}),
+    ("--qk_norm 0 --dry_run True", {"dry_run": True}), ("--steps=1 --steps=2", {"steps": 2}),
+    ("--data=a=b=c", {"data": "a=b=c"}), ("--data=--odd", {"data": "--odd"}),
+    ("--let_teacher_layer -2", {"let_teacher_layer": -2}),
+    ("--data=~/text", {"data": os.path.expanduser("~/text")})])
+def test_flags_are_read(line, expected):
+    assert t.parse_flags(line.split()) == t.Config(**expected)
+
+
+def test_sound_flags_pass_and_help_is_no_error(tiny, capsys):
+    for flags in (dict(n_kv_head=1), dict(micro_batch=64), dict(clip=0.0, decay_fraction=1.0),
+                  dict(warmup_steps=500, schedule="constant"), dict(mixer="MA", d_state=32)):
+        t.check(tiny(**flags))
+    t.check(t.Config())
+    t.check(tiny(micro_batch=1), world=8)
+    with pytest.raises(SystemExit) as stop:
+        t.parse_flags(["--steps=5", "--help"])
+    out = capsys.readouterr().out
+    assert not stop.value.code and all(f"--{name}" in out for name in t.FLAGS)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, teacher, tmp_path_factory):
+    """A folder with a finished run of 10 steps, its checkpoint of step 5, and a bare model."""
+    folder = tmp_path_factory.mktemp("finished")
+    t.train(tiny_config(corpus, folder, keep_checkpoints=True, module_lr="mlp=2"))
+    t.train(tiny_config(corpus, folder, "cosine", schedule="cosine", steps=5))
+    model = load_checkpoint(teacher)
+    bare = {k: model[k] for k in ("format", "model", "model_config", "tokenizer")}
+    torch.save(bare, folder / "bare.pt")
+    (folder / "file").write_text("a file")
+    return folder
+
+
+VALUES = {  # refused values
+    "0": "block_size batch_tokens micro_batch eval_tokens n_layer n_embd n_head steps eval_every "
+         "log_every save_every lr embedding_lr",
+    "-1": "n_kv_head warmup_steps weight_decay clip seed sample_tokens n_experts beta1 momentum",
+    "1.0": "beta1 beta2 momentum", "nan": "lr clip", "many": "steps lr", "1.5": "steps seed",
+    "1e999": "lr", str(2**64): "seed",
+    "odd": " ".join(name for name, f in t.FLAGS.items() if f.metadata["choices"])}
+# Command lines. The message must have the name and value of each flag that is not in brackets.
+REFUSED = [f"--{name}={value}" for value, names in VALUES.items() for name in names.split()] + """
+    --n_layers | --Steps | -steps | steps | --resume=auto | --steps | --qk_norm=maybe
+    --steps=0 --mlp=relu --beta1=2 | --decay_now | --out_dir=AT/file | --resume=nowhere.pt
+    --batch_tokens=100 (--block_size=32) | --micro_batch=3 | --n_head=3 | --n_embd=6
+    --n_kv_head=4 | --mixer=MAX | --mixer=MMA | --d_state=32 | (--mixer=mamba2) --ssm_head_dim=24
+    (--mixer=mamba2) --n_experts=4 | (--mixer=mamba2) --qk_norm=True | --experts_per_token=3
+    (--n_experts=4) --experts_per_token=5 | --base_n_embd=64 | --vocab_size=300
+    (--tokenizer=bpe) --vocab_size=256 | --tokenizer=teacher | --tokenizer=gpt-2
+    --steps=10 --warmup_steps=11 | --lr=1.0 --lr_law=x | (--optimizer=adamw) --momentum=0.5
+    --lr_law=x | (--optimizer=adamw) --muon_scale=spectral | (--tie_embeddings) --embedding_lr=3.0
+    (--schedule=cosine) --decay_fraction=0.5 | --linearity_weight=2.0 | --module_lr=heads=2
+    --module_lr=head=-1 | (--multipliers=scalar) --multiplier_modules=all | --multiplier_lr=0.1
+    (--multipliers=scalar) --clip_multipliers=True --clip=0.0 | --let_weight=2.0 | --distill=kd
+    (--teacher=auto) --let_student_layer=3 | (--teacher=auto) --distill_temperature=2.0
+    (--teacher=auto --distill=kd) --distill_weight=2.0 | TAUGHT --let_teacher_layer=2
+    TAUGHT --let_stop=0.0 | TAUGHT --let_stop=2.5 | TAUGHT --let_loss=logsum
+    (--let_student_layer=1) --teacher=AT/bare.pt --block_size=64
+    (--let_student_layer=1) --teacher=AT/file | (--distill=step_by_step) --data=AT/run
+    --init_from=AT/bare.pt --n_embd=64 | --init_from=AT/file | --device=tpu | --device=cuda:99
+    --out_dir=AT/run | --out_dir=AT/file/deeper/run
+    (--resume=AT/cosine/ckpt.pt --steps=8) --out_dir=AT/run | (--resume=AT/run/step-0000005.pt)
+    --resume=AT/run/ckpt.pt --steps=9 | --resume=AT/bare.pt | RUN --n_layer=3 | RUN --n_embd=64
+    RUN --mlp=gelu | RUN --block_size=16 | RUN --tie_embeddings=True | RUN --optimizer=adamw
+    (--steps=12 --vocab_size=300) --resume=AT/run/ckpt.pt --tokenizer=bpe
+    (--out_dir=AT/new) --decay_now --resume=AT/run/step-0000005.pt
+    (--out_dir=AT/new --schedule=wsd) --decay_now --resume=AT/cosine/ckpt.pt
+""".strip().replace("\n", "|").split("|")
+PLACES = {"TAUGHT": "(--teacher=AT/bare.pt --let_student_layer=1)",
+          "RUN": "(--steps=12) --resume=AT/run/ckpt.pt"}
+
+
+@pytest.mark.parametrize("line", [line.strip() for line in REFUSED])
+def test_bad_flags_are_refused_by_name_before_anything_is_written(line, tiny, finished, tmp_path):
+    for name, words in {**PLACES, "AT": str(finished)}.items():
+        line = re.sub(rf"\b{name}\b", words, line)
+    before = files_below(finished)
+    given = [] if "--resume" in line else flags_of(tiny())
+    with pytest.raises(t.BadInput) as error:
+        t.train(t.parse_flags(given + re.sub("[()]", "", line).split()))
+    for word in re.sub(r"\(.*?\)", "", line).split():
+        assert all(part in str(error.value) for part in word.lstrip("-").split("=", 1))
+    assert files_below(finished) == before and not [*tmp_path.iterdir()]
+
+
+FINE = random_tokens(0, 2000)
+BAD_DATA = {  # files; --data below their folder and further flags; names in the message
+    "no file": ({"a.txt": b"x"}, "nothing.txt", ["nothing.txt"]),
+    "glob without a file": ({"a.txt": b"x"}, "*.md", ["*.md"]),
+    "blank file": ({"a.txt": b" \n\n" + EOT.encode() + b"\n"}, "a.txt", ["a.txt"]),
+    "not UTF-8": ({"a.txt": b"fine\n" * 99, "b.txt": b"caf\xe9 \n"}, "", ["b.txt", "3"]),
+    "too short": ({"a.txt": b"short line\n" * 20}, "a.txt", ["held-out", "--block_size=32"]),
+    "too few pairs": ({"a.txt": b"ab\n" * 99}, " --tokenizer=bpe --vocab_size=300",
+                      ["--vocab_size=300", "258"]),
+    "shards and bpe": ({"a.bin": raw_uint16(FINE)}, " --tokenizer=bpe", ["--tokenizer=bpe"]),
+    "wrong magic": ({"a.bin": llm_c(FINE, magic=12345)}, "", ["a.bin", "12345", "20240801"]),
+    "truncated": ({"a.bin": llm_c(FINE[:1500], count=2000)}, "", ["a.bin", "2000", "1500"]),
+    "odd number of bytes": ({"a.bin": raw_uint16(FINE) + b"x"}, "", ["a.bin", "4001"]),
+    "empty shard": ({"a.bin": raw_uint16(FINE), "b.bin": b""}, "", ["b.bin"]),
+    "token beyond": ({"a.bin": raw_uint16(FINE), "b.bin": llm_c(FINE + [300])}, "",
+                     ["b.bin", "300", "257"]),
+    **{f"npy of {array.dtype} {array.shape}": ({"a.npy": npy(array)}, "", ["a.npy"]) for array in (
+        np.zeros((100, 20), np.uint16), np.zeros(2000, np.int64), np.zeros(2000, ">u2"),
+        np.zeros(9, object),  # never unpickled
+        np.zeros((), np.uint16), np.array([257] + FINE, np.uint16))},
+    **{f"npy cut at {n}": ({"a.npy": npy(np.zeros(2000, np.uint16))[:n]}, "", ["a.npy"])
+       for n in (0, 40, 1000)},
+    "only held out": ({"fineweb_val_000000.bin": llm_c(FINE)}, "", ["held-out"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_is_refused_by_name_before_anything_is_written(name, folder, tiny, cache):
+    files, data, names = BAD_DATA[name]
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    data, *flags = data.split(" ")
+    with pytest.raises(t.BadInput) as error:
+        t.train(t.parse_flags([*flags_of(tiny()), f"--data={folder / data}", *flags]))
+    assert all(part in str(error.value) for part in names), str(error.value)
+    assert not Path(tiny().out_dir).exists()
+
+
+def test_a_start_from_an_architecture_that_is_not_ours_is_refused(monkeypatch):
+    foreign = SimpleNamespace(config=SimpleNamespace(n_layer=2, n_embd=8))
+    monkeypatch.setattr(t, "load_pretrained", lambda *a, **kw: (foreign, {}))
+    with pytest.raises(t.BadInput, match="--init_from=foreign"):
+        t.parse_flags(["--init_from=foreign"])
+
+
+def test_ranks_must_share_the_sequences_and_have_a_gpu_each(tiny):
+    for flags, world, names in ((dict(), 3, ["--batch_tokens", "3"]), (dict(), 16, ["16"]),
+                                (dict(batch_tokens=12 * 32), 2, ["--micro_batch=4", "6"]),
+                                (dict(device="cuda:0"), 2, ["--device=cuda:0"])):
+        with pytest.raises(t.BadInput) as error:
+            t.check(tiny(**flags), world)
+        assert all(name in str(error.value) for name in names)
+
+
+def test_the_command_says_one_error_exits_with_2_and_writes_nothing(tmp_path):
+    done = run_python(ROOT / "train.py", "--device=cpu", "--steps=x", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "--steps" in done.stderr and not [*tmp_path.iterdir()]
+
+
+def test_the_commands_of_the_readme_are_understood(monkeypatch):
+    monkeypatch.setattr(t, "load_pretrained", lambda *_, **__: (tiny_model(), {}))
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^    (?:python|torchrun .*?) ?train\.py(.*)", text, re.MULTILINE)
+    assert len(commands) > 5
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        if "--help" not in words and not any(word.startswith("--resume") for word in words):
+            t.check(t.parse_flags(words))
