@@ -708,7 +708,7 @@ def generate_command(a) -> str:
                          a.best)
     with written_whole(folder) as tmp:
         tmp.mkdir()
-        text = END_OF_TEXT.join(r["text"] for r in records)
+        text = f"\n{END_OF_TEXT}\n".join(r["text"] for r in records)
         (tmp / "text.txt").write_text(text, encoding="utf-8")
         lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in records]
         (tmp / "samples.jsonl").write_text("".join(lines), encoding="utf-8")

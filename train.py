@@ -1117,7 +1117,7 @@ def prepare_tokens(c: Config):
 
 
 HELD_OUT = 0.1  # share of the text, in whole documents
-CACHE_VERSION = 1  # part of every key; raise it when what is cached changes its meaning
+CACHE_VERSION = 2  # part of every key; raise it when what is cached changes its meaning
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt")
 DOWNLOADS = {  # name -> (dataset of the Hugging Face hub, its files)
@@ -1174,7 +1174,8 @@ def find_files(data: str) -> tuple[Path, list[Path]]:
         return files[0].parent, files
     if data == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__",
+                "encodings"}  # tables of codecs
         files = [p for p in root.rglob("*.py") if not skip & {*p.relative_to(root).parts}]
         return root, sorted(p for p in files if not p.name.startswith("_sysconfigdata"))
     path = Path(data)
@@ -1193,8 +1194,8 @@ def find_files(data: str) -> tuple[Path, list[Path]]:
 
 
 def read_documents(root: Path, files: list[Path], data: str) -> list[tuple[str, str]]:
-    """(name, text) of every document. A file is a document, or several where end-of-text tokens
-    stand in it."""
+    """(name, text) of every document. A file is a document, or several with the end-of-text string
+    on lines of its own between them; elsewhere that string is ordinary text."""
     documents = []
     for path in files:
         try:
@@ -1203,7 +1204,8 @@ def read_documents(root: Path, files: list[Path], data: str) -> list[tuple[str, 
             if data == "stdlib":  # a handful of files keep an older encoding on purpose
                 continue
             raise BadInput(f"--data={data}: {path} is not UTF-8 text (byte {e.start})") from None
-        parts = [part for part in text.split(END_OF_TEXT) if part.strip()]
+        separator = rf"\n?^{re.escape(END_OF_TEXT)}[ \t]*\r?$\n?"
+        parts = [part for part in re.split(separator, text, flags=re.M) if part.strip()]
         name = path.relative_to(root).as_posix()
         documents += [(f"{name}#{i}", part) for i, part in enumerate(parts)]
     if not documents:
@@ -1212,21 +1214,19 @@ def read_documents(root: Path, files: list[Path], data: str) -> list[tuple[str, 
 
 
 def split_documents(documents):
-    """(training, held-out) documents. Held out are whole documents, in the order of a hash of their
-    name, until they are 10 % of the text. A single document is cut in two at a line end, the last
-    10 % held out."""
-    if len(documents) == 1:
-        (name, text), = documents
-        cut = int(len(text) * (1 - HELD_OUT))
-        cut = text.rfind("\n", cut - len(text) // 20, cut) + 1 or cut  # unless the next one is far
-        return [(name, text[:cut])], [(name, text[cut:])]
-    documents = sorted(documents, key=lambda d: hashlib.sha256(d[0].encode()).digest())
-    enough = HELD_OUT * sum(len(text) for _, text in documents)
-    size, held_out = 0, []
-    while size < enough and len(documents) > 1:
-        held_out.append(documents.pop(0))
-        size += len(held_out[-1][1])
-    return sorted(documents), sorted(held_out)
+    """(training, held-out) documents. Documents are held out in the order of a hash of their name
+    until they are 10 % of the characters; of the last one, cut at a line end, the end is held
+    out."""
+    room = HELD_OUT * sum(len(text) for _, text in documents)
+    train, held_out = [], []
+    for name, text in sorted(documents, key=lambda d: hashlib.sha256(d[0].encode()).digest()):
+        cut = max(0, len(text) - math.ceil(room))
+        if 0 < cut < len(text):
+            cut = text.rfind("\n", cut - int(room / 10), cut) + 1 or cut  # unless it is far
+        room = max(0, room - (len(text) - cut))
+        train += [(name, text[:cut])] if cut > 0 else []
+        held_out += [(name, text[cut:])] if cut < len(text) else []
+    return sorted(train), sorted(held_out)
 
 
 def tokenize_text(c: Config, root: Path, files: list[Path]):
