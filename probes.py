@@ -25,13 +25,20 @@ Names and symbols
     run         a folder that train.py wrote; runs NAME-SEED that differ in the seed form a group
 """
 import argparse
+import ast
+import builtins
 import copy
+import io
 import itertools
 import json
 import math
 import random
 import statistics
+import symtable
 import time
+import tokenize
+import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -619,6 +626,164 @@ def evaluate_text(model, ids, n_bytes: int, stride: int, batch_tokens=1024) -> d
             "bits_per_byte": total / math.log(2) / n_bytes}
 
 
+# Minimal pairs from Python files, for a downstream task that needs no download.
+
+# Tokens that stand for one another, by kind. The fifth kind, `name`, draws from other documents.
+BRACKETS = tuple("()[]{}")
+OPERATORS = ("=", "==", "!=", "<", ">", "+", "-", "*", "/", ".", ",", ":", "%", "+=", "|", "&")
+KEYWORDS = ("if", "in", "is", "not", "and", "or", "for", "else", "return", "import", "from", "as",
+            "del", "lambda", "raise", "assert", "yield", "while", "with", "def")
+PYTHON_KINDS = ("bracket", "operator", "keyword", "indent", "name")
+
+
+def python_pairs(documents, seed: int, n: int, length=None, longest=900):
+    """n minimal pairs [(kind, context, right, wrong)] from the texts of Python files.
+
+    context is the beginning of a function or class of the file, up to the end of a line; right is
+    the file's next statement, one whole line; wrong differs from it in one token:
+
+        bracket     a bracket became another one
+        operator    an operator became another one
+        keyword     a keyword became another one
+        indent      the line begins at a depth at which no line can begin here
+        name        a local name or parameter became a name that is never bound
+
+    context + right parses, and binds every local name that it uses. With the first four kinds
+    context + wrong does not parse (ast); with `name` it does, and uses a global that neither the
+    whole file nor Python binds (symtable). The five kinds are equally many as far as the documents
+    allow, and no document gives more than 5 % of the pairs (or twice its share).
+
+    A wrong token is not to be recognized by being rare: as often as token a became b, b became a.
+    Indents become deeper as often as shallower, names more frequent as often as rarer.
+
+    length: function of a text. Pairs are left out where length(context + right) and
+    length(context + wrong) differ: with the number of tokens, a model that knows nothing is right
+    in half of the pairs, for it does not prefer the shorter side. longest: characters of context
+    and right. Fewer than n pairs are returned if the documents have no more."""
+    rng = random.Random(seed)
+    names = [node.id for text in documents for node in nodes_of(text, ast.Name)]
+    counts, changes = Counter(names), Counter()
+    statements = [(d, context, right) for d, text in enumerate(documents)
+                  for context, right in statements_of(text, longest)]
+    rng.shuffle(statements)
+    pairs, of_kind, of_document = [], dict.fromkeys(PYTHON_KINDS, 0), [0] * len(documents)
+    most = max(5, n / 20, 2 * n / len(documents))
+    for d, context, right in statements:
+        foreign = [name for name in rng.choices(names, k=60) if name not in documents[d]]
+        open_kinds = [kind for kind in sorted(PYTHON_KINDS, key=of_kind.get)
+                      if of_kind[kind] < n / len(PYTHON_KINDS) and of_document[d] < most]
+        candidates = ((kind, *one) for kind in open_kinds
+                      for one in spoiled(kind, context, right, foreign, counts, rng))
+        for kind, wrong, old, new in candidates:
+            balanced = changes[old, new] <= changes[new, old]
+            if balanced and (not length or length(context + wrong) == length(context + right)):
+                pairs.append((kind, context, right, wrong))
+                changes[old, new] += 1
+                of_kind[kind] += 1
+                of_document[d] += 1
+                break
+    return pairs[:n]
+
+
+def parsed(text: str):
+    """The syntax tree of a text, or None."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def nodes_of(text: str, kind):
+    tree = parsed(text)
+    return [node for node in ast.walk(tree) if isinstance(node, kind)] if tree else []
+
+
+def statements_of(text: str, longest: int):
+    """(context, statement) for each statement of one line inside a function or class of the file,
+    of `longest` characters together, below the line after the head."""
+    tree, lines = parsed(text), text.split("\n")
+    for top in tree.body if tree and text.isascii() and "\f" not in text else ():
+        if not isinstance(top, ast.FunctionDef | ast.ClassDef):
+            continue
+        for node in ast.walk(top):
+            simple = isinstance(node, ast.stmt) and not hasattr(node, "body")
+            if not simple or node.lineno != node.end_lineno or node.lineno < top.lineno + 2:
+                continue
+            right = lines[node.lineno - 1] + "\n"
+            context = "\n".join(lines[top.lineno - 1:node.lineno - 1]) + "\n"
+            alone = right.strip() == right[node.col_offset:node.end_col_offset]
+            text_alone = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if alone and not text_alone and len(context + right) <= longest:
+                yield context, right
+
+
+def spoiled(kind: str, context: str, right: str, foreign, counts, rng):
+    """(line, old, new) of the lines that differ from `right` in one token as `kind` says, in random
+    order; old and new: what became what. foreign: names that are not in the document."""
+    if parsed(context + right) is None:
+        return
+    if kind == "name":
+        yield from with_unbound_name(context, right, foreign, counts, rng)
+        return
+    if kind == "indent":
+        depth, line = len(right) - len(right.lstrip()), right.lstrip()
+        choices = [(" " * d + line, "less", "more") for d in (depth + 4, depth + 8)]
+        choices += [(" " * d + line, "more", "less") for d in range(0, depth, 4)]
+    else:
+        group = {"bracket": BRACKETS, "operator": OPERATORS, "keyword": KEYWORDS}[kind]
+        choices = [(replaced(right, token.start[1], token.string, other), token.string, other)
+                   for token in tokens_of(right) if token.string in group
+                   for other in group if other != token.string]
+    rng.shuffle(choices)
+    yield from (choice for choice in choices if parsed(context + choice[0]) is None)
+
+
+def tokens_of(line: str) -> list:
+    """The tokens of a line that is one statement; columns are those of the line."""
+    depth = len(line) - len(line.lstrip())
+    found = tokenize.generate_tokens(io.StringIO(line.lstrip()).readline)
+    return [t._replace(start=(1, t.start[1] + depth)) for t in found]
+
+
+def replaced(line: str, column: int, old: str, new: str) -> str:
+    return line[:column] + new + line[column + len(old):]
+
+
+def with_unbound_name(context: str, right: str, foreign, counts, rng):
+    """(line, old, new) of the lines in which one name that the context binds locally is a foreign
+    name instead."""
+    unbound, number = unbound_names(context + right), context.count("\n") + 1
+    used = [node for node in nodes_of(context + right, ast.Name)
+            if node.lineno == number and isinstance(node.ctx, ast.Load)
+            and node.id not in unbound and not hasattr(builtins, node.id)]
+    if used:
+        node = rng.choice(used)
+        for name in foreign:
+            wrong = replaced(right, node.col_offset, node.id, name)
+            if unbound_names(context + wrong) - unbound == {name}:
+                change = ("rare", "frequent") if counts[name] > counts[node.id] else (
+                    "frequent", "rare")
+                yield wrong, *change
+
+
+def unbound_names(text: str) -> set[str]:
+    """Names that a text uses as globals and does not bind; none if it does not parse."""
+    if parsed(text) is None:
+        return set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        top = symtable.symtable(text, "text", "exec")
+    scopes, found = [top], set()
+    for scope in scopes:  # grows
+        scopes += scope.get_children()
+        found |= {s.get_name() for s in scope.get_symbols()
+                  if s.is_referenced() and (s.is_global() or scope is top)}
+    bound = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
+    return {name for name in found - bound if not hasattr(builtins, name)}
+
+
 # --------------------------------------------------------------------------------------------------
 # Scale of the weights
 
@@ -1137,8 +1302,11 @@ def plot_spectra(found, path: str):
 def eval_command(a) -> str:
     """Show the accuracy on multiple choice and minimal pairs, and the perplexity of a text."""
     need(a.task or a.text, "eval: --task=FILE.jsonl or --text=FILE is needed")
-    tasks = {Path(path).stem: read_task(path)[:a.items or None] for path in a.task}
+    tasks = {Path(path).stem: read_task(path)[:a.items or None] for path in a.task
+             if path != "python"}
     model, enc, _ = open_model(a.checkpoint, a.device, DTYPES[a.dtype])
+    if "python" in a.task:
+        tasks |= python_tasks(enc, a.items or 2000)
     limit = model.config.block_size
     need(a.stride <= limit, f"--stride={a.stride}: at most the context of {limit}")
     batch_tokens = a.batch_tokens or (1024 if a.device == "cpu" else 32_768)
@@ -1167,6 +1335,17 @@ def eval_command(a) -> str:
                      f"{r['perplexity']:.3f}, {r['bits_per_byte']:.4f} bits per byte, over "
                      f"{r['tokens']:,} tokens")
     return "\n".join(lines)
+
+
+def python_tasks(enc, n: int) -> dict[str, list[tuple[str, list[str], int]]]:
+    """n python_pairs from the held-out part of the standard library, a task for each kind."""
+    from train import find_files, read_documents, split_documents  # a command may look upwards
+
+    _, held_out = split_documents(read_documents(*find_files("stdlib"), "stdlib"))
+    pairs = python_pairs([text for _, text in held_out], 0, n,
+                         length=lambda text: len(enc.encode_ordinary(text)))
+    return {f"python {kind}": [(context, [right, wrong], 0) for k, context, right, wrong in pairs
+                               if k == kind] for kind in PYTHON_KINDS}
 
 
 def compare_command(a) -> str:

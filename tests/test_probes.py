@@ -1,6 +1,13 @@
 """probes.py against definitions, dense matrices, plain loops and values by hand."""
+import argparse
+import builtins
+import dis
+import io
 import json
 import math
+import textwrap
+import tokenize
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +20,7 @@ import probes
 import train as train_module
 from model import GPT, BadInput, Pass, generate, load_checkpoint, model_from_checkpoint, total
 from probes import (
+    PYTHON_KINDS,
     Linearity,
     Moments,
     compare,
@@ -30,6 +38,7 @@ from probes import (
     linearity_score,
     mean_loss,
     prune_order,
+    python_pairs,
     remove_blocks,
     replace_blocks,
     spectrum,
@@ -1013,3 +1022,78 @@ def test_runs_of_every_kind_are_drawn(tmp_path, monkeypatch):
                              (runs[0], tmp_path / "nowhere" / "x.png", "--plot=.*nowhere")):
         with pytest.raises(BadInput, match=named):
             probes.main(["plot", run, "-o", str(plot)])
+
+
+# --------------------------------------------------------------------------------------------------
+# Minimal pairs from Python files
+
+DOCUMENTS = [Path(module.__file__).read_text() for module in (argparse, textwrap, dis, tokenize)]
+
+
+def compiles(text: str) -> bool:
+    try:
+        compile(text, "text", "exec", dont_inherit=True)
+    except SyntaxError:
+        return False
+    return True
+
+
+def globals_read(text: str) -> set[str]:
+    """By the bytecode: names that some code reads as globals and that no code binds."""
+    codes, read, bound = [compile(text, "text", "exec", dont_inherit=True)], set(), set()
+    for code in codes:
+        codes += [const for const in code.co_consts if hasattr(const, "co_code")]
+        for i in dis.get_instructions(code):
+            if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                read.add(i.argval)
+            elif i.opname in ("STORE_NAME", "STORE_GLOBAL"):
+                bound.add(i.argval)
+    return read - bound - {*dir(builtins), "__name__"}
+
+
+def words(line: str) -> list[str]:
+    return [t.string for t in tokenize.generate_tokens(io.StringIO(line.lstrip()).readline)]
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return python_pairs(DOCUMENTS, 0, 50)
+
+
+def test_the_right_side_parses_and_the_wrong_one_breaks_the_rule_of_its_kind(pairs):
+    for kind, context, right, wrong in pairs:
+        assert compiles(context + right) and context.endswith("\n") and wrong != right
+        assert any(context + right in document for document in DOCUMENTS)
+        if kind == "name":
+            new = globals_read(context + wrong) - globals_read(context + right)
+            assert len(new) == 1
+            document = next(d for d in DOCUMENTS if context + right in d)
+            assert new.pop() not in document
+        else:
+            assert not compiles(context + wrong)
+
+
+def test_the_two_sides_differ_in_one_token(pairs):
+    for kind, _, right, wrong in pairs:
+        if kind == "indent":
+            assert right.lstrip() == wrong.lstrip()
+        elif kind == "bracket":  # an unbalanced line has no tokens
+            assert sum(a != b for a, b in zip(right, wrong, strict=True)) == 1
+        elif kind == "name":
+            assert sum(a != b for a, b in zip(words(right), words(wrong), strict=True)) == 1
+
+
+def test_kinds_are_equally_many_and_a_seed_gives_the_same_pairs(pairs):
+    counts = [sum(kind == one for one, *_ in pairs) for kind in PYTHON_KINDS]
+    assert max(counts) == 10 and min(counts) >= 6
+    assert pairs == python_pairs(DOCUMENTS, 0, 50) != python_pairs(DOCUMENTS, 1, 50)
+
+
+def test_with_a_length_both_sides_are_equally_long():
+    def length(text):
+        return len(text.split(" "))
+
+    found = python_pairs(DOCUMENTS, 0, 40, length=length)
+    assert len(found) >= 30
+    assert all(length(context + right) == length(context + wrong)
+               for _, context, right, wrong in found)

@@ -1,0 +1,157 @@
+"""tests/reproduce.py: its statistics, its verdicts, and runs that are made once."""
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import claims  # noqa: E402
+import reproduce as r  # noqa: E402
+
+TINY = ("--data={data} --tokenizer=bytes --block_size=32 --batch_tokens=64 --micro_batch=2 "
+        "--eval_tokens=64 --n_layer=1 --n_embd=16 --n_head=1 --warmup_steps=1 --sample_tokens=0 "
+        "--steps=3 --eval_every=1 --save_every=1 --device=cpu --dtype=fp32 ")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The runs of toy, which tests share."""
+    return tmp_path_factory.mktemp("reproduce")
+
+
+@pytest.fixture
+def toy(folder, tmp_path, monkeypatch):
+    """A claim of two runs of 3 steps: plain, and a faster one that learns from plain's model."""
+    data = folder / "data.txt"
+    data.write_text("\n".join(f"x = {i % 7} + {i % 5}" for i in range(400)))
+    tiny = TINY.replace("{data}", str(data))
+    fast = tiny + "--teacher={plain} --let_student_layer=1 --lr=0.03"
+    claim = r.Claim("Does it?", "yes", {"plain": tiny, "fast": fast},
+                    {"fast is lower": "loss: fast - plain < 0"}, claims.LOSS)
+    monkeypatch.setattr(r, "CLAIMS", {"toy": claim})
+    monkeypatch.setattr(r, "RESULTS", tmp_path / "results")
+    return claim
+
+
+def test_the_interval_of_a_mean_is_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    rng = random.Random(0)
+    for n in (2, 3, 5, 20):
+        values = [rng.gauss(1, 2) for _ in range(n)]
+        low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        assert r.interval(values) == pytest.approx((low, high), rel=1e-6)
+
+
+def test_paired_differences_are_scipys_and_use_common_seeds_only():
+    stats = pytest.importorskip("scipy.stats")
+    a, b = {0: 1.0, 1: 2.5, 2: 2.0, 3: 9.0}, {0: 1.2, 1: 2.4, 2: 2.9}
+    values = r.paired(a, b, "-")
+    expected = stats.ttest_rel([1.0, 2.5, 2.0], [1.2, 2.4, 2.9]).confidence_interval(0.95)
+    assert r.interval(values) == pytest.approx(tuple(expected), rel=1e-6)
+    assert r.paired(a, b, "/") == pytest.approx([1 / 1.2, 2.5 / 2.4, 2 / 2.9])
+
+
+@pytest.mark.parametrize("values, side, bound, verdict", [
+    ((-1.0, -1.1, -0.9), "<", 0, r.HOLDS), ((1.0, 1.1, 0.9), "<", 0, r.FAILS),
+    ((1.0, 1.1, 0.9), ">", 0, r.HOLDS), ((-1.0, -1.1, -0.9), ">", 0, r.FAILS),
+    ((-1.0, 1.0, 0.1), "<", 0, r.OPEN), ((1.0, 1.1, 0.9), "<", 2, r.HOLDS),
+    ((-1.0, -1.1), "<", 0, None), ((-1.0,), "<", 0, None), ((), "<", 0, None),
+    ((-1.0, -1.1, float("inf")), "<", 0, r.OPEN)])
+def test_a_verdict_needs_three_seeds_and_an_interval_on_one_side(values, side, bound, verdict):
+    assert r.decide(values, side, bound) == verdict
+
+
+def test_the_best_run_is_chosen_without_the_seed_that_it_is_reported_on():
+    results = {"a@1": {"loss": {0: 1.0, 1: 5.0, 2: 5.0}}, "a@2": {"loss": {0: 4.0, 1: 2.0, 2: 4.0}}}
+    assert r.best_of(results, "a@*")["loss"] == {0: 4.0, 1: 5.0, 2: 5.0}
+
+
+def test_the_law_of_a_planted_sweep_is_found_with_its_extrapolation():
+    def loss(N, D, lr):
+        best = 100 * N**-0.45 * D**-0.3
+        return 3 + 20 * N**-0.3 + 200 * D**-0.4 + 0.15 * math.log(lr / best) ** 2
+
+    results = {f"{size}@{lr}": {"loss": {0: 1.0}, "N": {0: N},
+                                **{f"D{D}": {0: loss(N, D, lr)} for D in claims.HORIZONS}}
+               for size, N in (("2x48", 1e5), ("2x64", 1.6e5), ("3x96", 4.3e5), ("4x128", 9.2e5))
+               for lr in claims.RATES}
+    for held_out in ("4x128", claims.HORIZONS[-1]):
+        claims.fit_laws(claims.SMALL, held_out)(results)
+        law = results["law"]
+        assert (law["b"][0], law["c"][0]) == pytest.approx((-0.45, -0.3), abs=0.01)
+        assert law["cost"][0] < 1e-3 and law["parabola_r2"][0] > 0.999
+    assert law["extrapolation"][0] < 0.01
+
+
+def test_a_changed_flag_makes_another_run_and_order_or_claim_do_not(tmp_path):
+    def key(**runs):
+        return r.resolve(runs, "x", 0, tmp_path).key
+
+    assert key(x="--lr=1 --steps=2") == key(x="--steps=2 --lr=1")
+    assert key(x="--lr=3 --lr=1") == key(x="--lr=1")
+    assert key(x="--lr=1") != key(x="--lr=2")
+    student = "--teacher={t} --lr=1"  # a teacher with other flags is another teacher
+    assert key(x=student, t="--n_layer=1") != key(x=student, t="--n_layer=2")
+    assert key(x=student, t="--n_layer=1") == key(x="--teacher={u} --lr=1", u="--n_layer=1")
+    assert r.resolve({"x": "--lr=1"}, "x", 3, tmp_path).folder.name.endswith("-3")
+    assert r.resolve({"x": "--seed=9"}, "x", 3, tmp_path).seed is None
+
+
+def test_every_claim_has_sound_flags_and_rules(tmp_path):
+    for name, claim in r.CLAIMS.items():
+        made_later = {*claim.best} | {"law", "let", "plain", "none", "scalar", "total", "active",
+                                      "at_0.024", "at_0.006", "law_rate", "mup_rate",
+                                      "unchanged_rate", "completep_rate"}
+        for rule in claim.rules.values():
+            a, b = r.re.fullmatch(r"\S+: (\S+)(?: [-/] (\S+))? [<>] \S+", rule).groups()
+            assert {a, b or a} <= {*claim.runs} | made_later, (name, rule)
+        for run in claim.runs:
+            for word in r.resolve(claim.runs, run, 0, tmp_path).words:
+                flag = word.partition("=")[0].lstrip("-")
+                known = flag in r.train.FLAGS or flag == "module_decay"
+                assert known or not claim.runs[run].startswith("--"), (name, run, word)
+
+
+def test_killed_and_restarted_every_run_is_made_once(toy, folder):
+    script = f"""import sys; sys.path.insert(0, {str(Path(r.__file__).parent)!r})
+import reproduce as r
+claim = r.Claim("", "", {toy.runs!r}, {{}}, {{}})
+runs = r.runs_of(claim, [0], r.Path({str(folder)!r}), "cpu")
+r.make([run for by_seed in runs.values() for run in by_seed.values()], 1)"""
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    while not list(folder.glob("*/log.txt")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)  # its run goes on, and keeps its lock
+    process.wait()
+    runs = [run for by_seed in r.runs_of(toy, [0], folder, "cpu").values()
+            for run in by_seed.values()]
+    r.make(runs, 2)
+    before = {}
+    for run in runs:
+        steps = [json.loads(line) for line in (run.folder / "metrics.jsonl").open()]
+        steps = [line["step"] for line in steps if "val_loss" in line]
+        assert steps == [0, 1, 2, 3]
+        before[run] = (run.folder / "log.txt").stat().st_mtime_ns
+    r.make(runs, 2)
+    assert before == {run: (run.folder / "log.txt").stat().st_mtime_ns for run in runs}
+
+
+def test_one_seed_gives_a_table_and_no_verdict(toy, folder, tmp_path, capsys):
+    r.main(["toy", "--seeds=0", f"--out={folder}", "--jobs=2"])
+    assert "no verdict" in capsys.readouterr().out
+    found = json.loads((tmp_path / "results" / "toy.json").read_text())
+    text = (tmp_path / "results" / "toy.md").read_text()
+    assert found["verdict"] is None and "fast is lower" in text and "| plain |" in text
+    assert found["results"]["fast"]["loss"].keys() == {"0"}
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{r.MARKERS[0]}\nold\n{r.MARKERS[1]}\nafter\n")
+    r.write_readme(readme)
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "tests/results/toy.md" in text
