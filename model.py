@@ -27,6 +27,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -34,7 +35,7 @@ import re
 import secrets
 import shutil
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
@@ -53,6 +54,14 @@ class BadInput(ValueError):
 
 class Failed(RuntimeError):
     """The input was right and the work failed. Commands print the message and exit with code 1."""
+
+
+def need(holds: bool, settings, names: str, why: str):
+    """Raises BadInput unless the condition holds. names: the settings to show, such as "n_embd
+    n_head"; each is an attribute of `settings`."""
+    if not holds:
+        values = " ".join(f"--{name}={getattr(settings, name)}" for name in names.split())
+        raise BadInput(f"{values}: {why}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -94,8 +103,8 @@ class ModelConfig:
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.head_dim == 0:
-            self.need(self.n_embd % (2 * self.n_head) == 0, "n_embd n_head",
-                      "each head needs the same even number of channels")
+            need(self.n_embd % (2 * self.n_head) == 0, self, "n_embd n_head",
+                 "each head needs the same even number of channels")
             self.head_dim = self.n_embd // self.n_head
         if self.mlp_hidden == 0:
             swiglu = max(1, round(8 / 3 * self.n_embd / 64)) * 64
@@ -104,28 +113,23 @@ class ModelConfig:
             self.expert_hidden = max(1, self.mlp_hidden // self.experts_per_token)
         kinds = {*self.kinds()}
         if kinds & {*"AH"}:
-            self.need(self.n_head % self.n_kv_head == 0, "n_head n_kv_head",
-                      "the first must be a multiple of the second")
-            self.need(self.n_experts == 0 or self.experts_per_token <= self.n_experts,
-                      "experts_per_token n_experts", "a token goes to more experts than there are")
+            need(self.n_head % self.n_kv_head == 0, self, "n_head n_kv_head",
+                 "the first must be a multiple of the second")
+            need(self.n_experts == 0 or self.experts_per_token <= self.n_experts, self,
+                 "experts_per_token n_experts", "a token goes to more experts than there are")
         if kinds & {*"MH"}:
-            self.need(self.expand * self.n_embd % (self.ssm_head_dim * self.n_groups) == 0,
-                      "n_embd ssm_head_dim", f"{self.expand} * n_embd must be a multiple of the "
-                      f"second{f' times {self.n_groups}' if self.n_groups > 1 else ''}")
-
-    def need(self, holds: bool, names: str, why: str):
-        """Raises BadInput, with the fields of these names, unless the condition holds."""
-        if not holds:
-            values = " ".join(f"--{name}={getattr(self, name)}" for name in names.split())
-            raise BadInput(f"{values}: {why}")
+            need(self.expand * self.n_embd % (self.ssm_head_dim * self.n_groups) == 0, self,
+                 "n_embd ssm_head_dim", f"{self.expand} * n_embd must be a multiple of "
+                 f"{self.n_groups} * ssm_head_dim")
 
     def kinds(self) -> str:
-        """A letter a block, such as "MMAMM". A: attention and MLP; M: Mamba-2 alone; H: attention
-        beside Mamba-2, and MLP; L: an affine map (AffineBlock)."""
+        """The kind of each block, as one letter a block, such as "MMAMM". A: attention and MLP;
+        M: Mamba-2, no MLP; H: attention beside Mamba-2, and MLP; L: a linear map with a bias
+        (AffineBlock)."""
         kinds = MIXERS[self.mixer] * self.n_layer if self.mixer in MIXERS else self.mixer
-        self.need({*kinds} <= {*"AMHL"}, "mixer",
-                  f"one of {', '.join(MIXERS)}, or letters A, M, H, L")
-        self.need(len(kinds) == self.n_layer, "mixer n_layer", f"{len(kinds)} letters")
+        need({*kinds} <= {*"AMHL"}, self, "mixer",
+             f"one of {', '.join(MIXERS)}, or letters A, M, H, L")
+        need(len(kinds) == self.n_layer, self, "mixer n_layer", f"{len(kinds)} letters")
         return kinds
 
 
@@ -327,12 +331,16 @@ class GPT(nn.Module):
 
     def loss(self, x, targets):
         """Mean next-token loss in nats over the counted targets (B, T), 0-d. x: (B, T, C) from
-        forward. Its gradient has no second derivative: curvature needs the plain form,
-        `next_token_loss` of `logits(x)`."""
+        forward."""
+        return self.summed_loss(x, targets) / (targets != IGNORE).sum().clamp(min=1)
+
+    def summed_loss(self, x, targets):
+        """The same as a sum. Its gradient cannot be differentiated again; where a second derivative
+        is needed, take `next_token_loss` of `logits(x)`."""
         summed, _ = chunked_loss(next_token_loss, x.flatten(0, 1), self.head.weight,
                                  targets.flatten(), vocab_size=self.config.vocab_size,
                                  compiled=self.compiled)
-        return summed / (targets != IGNORE).sum().clamp(min=1)
+        return summed
 
     def compile(self, *args, **kw):
         """Compile the forward pass in place, and the loss on logits with it. The loop over experts
@@ -872,10 +880,7 @@ class NextToken(Term):
         return 1.0 if step >= self.begins else 0.0
 
     def __call__(self, p):
-        summed, _ = chunked_loss(next_token_loss, p.x.flatten(0, 1), p.model.head.weight,
-                                 p.targets.flatten(), vocab_size=p.model.config.vocab_size,
-                                 compiled=p.model.compiled)
-        loss = summed / sum(p.counted)
+        loss = p.model.summed_loss(p.x, p.targets) / sum(p.counted)
         return loss, {"train_loss": loss.detach()}
 
 
@@ -929,84 +934,67 @@ def total(terms, step: int, p: Pass):
 @torch.no_grad()
 def log_likelihoods(model, sequences, at_once: int = 1 << 25) -> list[tuple[float, int]]:
     """(sum of log p of the counted targets in nats, their number) of each sequence (ids, targets),
-    two lists of equal length. Sequences of similar length go together, as many as make `at_once`
-    logits.
+    two lists of equal length. at_once: about how many logits one forward pass may make.
 
-    What neighbours in the list share before their first counted target, such as a long context with
-    several endings, goes through the model once: prefixes of similar length together, all cut at
-    the shortest, into caches from which every sequence goes on."""
-    device, room = next(model.parameters()).device, max(1, at_once // model.config.vocab_size)
-    out, groups = [(0.0, 0)] * len(sequences), [(0, [*range(len(sequences))])]
-    if isinstance(model, GPT):
-        groups = shared_prefixes(sequences)
-    while groups:
-        longest, n = groups[0][0], 1
-        while n < len(groups) and groups[n][0] >= 0.75 * longest and (n + 1) * longest <= room:
-            n += 1
-        group, groups = groups[:n], groups[n:]
-        P, caches = group[-1][0], []
-        if P:
-            caches = [Cache() for _ in model.blocks]
-            prefixes = [sequences[members[0]][0][:P] for _, members in group]
-            model.trunk(torch.tensor(prefixes, device=device), caches=caches)
-        rows = sorted(((len(sequences[i][0]) - P, i, g) for g, (_, members) in enumerate(group)
-                       for i in members), reverse=True)
-        while rows:
-            length = rows[0][0]
-            if device.type != "cpu":
-                length += P  # a GPU's memory holds the caches
-            batch, rows = rows[:max(1, room // length)], rows[max(1, room // length):]
-            picked = [cache.rows([g for _, _, g in batch]) for cache in caches]
-            endings = [[side[P:] for side in sequences[i]] for _, i, _ in batch]
-            found = score_rows(model, endings, picked)
-            for (_, i, _), value in zip(batch, found):
-                out[i] = value
-    return out
-
-
-def score_rows(model, sequences, caches) -> list[tuple[float, int]]:
-    """log_likelihoods of sequences in one pass, filled up at the end; the first is the longest. The
-    head runs only where a target counts."""
-    device, T = next(model.parameters()).device, len(sequences[0][0])
-    idx, targets = (torch.tensor([s[side] + [fill] * (T - len(s[side])) for s in sequences],
-                                 device=device) for side, fill in ((0, 0), (1, IGNORE)))
-    x, _ = model.forward(idx, caches=caches) if caches else model.forward(idx)
-    counted = targets != IGNORE
-    sums = torch.zeros(len(sequences), dtype=torch.float64)
-    for rows, some, wanted in zip(*(t.split(1024) for t in (
-            counted.nonzero()[:, 0], x[counted], targets[counted]))):  # not all logits at once
-        logits = model.logits(some)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        log_p = -F.cross_entropy(logits, wanted, reduction="none")
-        sums.index_add_(0, rows.cpu(), log_p.double().cpu())
-    return [*zip(sums.tolist(), counted.sum(1).tolist())]
-
-
-def shared_prefixes(sequences, least: int = 8) -> list[tuple[int, list[int]]]:
-    """Groups of neighbours among sequences (ids, targets) that begin alike, as (length of the
-    shared prefix, their numbers), the longest first. The prefix ends before the first counted
-    target; all sequences with less than `least` tokens to share are the last group, of length 0."""
-    groups = []
+    A beginning that several sequences share, such as a question with several answers, is read once.
+    Sequences are grouped by their prefix: the tokens before the first counted target, cut to a
+    multiple of 16 so that many prefixes have the same length and form a batch. Each sequence
+    continues from the caches that its prefix left."""
+    max_tokens, found, groups = max(1, at_once // model.config.vocab_size), {}, {}
     for i, (ids, targets) in enumerate(sequences):
-        own = next((t for t, target in enumerate(targets) if target != IGNORE), 0)
-        length, members = groups[-1] if groups else (0, [])
-        shared = min(length, own)
-        if shared >= least and ids[:shared] == sequences[members[0]][0][:shared]:
-            groups[-1] = shared, [*members, i]
-        else:
-            groups.append((own, [i]))
-    several = [group for group in groups if len(group[1]) > 1]
-    alone = [members[0] for _, members in groups if len(members) == 1]
-    return sorted(several, reverse=True) + ([(0, alone)] if alone else [])
+        uncounted = next((t for t, target in enumerate(targets) if target != IGNORE), 0)
+        P = uncounted // 16 * 16 if isinstance(model, GPT) else 0
+        groups.setdefault(tuple(ids[:P]), []).append(i)
+    for P, prefixes in itertools.groupby(sorted(groups, key=len), key=len):
+        for batch in by_length(prefixes, len, max_tokens):
+            caches = [Cache() for _ in model.blocks]
+            if P > 0:
+                model.trunk(torch.tensor(batch, device=model.head.weight.device), caches=caches)
+            members = [(row, i) for row, prefix in enumerate(batch) for i in groups[prefix]]
+            for some in by_length(members, lambda m: len(sequences[m[1]][0]), max_tokens):
+                own = [cache.rows([row for row, _ in some]) for cache in caches] if P > 0 else None
+                scores = score_batch(model, [sequences[i] for _, i in some], P, own)
+                found.update(zip((i for _, i in some), scores))
+    return [found[i] for i in range(len(sequences))]
 
 
+def by_length(items, length, max_tokens: int):
+    """Cuts items into lists, the longest items first. A list has at most max_tokens tokens, padded
+    to its longest item, or is one item. length: a function that gives the tokens of an item."""
+    items = sorted(items, key=length, reverse=True)
+    while items:
+        n = max(1, max_tokens // max(1, length(items[0])))
+        yield items[:n]
+        items = items[n:]
+
+
+def score_batch(model, sequences, P: int, caches) -> list[tuple[float, int]]:
+    """log_likelihoods of sequences in one padded pass. The caches hold their first P tokens. The
+    head runs only where a target counts."""
+    idx, targets = (nn.utils.rnn.pad_sequence(
+        [torch.tensor(sequence[side][P:]) for sequence in sequences], batch_first=True,
+        padding_value=padding).to(model.head.weight.device)
+        for side, padding in ((0, 0), (1, IGNORE)))
+    x, _ = model.forward(idx, caches=caches)
+    counted = targets != IGNORE
+    losses = [F.cross_entropy(model.logits(x_part).float(), wanted, reduction="none")
+              for x_part, wanted in zip(x[counted].split(1024), targets[counted].split(1024))]
+    log_p = torch.zeros(targets.shape, dtype=torch.float64)
+    log_p[counted.cpu()] = -torch.cat(losses).double().cpu()
+    return [*zip(log_p.sum(1).tolist(), counted.sum(1).tolist())]
+
+
+@dataclass
 class Cache:
     """What one block keeps of the `length` tokens read so far. Attention: their keys and values,
     (B, H_kv, length, D) each. Mamba-2: the last d_conv - 1 inputs of its convolution and its state,
     whatever the length."""
 
-    def __init__(self):
-        self.length, self.k, self.v, self.conv, self.state = 0, None, None, None, None
+    length: int = 0
+    k: torch.Tensor | None = None
+    v: torch.Tensor | None = None
+    conv: torch.Tensor | None = None
+    state: torch.Tensor | None = None
 
     def append(self, k, v):
         if self.k is not None:
@@ -1015,19 +1003,18 @@ class Cache:
         return k, v
 
     def rows(self, chosen) -> "Cache":
-        """A cache of these rows of the batch, in this order and as often as they stand there."""
-        made = Cache()
-        made.length = self.length
-        for name in ("k", "v", "conv", "state"):
-            kept = getattr(self, name)
-            setattr(made, name, None if kept is None else kept[chosen])
-        return made
+        """A cache of these rows of the batch; a row may be chosen several times."""
+        tensors = (self.k, self.v, self.conv, self.state)
+        return Cache(self.length, *(None if t is None else t[chosen] for t in tensors))
 
 
-def pick(logits, temperature: float, top_k: int, top_p: float, generator):
-    """Sample one token a row. logits: (B, V). Returns (B, 1). Temperature 0 takes the likeliest.
-    top_k keeps the k likeliest. top_p keeps the fewest of the likeliest whose probabilities add up
-    to p (nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751)."""
+def pick(logits, temperature: float, top_k: int, top_p: float, uniform):
+    """Sample one token a row. logits: (B, V); uniform: (B, 1), random numbers in [0, 1). Returns
+    (B, 1). Temperature 0 takes the likeliest. top_k keeps the k likeliest; 0: all. top_p keeps the
+    fewest of the likeliest whose probabilities add up to p (nucleus sampling, Holtzman et al. 2019,
+    arXiv 1904.09751).
+
+    The token is found by inversion: the first whose cumulated probability exceeds `uniform`."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature
@@ -1037,7 +1024,8 @@ def pick(logits, temperature: float, top_k: int, top_p: float, generator):
         p, order = logits.softmax(-1).sort(-1, descending=True)
         drop = p.cumsum(-1) - p >= top_p  # the likelier tokens before it add up to p already
         logits = logits.masked_fill(drop.gather(1, order.argsort(-1)), -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    cumulated = logits.softmax(-1).cumsum(-1)
+    return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
 
 
 @torch.no_grad()
@@ -1045,20 +1033,25 @@ def generate(model, idx, n_tokens: int, temperature=1.0, top_k=0, top_p=1.0, see
              use_cache=True):
     """Append n_tokens sampled tokens to each row of idx (B, T). Returns (B, T + n_tokens).
 
+    seed: a list of one seed a row, or the first row's, to which the others add 1, 2, ... A row
+    depends on its own prompt and seed, not on the rows beside it.
+
     When attention has filled its context, the context starts anew with its last half: one long
     forward pass every block_size / 2 tokens. With and without the cache the same tokens come out;
     without it, each of them costs a forward pass over the whole context."""
-    generator = torch.Generator(idx.device).manual_seed(seed)
+    seeds = range(seed, seed + len(idx)) if isinstance(seed, int) else seed
+    uniform = torch.stack([torch.rand(n_tokens, 1, generator=torch.Generator().manual_seed(own))
+                           for own in seeds], dim=1).to(idx.device)  # (n_tokens, B, 1)
     block_size = model.config.block_size if model.has_attention else math.inf
     start, caches = max(0, idx.shape[1] - block_size), None  # the context is idx[:, start:]
-    for _ in range(n_tokens):
+    for numbers in uniform:
         if idx.shape[1] - start > block_size:
             start, caches = idx.shape[1] - max(1, block_size // 2), None
         new = idx[:, -1:]
         if caches is None or not use_cache:
             new, caches = idx[:, start:], [Cache() for _ in model.blocks]
         x, _ = model.forward(new, caches=caches)  # not the compiled call: lengths vary
-        token = pick(model.logits(x[:, -1]), temperature, top_k, top_p, generator)
+        token = pick(model.logits(x[:, -1]), temperature, top_k, top_p, numbers)
         idx = torch.cat((idx, token), dim=1)
     return idx
 
@@ -1169,10 +1162,8 @@ def load_checkpoint(path, device="cpu", flag="") -> dict:
 def model_from_checkpoint(ckpt: dict, device="cpu", where="the checkpoint") -> GPT:
     """The model of a loaded checkpoint, with its weights. Raises BadInput, naming `where`, if
     settings and weights do not fit each other."""
-    names = {f.name for f in fields(ModelConfig)}
     try:
-        settings = {k: v for k, v in ckpt["model_config"].items() if k in names}
-        model = GPT(ModelConfig(**settings))
+        model = GPT(ModelConfig(**ckpt["model_config"]))
         model.load_state_dict(ckpt["model"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
@@ -1228,21 +1219,18 @@ def command(main):
     """Run a command line. Bad input is one message and exit code 2; a run that failed, or an error
     of the disk, exit code 1. Of torchrun's processes rank 0 prints for all; the others print what
     they alone may have met: an error with the attribute `alone`, or one of the disk."""
+    rank = os.environ.get("RANK", "0")
     try:
         sys.exit(main(sys.argv[1:]))
-    except BadInput as e:
-        message, code, alone = str(e), 2, False
-    except Failed as e:
-        message, code, alone = str(e), 1, getattr(e, "alone", False)
-    except OSError as e:
-        message, code = f"{e.filename or 'the disk'}: {e.strerror or e}", 1
-        alone = getattr(e, "alone", True)
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"error: {message}", file=sys.stderr)
-    elif alone:
-        print(f"error of rank {rank}: {message}", file=sys.stderr)
-    sys.exit(code)
+    except (BadInput, Failed, OSError) as e:
+        of_disk, message = isinstance(e, OSError), str(e)
+        if of_disk:
+            message = f"{e.filename or 'the disk'}: {e.strerror or e}"
+        if rank == "0":
+            print(f"error: {message}", file=sys.stderr)
+        elif getattr(e, "alone", of_disk):
+            print(f"error of rank {rank}: {message}", file=sys.stderr)
+        sys.exit(2 if isinstance(e, BadInput) else 1)
 
 
 def main(argv):
@@ -1255,21 +1243,18 @@ def main(argv):
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     add("--top_k", type=int, default=0, help="keep the k likeliest tokens; 0: all")
     add("--top_p", type=float, default=1.0, help="keep the likeliest up to this probability")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the first sample; the others add 1, 2, ...")
     add("--samples", type=int, default=1, help="continuations of the prompt")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args(argv)
-    temperature_fits = a.temperature == 0 or 1e-3 <= a.temperature < math.inf
-    for name, fits, allowed in (
-            ("tokens", a.tokens >= 1, "at least 1"),
-            ("samples", a.samples >= 1, "at least 1"),
-            ("temperature", temperature_fits, "0, or at least 0.001"),
-            ("seed", 0 <= a.seed < 2**63, "from 0 to 2^63 - 1"),
-            ("device", device_exists(a.device), "no such device here"),
-            ("top_k", a.top_k >= 0, "at least 0"),
-            ("top_p", 0 < a.top_p <= 1, "above 0, at most 1")):
-        if not fits:
-            raise BadInput(f"--{name}={getattr(a, name)}: {allowed}")
+    need(a.tokens >= 1, a, "tokens", "at least 1")
+    need(a.samples >= 1, a, "samples", "at least 1")
+    need(a.temperature == 0 or 1e-3 <= a.temperature < math.inf, a, "temperature",
+         "0, or at least 0.001")
+    need(0 <= a.seed < 2**63, a, "seed", "from 0 to 2^63 - 1")
+    need(device_exists(a.device), a, "device", "no such device here")
+    need(a.top_k >= 0, a, "top_k", "at least 0")
+    need(0 < a.top_p <= 1, a, "top_p", "above 0, at most 1")
     ckpt = load_checkpoint(checkpoint_file(a.checkpoint))
     enc = tokenizer_from_dict(ckpt["tokenizer"])
     model = model_from_checkpoint(ckpt, a.device, a.checkpoint).eval()

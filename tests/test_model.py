@@ -533,9 +533,11 @@ def test_the_routers_term_has_both_losses_and_hands_on_the_load_of_the_whole_ste
 @torch.no_grad()
 def test_log_likelihoods_in_batches_are_those_of_one_sequence_at_a_time(at_once):
     model, rng, sequences = tiny_model(), random.Random(0), []
-    for length in (5, 1, 12, 12, 30, 2):
-        ids = [rng.randrange(97) for _ in range(length + 1)]
+    question = [rng.randrange(97) for _ in range(21)]
+    for length, shared in ((5, 0), (1, 0), (12, 0), (30, 0), (2, 0), (30, 21), (24, 21), (22, 19)):
+        ids = question[:shared] + [rng.randrange(97) for _ in range(length + 1 - shared)]
         targets = [i if rng.random() < 0.6 else IGNORE for i in ids[1:]]
+        targets[:shared] = [IGNORE] * shared
         sequences.append((ids[:-1], targets))
     for (ids, targets), (score, n) in zip(
             sequences, lib.log_likelihoods(model, sequences, at_once), strict=True):
@@ -607,7 +609,8 @@ def allowed(logits, temperature, top_k, top_p):
 def test_picked_tokens_follow_the_truncated_softmax(temperature, top_k, top_p):
     g = torch.Generator().manual_seed(0)
     rows, n = torch.randn(2, 12, generator=g, dtype=torch.float64), 20_000
-    picked = lib.pick(rows.repeat_interleave(n, 0), temperature, top_k, top_p, g)
+    uniform = torch.rand(2 * n, 1, generator=g)
+    picked = lib.pick(rows.repeat_interleave(n, 0), temperature, top_k, top_p, uniform)
     assert picked.shape == (2 * n, 1)
     for row, got in zip(rows.tolist(), picked.view(2, n), strict=True):
         counts, expected = got.bincount(minlength=12), allowed(row, temperature, top_k, top_p)
