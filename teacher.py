@@ -18,7 +18,6 @@ Names and symbols
     beta               direction of a divergence: 0 is KL(P || Q), forward; 1 is KL(Q || P), reverse
 """
 import argparse
-import contextlib
 import importlib
 import importlib.metadata
 import inspect
@@ -27,7 +26,6 @@ import json
 import math
 import os
 import random
-import re
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +35,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm.auto import tqdm
 
 from model import (
     END_OF_TEXT,
@@ -44,7 +43,6 @@ from model import (
     IGNORE,
     MIXERS,
     BadInput,
-    Cache,
     ModelConfig,
     Term,
     checkpoint_file,
@@ -55,7 +53,7 @@ from model import (
     load_checkpoint,
     log_likelihoods,
     model_from_checkpoint,
-    next_token_loss,
+    need,
     rope_tables,
     tokenizer_from_dict,
     tokenizer_id,
@@ -64,22 +62,22 @@ from model import (
 
 # --------------------------------------------------------------------------------------------------
 # LET, late-to-early training (Zhao et al. 2026, arXiv 2602.05393). A small pretrained teacher T
-# reads the same tokens as the larger student M. T's late state guides an early block of M, early in
-# training only:
+# reads the same tokens as the larger student M. Early in training, T's late state guides an early
+# block of M:
 #
 #     L(s) = L_NLL + lambda(s) * L_proj,    L_proj = -mean over tokens of cos(h_M^(k), h_T^(L))
 #     lambda(s) = lambda_0 * max(0, (S_stop - s) / S_stop)
 #
-# Only texts derived from the paper could be read.
+# We know the paper from texts derived from it, not from its own text.
 #
-# The paper's: the two formulas; one pair of layers, T's last and an early block of M; lambda_0 of
-# 0.1 (best of 0.01, 0.1, 0.3, 1 and 3); unequal widths resized by linear interpolation, without
-# parameters. Reported by one weak source: k = 3. Block 3 is early in the paper's students, which
-# have some 24 blocks. In a student of 4 blocks it is not.
-# Ours, where the paper is silent: S_stop as a share of the run (train.py: 0.3; the paper compares
-# 1500 and 3000 steps, of an unknown total); which side is resized; the teacher's final norm, see
-# teacher_state; the mean over all tokens of a pass; float32 for the cosine; `logsum` in this form;
-# the learned projection.
+# From the paper: the two formulas; one pair of layers, T's last and an early block of M; lambda_0
+# of 0.1 (best of 0.01, 0.1, 0.3, 1 and 3); unequal widths are resized by linear interpolation,
+# without parameters. One weak source reports k = 3. Block 3 is early in the paper's students, which
+# have some 24 blocks. It is not early in a student of 4 blocks.
+# Our choices, where the paper is silent: S_stop as a share of the run (train.py: 0.3; the paper
+# compares 1500 and 3000 steps, of an unknown total); which side is resized; the teacher's final
+# norm, see teacher_state; the mean over all tokens of a pass; float32 for the cosine; `logsum` in
+# this form; the learned projection.
 
 
 def let_weight(step: int, weight: float, stop: int) -> float:
@@ -113,14 +111,14 @@ LET_LOSSES = {"cosine": cosine_loss, "logsum": logsum_loss}
 def interpolate(h, width: int):
     """Resizes the features by linear interpolation. h: (..., d) -> (..., width).
 
-    Output j reads position x_j = max(0, (j + 0.5) d / width - 0.5), between its two neighbours in
-    proportion. Neighbouring features have no meaning in common; the paper does it all the same."""
+    Output j is read at x_j = max(0, (j + 0.5) d / width - 0.5), interpolated between the features
+    on both sides of x_j. Neighbouring features have nothing in common; the paper still does it."""
     if h.shape[-1] == width:
         return h
-    if h.is_cuda:  # torch's kernel there takes the tokens one by one
+    if h.is_cuda:  # where torch's kernel is slow: it handles one token after the other
         return interpolate_by_index(h, width)
-    rows = F.interpolate(h.flatten(0, -2)[:, None], size=width, mode="linear", align_corners=False)
-    return rows.view(*h.shape[:-1], width)
+    resized = F.interpolate(h.flatten(0, -2)[:, None], size=width, mode="linear")
+    return resized.view(*h.shape[:-1], width)
 
 
 def interpolate_by_index(h, width: int):
@@ -134,11 +132,11 @@ def interpolate_by_index(h, width: int):
 
 
 def pair_layers(pair: str, teacher_layers: int, student_layers: int) -> tuple[int, int]:
-    """(teacher's block, student's block) of the pairs that the paper compares: L2E, L2M, L2L, M2E,
-    M2M, M2L; L2E, late to early, is LET.
+    """(teacher's block, student's block) of a pair that the paper compares: L2E, L2M, L2L, M2E, M2M
+    or M2L. The teacher's letter comes first. L2E, late to early, is LET.
 
-    The teacher's letter comes first. Ours, as the paper's indices are not known: early is an eighth
-    of the depth (block 3 of 24), middle a half, late the last."""
+    The paper's block numbers are not known. Ours: early is an eighth of the depth (block 3 of 24),
+    middle a half, late the last."""
     depth = {"E": 1 / 8, "M": 1 / 2, "L": 1}
     return (math.ceil(teacher_layers * depth[pair[0]]),
             math.ceil(student_layers * depth[pair[2]]))
@@ -148,24 +146,22 @@ def pair_layers(pair: str, teacher_layers: int, student_layers: int) -> tuple[in
 def teacher_state(teacher, idx, layer: int | None = None, norm: bool = True):
     """T's state after block `layer` (None: the last): (B, T, d_T) for token ids idx (B, T).
 
-    The last state goes through T's final norm, as Hugging Face's `last_hidden_state` does; other
-    states are taken as they are. The paper does not say. The final norm's gain is trained for the
-    last state alone. A norm without gain would not change the cosine of any state, and logsum
-    normalises by itself. norm=False takes the last state as it is, too.
+    The last state goes through T's final norm (norm=False: it does not), as in Hugging Face's
+    `last_hidden_state`; the paper does not say. Other states do not: the gain of the final norm was
+    trained for the last state. A norm without gain would not change the cosine, and logsum has
+    its own norm.
 
-    Blocks after `layer` are not run by our GPT. A bfloat16 teacher runs without autocast, which
+    Our GPT does not run the blocks after `layer`. A bfloat16 teacher runs without autocast, which
     would only cast back and forth."""
-    n_layer = teacher.config.n_layer
-    low = next(teacher.parameters()).dtype == torch.bfloat16
-    plain = torch.autocast(idx.device.type, enabled=False) if low else contextlib.nullcontext()
-    with plain:
-        if norm and layer in (None, n_layer):
+    device, bf16 = idx.device.type, teacher.head.weight.dtype == torch.bfloat16
+    with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not bf16):
+        if norm and layer in (None, teacher.config.n_layer):
             return teacher.forward(idx)[0]
-        return teacher.trunk(idx, blocks=n_layer if layer is None else layer)[0]
+        return teacher.trunk(idx, blocks=layer)[0]
 
 
 def compile_teacher(teacher):
-    """Compiles what of a teacher runs at every step."""
+    """Compiles the forward pass of a teacher."""
     if isinstance(teacher, HFModel):
         teacher.base.compile(dynamic=False)
     else:
@@ -173,14 +169,14 @@ def compile_teacher(teacher):
 
 
 class LET(Term):
-    """lambda(s) * L_proj, until step `stop`; then the teacher is neither called nor kept.
+    """The term lambda(s) * L_proj. From step `stop` on it is over, and the teacher is dropped.
 
     teacher: a frozen GPT or HFModel, whose width d_T may differ from student_width.
-    teacher_layer: a block number, negative from the end; student_layer: a block number, 0 is the
-    embedding. stop: S_stop in steps. loss: cosine or logsum. resize: how unequal widths are brought
-    together, `interpolate` or `project`, a learned linear map; it is trained along with the student
-    (see parameters) and dropped with the teacher. side: whose state is resized, `teacher` or
-    `student`; a map learned on the student's side cannot make the target trivial."""
+    teacher_layer: a block number; -1 is the last. student_layer: a block number; 0 is the
+    embedding. stop: S_stop in steps. loss: cosine or logsum. resize: how one width becomes the
+    other, by `interpolate` or by `project`, a linear map that is trained along with the student and
+    dropped with the teacher. side: whose state is resized, `teacher` or `student`. A map of the
+    teacher's state could learn to make the target trivial; one of the student's cannot."""
 
     name = "let"
 
@@ -199,8 +195,7 @@ class LET(Term):
         d_in, self.width = (d_T, student_width) if side == "teacher" else (student_width, d_T)
         self.projection = None
         if resize == "project":
-            self.projection = nn.Linear(d_in, self.width, bias=False)
-            self.projection.to(next(teacher.parameters()).device)
+            self.projection = nn.Linear(d_in, self.width, bias=False).to(teacher.head.weight.device)
 
     def weight(self, step):
         return let_weight(step, self.lambda_0, self.stop)
@@ -224,7 +219,7 @@ class LET(Term):
         return {"let_weight": self.weight(step)}
 
     def flops_per_token(self, length, step):
-        """T's forward pass up to its layer; of the projection forward and backward."""
+        """T's forward pass up to its layer, and the projection's passes forward and backward."""
         forward = self.teacher.flops_per_token(
             backward=False, head=False, blocks=self.teacher_layer, length=length)
         return forward + (6 * self.projection.weight.numel() if self.projection else 0)
@@ -238,7 +233,7 @@ class LET(Term):
     def load_state_dict(self, state):
         stored = [w.shape for w in state.values()]
         if stored != [p.shape for p in self.parameters()]:
-            raise BadInput("--resume: its projection of LET is of another teacher or width")
+            raise BadInput("--resume: its LET projection belongs to another teacher or width")
         if self.projection:
             self.projection.load_state_dict(state)
 
@@ -252,13 +247,13 @@ class LET(Term):
 
 @dataclass
 class Recipe:
-    """What a method minimises, a token:
+    """What a method minimises per token:
 
         hard_weight * nll  +  weight * tau^2 D_beta(P || Q)  +  cosine_weight * (1 - cos(h_M, h_T))
 
-    D_beta: see divergence. The cosine is of the last states after the final norms. tau^2 keeps the
-    soft term's gradient level with the hard one's at any tau (Hinton et al. 2015, section 2).
-    train.py has flags for some fields, `--distill_` and the name; -1 there is the method's own."""
+    D_beta: see divergence. The cosine is of the last states after the final norms. The factor tau^2
+    keeps the gradient of the soft term about as large at any tau (Hinton et al. 2015, section 2).
+    train.py has a flag `--distill_NAME` for some of the fields."""
 
     weight: float  # of the soft term
     hard_weight: float = -1.0  # of the next-token loss; -1: 1 - weight
@@ -273,33 +268,34 @@ class Recipe:
         return self.weight > 0 or self.cosine_weight > 0
 
 
-# Ours, where the sources are silent: the weights of rkd, salt and kd (Hinton has a "considerably
-# lower" one on the hard term), the temperatures of rkd and salt; kd's is one of those from 1 to 20
-# that Hinton uses. rkd is KL(teacher || student), the usual form; LET's text does not give it.
+# Our choices, where the sources are silent: the weights of rkd, salt and kd (Hinton's is
+# "considerably lower" on the hard term); the temperatures of rkd and salt. Hinton uses temperatures
+# from 1 to 20; kd has one of them. rkd is KL(teacher || student), the usual form; LET is compared
+# with it, but our texts on LET do not give its form.
 RECIPES = {
-    # Reverse KD, from a smaller teacher, all along (Rawat et al. 2024, arXiv 2410.18779)
+    # Reverse KD: from a smaller teacher, in all steps (Rawat et al. 2024, arXiv 2410.18779)
     "rkd": Recipe(0.5),
-    # The same at first, then the next-token loss alone: there 36K of some 209K steps
+    # Of the same paper: rkd for the first 36K of some 209K steps, then the next-token loss alone
     "salt": Recipe(0.5, stop=0.17),
     "kd": Recipe(0.9, temperature=2.0),  # Hinton et al. 2015, arXiv 1503.02531
     "distilbert": Recipe(5.0, 2.0, 1.0, temperature=2.0),  # Sanh et al. 2019, arXiv 1910.01108
-    # KL(Q || P) a token, as in the single-step term of MiniLLM (Gu et al. 2023, arXiv 2306.08543).
-    # MiniLLM averages it over the student's samples, this over the data; its policy gradient over
-    # whole answers is not here.
+    # KL(Q || P) per token, as in the single-step term of MiniLLM (Gu et al. 2023, arXiv
+    # 2306.08543). MiniLLM averages it over samples from the student; here it is averaged over the
+    # data. MiniLLM's policy gradient over whole answers is left out.
     "reverse_kl": Recipe(0.5, beta=1.0),
     # Agarwal et al. 2024, arXiv 2306.13649, with the values of TRL's trainer, which has no tau^2
     "gkd": Recipe(1.0, temperature=0.9, beta=0.5, on_policy=0.5, tau_squared=False),
-    # Hsieh et al. 2023, arXiv 2305.02301: learns from the teacher's text, see Task; weight is that
-    # of the rationale
+    # Hsieh et al. 2023, arXiv 2305.02301: learns from text that a teacher wrote, see Task. The
+    # weight is that of the rationale
     "step_by_step": Recipe(0.5),
 }
 
 
 def make_recipe(method: str, given: dict) -> Recipe:
-    """The method's recipe with the values of `given` (by name of the field) that are not -1.
+    """The method's recipe, with the fields in `given`; a value of -1 leaves the method's own.
 
-    A weight of 0 turns the teacher off: what is left is the next-token loss, unless a cosine weight
-    is given too."""
+    A weight of 0 turns the teacher off: the next-token loss is left, unless a cosine weight is
+    given too."""
     r = replace(RECIPES[method], **{name: value for name, value in given.items() if value != -1})
     if r.weight == 0 and given.get("cosine_weight", -1) == -1:
         r = replace(r, cosine_weight=0.0, hard_weight=1.0)
@@ -312,8 +308,8 @@ def stop_step(stop: float, steps: int) -> int:
 
 
 def teaches_at(step: int, stop: int | None) -> bool:
-    """SALT's switch: the teacher teaches before step `stop` (None: always). From there on training
-    is the next-token loss alone (model.NextToken, which begins at `stop`)."""
+    """Whether the teacher still teaches: before step `stop` (None: always). From `stop` on, SALT
+    trains on the next-token loss alone (model.NextToken, which begins at `stop`)."""
     return stop is None or step < stop
 
 
@@ -323,11 +319,12 @@ def divergence(log_p, log_q, beta: float):
 
         D = beta KL(P || M) + (1 - beta) KL(Q || M),  M = beta P + (1 - beta) Q
 
-    It tends to 0 at both ends of beta. There it stands for the exact KL, as in TRL: KL(P || Q) at
-    0, KL(Q || P) at 1. Between them it is smaller by some four times: mind the learning rate.
+    D tends to 0 as beta tends to 0 or 1. At these two values the function returns a KL divergence
+    instead, as TRL does: KL(P || Q) at 0, KL(Q || P) at 1. At beta = 0.5, D is about a quarter of
+    them, so a larger weight or learning rate may be needed.
 
-    M needs no gradient. D is the smallest value of beta KL(P || R) + (1 - beta) KL(Q || R) over all
-    R, reached at R = M, so its derivative by M is 0."""
+    M needs no gradient: R = M minimises beta KL(P || R) + (1 - beta) KL(Q || R) over all R, so the
+    derivative of D with respect to M is 0."""
     if beta == 0:
         return (log_p.exp() * (log_p - log_q)).sum(-1)
     if beta == 1:
@@ -340,26 +337,27 @@ def divergence(log_p, log_q, beta: float):
 
 
 def distillation_loss(student_logits, teacher_logits, targets, recipe: Recipe):
-    """(hard_weight * nll + weight * soft, {name: sum}) over the counted tokens, 0-d sums in nats.
+    """(hard_weight * nll + weight * soft, {name: value}), 0-d sums over counted tokens, in nats.
 
     student_logits: (n, V_M); teacher_logits: (n, V_T), without gradient; targets: (n,), of which
     those equal to IGNORE do not count. soft is tau^2 D_beta(P || Q). Where the vocabularies differ
-    in size, it is over the tokens that both have, each side renormalised. The dict: train_loss is
-    nll, distill_loss is soft, teacher_agreement the number of tokens with the same favourite."""
+    in size, P and Q are distributions over the tokens that both have. The dict: train_loss is nll,
+    distill_loss is soft, teacher_agreement the number of tokens whose likeliest next token is the
+    same for both."""
     tau, counted = recipe.temperature, targets != IGNORE
     V = min(student_logits.shape[-1], teacher_logits.shape[-1])
     z, v = student_logits[:, :V], teacher_logits[:, :V]
-    log_q = log_softmax = student_logits.log_softmax(-1)
-    nll = F.nll_loss(log_softmax, targets, ignore_index=IGNORE, reduction="sum")
-    if tau != 1 or V < student_logits.shape[-1]:
+    log_q = student_logits.log_softmax(-1)
+    nll = F.nll_loss(log_q, targets, ignore_index=IGNORE, reduction="sum")
+    if tau != 1 or V < student_logits.shape[-1]:  # else the same softmax serves both losses
         log_q = (z / tau).log_softmax(-1)
     log_p = (v if tau == 1 else v / tau).log_softmax(-1)
     soft = (divergence(log_p, log_q, recipe.beta) * counted).sum()
     if recipe.tau_squared:
         soft = soft * tau**2
     with torch.no_grad():
-        favourite = z.gather(1, v.argmax(-1, keepdim=True))[:, 0]
-        agreement = ((favourite == z.amax(-1)) & counted).sum(dtype=soft.dtype)
+        of_favourite = z.gather(1, v.argmax(-1, keepdim=True))[:, 0]
+        agreement = ((of_favourite == z.amax(-1)) & counted).sum(dtype=soft.dtype)
     return recipe.hard_weight * nll + recipe.weight * soft, {
         "train_loss": nll, "distill_loss": soft, "teacher_agreement": agreement}
 
@@ -369,32 +367,14 @@ def derived_seed(*parts) -> int:
     return random.Random(" ".join(map(str, parts))).getrandbits(62)
 
 
-@torch.no_grad()
-def sample_rows(model, prompts, n_tokens: int, temperature: float, seeds):
-    """Continuations (B, n_tokens) of prompts (B, T), one seed a row. A row's continuation depends
-    on its own prompt and seed alone, whatever rows stand beside it: each token is found by
-    inversion, the first whose cumulated probability exceeds the row's next uniform number."""
-    uniform = torch.stack([torch.rand(n_tokens, generator=torch.Generator().manual_seed(seed))
-                           for seed in seeds]).to(prompts.device)
-    caches, new, tokens = [Cache() for _ in model.blocks], prompts, []
-    for t in range(n_tokens):
-        x, _ = model.forward(new, caches=caches)
-        logits = model.logits(x[:, -1]).float()
-        cumulated = (logits / temperature).softmax(-1).cumsum(-1)
-        threshold = uniform[:, t:t + 1] * cumulated[:, -1:]
-        new = torch.searchsorted(cumulated, threshold, right=True).clamp(max=logits.shape[-1] - 1)
-        tokens.append(new)
-    return torch.cat(tokens, dim=1)
-
-
 class Distill(Term):
     """The loss of a recipe against a frozen teacher (GPT or HFModel), the next-token loss included.
 
-    stop: the step of SALT's switch, None for never. new_tokens: length of an on-policy
-    continuation, at the end of each sequence. seed: of the choice of on-policy steps and of their
-    samples. sampling_flops: per token, of the student's forward pass, for the steps that sample.
-    Where the widths differ, the cosine term resizes the teacher's state by `interpolate`;
-    DistilBERT's own are equal. In an on-policy step the next-token loss is only logged."""
+    stop: the step from which the teacher is dropped; None: never. seed: chooses the on-policy
+    steps, in which the student learns from its own text (see batch), and the samples.
+    new_tokens: the length of these samples. sampling_flops: FLOPs per token of the student's
+    forward pass, counted in on-policy steps. Where the widths differ, the cosine term resizes the
+    teacher's state by `interpolate`; in DistilBERT they are equal."""
 
     name = "distill"
 
@@ -410,38 +390,37 @@ class Distill(Term):
         return not teaches_at(step, self.stop)
 
     def on_policy(self, step: int) -> bool:
-        """Whether this step trains on the student's own text: the same on every rank."""
+        """Whether this step trains on the student's own text. It is the same on every rank."""
         draw = random.Random(f"{self.seed} {step}").random()
         return draw < self.recipe.on_policy and teaches_at(step, self.stop)
 
     def batch(self, model, idx, targets, step, first):
         """GKD: in an on-policy step the last new_tokens tokens are sampled from the student at the
         recipe's temperature, and only they count. No gradient passes through the sampling. The
-        seed of a sequence is its number in the order of training, so the text does not depend on
-        micro-batches and ranks."""
+        seed of a sequence comes from its number in the order of training, so the text does not
+        depend on micro-batches and ranks."""
         if not self.on_policy(step):
             return idx, targets
         n = min(self.new_tokens, idx.shape[1])
-        row = torch.cat((idx, targets[:, -1:]), dim=1)
-        seeds = [derived_seed(self.seed, first + i) for i in range(len(row))]
-        new = sample_rows(model, row[:, :-n], n, self.recipe.temperature, seeds)
-        row = torch.cat((row[:, :-n], new), dim=1)
-        targets = row[:, 1:].clone()
+        seeds = [derived_seed(self.seed, first + i) for i in range(len(idx))]
+        prompts = idx[:, :idx.shape[1] + 1 - n]
+        text = generate(model, prompts, n, self.recipe.temperature, seed=seeds)
+        targets = text[:, 1:].clone()
         targets[:, :-n] = IGNORE
-        return row[:, :-1], targets
+        return text[:, :-1], targets
 
     def __call__(self, p):
         recipe, teacher = self.recipe, self.teacher
         if self.on_policy(p.step):
-            recipe = replace(recipe, hard_weight=0.0)
+            recipe = replace(recipe, hard_weight=0.0)  # the next-token loss is only logged
         x, targets, tokens = p.x.flatten(0, 1), p.targets.flatten(), sum(p.counted)
         x_T = teacher_state(teacher, p.idx).flatten(0, 1)
         device, V, dtype = x.device.type, p.model.config.vocab_size, x.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        rows = min(V, teacher.config.vocab_size)
-        weight = teacher.head.weight[:rows].to(dtype)
-        bias = None if teacher.head.bias is None else teacher.head.bias[:rows].to(dtype)
+        V_both = min(V, teacher.config.vocab_size)
+        weight = teacher.head.weight[:V_both].to(dtype)
+        bias = None if teacher.head.bias is None else teacher.head.bias[:V_both].to(dtype)
 
         def loss_of(logits, x_T, targets):
             teacher_logits = F.linear(x_T, weight, bias).to(logits.dtype)
@@ -461,11 +440,11 @@ class Distill(Term):
         return loss, named
 
     def logged(self, step):
-        own = {"on_policy": self.on_policy(step)} if self.recipe.on_policy else {}
-        return {"distill_weight": self.recipe.weight, **own}
+        weight = {"distill_weight": self.recipe.weight}
+        return weight | {"on_policy": self.on_policy(step)} if self.recipe.on_policy else weight
 
     def flops_per_token(self, length, step):
-        """T's forward pass with its head; in an on-policy step the student's, which samples."""
+        """T's forward pass with its head, and in an on-policy step the sampling."""
         sampling = self.sampling_flops if self.on_policy(step) else 0
         return self.teacher.flops_per_token(backward=False, length=length) + sampling
 
@@ -479,19 +458,16 @@ class Task(Term):
 
         L = (1 - w) * L_label + w * L_rationale,
 
-    each the mean over its own counted tokens; w is 0.5 there. row: 0 is the label, 1 the rationale.
-    share: of this task, 1 - w or w."""
+    each the mean over its own counted tokens; w = 0.5 in the paper. row: which of a record's two
+    sequences, 0 for the label, 1 for the rationale. share: the weight of this task, 1 - w or w."""
 
     def __init__(self, row: int, share: float):
         self.row, self.share = row, share
         self.name = ("label", "rationale")[row]
 
     def __call__(self, p):
-        rows = slice(self.row, None, len(p.counted))  # of the batch, in which the tasks alternate
-        x, targets = p.x[rows].flatten(0, 1), p.targets[rows].flatten()
-        total, _ = chunked_loss(next_token_loss, x, p.model.head.weight, targets,
-                                vocab_size=p.model.config.vocab_size, compiled=p.model.compiled)
-        loss = total / p.counted[self.row]
+        mine = slice(self.row, None, len(p.counted))  # the two tasks alternate in the batch
+        loss = p.model.summed_loss(p.x[mine], p.targets[mine]) / p.counted[self.row]
         return self.share * loss, {("train_loss", "rationale_loss")[self.row]: loss.detach()}
 
     def logged(self, step):
@@ -575,7 +551,7 @@ class Records:
 
 
 def spaced_blocks(n_teacher: int, n_student: int) -> list[int]:
-    """Numbers, from 0, of the teacher's blocks that the student's start as: evenly spaced, with the
+    """The teacher's blocks (as indices from 0) that become the student's: evenly spaced, with the
     first and the last. 6 of 12: 0, 2, 4, 7, 9, 11, as in DistilBERT's code."""
     return [round(i * (n_teacher - 1) / max(1, n_student - 1)) for i in range(n_student)]
 
@@ -586,7 +562,7 @@ def init_from(teacher, n_layer: int = 0, block_size: int = 0, where: str = "--in
 
     block_size: its context; 0: the teacher's. where: the flag and its value, for the message."""
     if not isinstance(teacher, GPT):
-        raise BadInput(f"{where}: its architecture is not one of model.py's, and cannot be trained")
+        raise BadInput(f"{where}: its architecture is not one of model.py's; it cannot be trained")
     c = teacher.config
     if not 0 <= n_layer <= c.n_layer:
         raise BadInput(f"{where} --n_layer={n_layer}: it has {c.n_layer} blocks")
@@ -608,15 +584,15 @@ def init_from(teacher, n_layer: int = 0, block_size: int = 0, where: str = "--in
 
 
 def draw_prompts(documents, enc, n: int, n_tokens: int, seed: int) -> list[list[int]]:
-    """n different prompts of n_tokens token ids each, from the beginning of a line on. Every
-    character of the corpus is equally likely to be in that line."""
+    """n different prompts of n_tokens token ids each. A prompt starts at the beginning of a line,
+    that of a random character: each of the corpus is equally likely."""
     rng, prompts = random.Random(seed), {}
     lengths = [len(text) for text in documents]
     for text in rng.choices(documents, weights=lengths, k=100 * n):
         start = text.rfind("\n", 0, rng.randrange(len(text))) + 1
         ids = enc.encode_ordinary(text[start:start + 32 * n_tokens])[:n_tokens]
-        whole = not enc.decode(ids).endswith("\ufffd")  # it does not end within a character
-        if len(ids) == n_tokens and whole:
+        cut = enc.decode(ids).endswith("\ufffd")  # within a character
+        if len(ids) == n_tokens and not cut:
             prompts[tuple(ids)] = ids
         if len(prompts) == n:
             return list(prompts.values())
@@ -652,15 +628,16 @@ def write_text(model, enc, prompts, n_tokens: int, temperatures=(1.0,), seeds=(0
     special token. Empty completions are dropped; texts that are equal up to white space are kept
     once. score: `likelihood` (the completion's mean log-likelihood in nats per token), `none`, or a
     function, see load_score. best: keep so many of the highest score for each prompt; 0: all.
-    Temperature 1 with top_p 1 samples the teacher's own distribution, all else another one.
-    batch: prompts at a time; each batch has a seed of its own."""
+    Only temperature 1 with top_p 1 samples from the teacher's own distribution. batch: prompts at a
+    time; it does not change the text."""
     device, ends = next(model.parameters()).device, {*enc._special_tokens.values()}
     start, kept = 1 + len(prompts[0]), {}
     for first, temperature, seed in itertools.product(
             range(0, len(prompts), batch), temperatures, seeds):
-        rows = [[enc.eot_token, *ids] for ids in prompts[first:first + batch]]
-        out = generate(model, torch.tensor(rows, device=device), n_tokens, temperature, top_p=top_p,
-                       seed=derived_seed(seed, first, temperature),
+        starts = [[enc.eot_token, *ids] for ids in prompts[first:first + batch]]
+        row_seeds = [derived_seed(seed, first + i, temperature) for i in range(len(starts))]
+        out = generate(model, torch.tensor(starts, device=device), n_tokens, temperature,
+                       top_p=top_p, seed=row_seeds,
                        use_cache=bool(getattr(model, "cache_name", True)))
         for ids in out.tolist():
             end = next((i for i in range(start, len(ids)) if ids[i] in ends), len(ids))
@@ -700,7 +677,7 @@ def generate_command(a) -> str:
                        f"end of text, than the teacher's context of {model.config.block_size}")
     score = a.score if a.score in ("likelihood", "none") else load_score(a.score)
     enc = tokenizer_from_dict(tokenizer)
-    # Not the held-out part: no student shall be judged on text that its teacher continued
+    # Without the held-out part: a student must not be evaluated on text that its teacher continued
     documents, _ = split_documents(read_documents(*find_files(a.data), a.data))
     prompts = draw_prompts([text for _, text in documents], enc, a.n_prompts, a.prompt_tokens,
                            a.seeds[0])
@@ -721,59 +698,62 @@ def generate_command(a) -> str:
 # folder or an id of the hub). It becomes our GPT where that computes exactly the same function, and
 # is wrapped by HFModel where not. The same tables lead out again, see export.
 
-# Names of our weights -> of transformers'. {i} is the block, from 0 on both sides. Several names:
-# the pieces of one matrix of ours, stacked in this order; an MLP without a gate has the last alone.
+# Names of our weights -> names in transformers. Those of a block follow "blocks.i." here and
+# the value of "blocks" and "i." there, i counting from 0. Where there are several names, our matrix
+# is these stacked in this order; an MLP without a gate has the last alone.
 HF_NAMES = {
     "attention": {  # Llama, Qwen3, Arcee and Qwen3-MoE
-        "embed.weight": ("model.embed_tokens.weight",),
-        "blocks.{i}.mixer_norm.weight": ("model.layers.{i}.input_layernorm.weight",),
-        "blocks.{i}.mixer.qkv.weight": tuple(
-            f"model.layers.{{i}}.self_attn.{x}_proj.weight" for x in "qkv"),
-        "blocks.{i}.mixer.q_norm.weight": ("model.layers.{i}.self_attn.q_norm.weight",),
-        "blocks.{i}.mixer.k_norm.weight": ("model.layers.{i}.self_attn.k_norm.weight",),
-        "blocks.{i}.mixer.o.weight": ("model.layers.{i}.self_attn.o_proj.weight",),
-        "blocks.{i}.mlp_norm.weight": ("model.layers.{i}.post_attention_layernorm.weight",),
-        "blocks.{i}.mlp.up.weight": ("model.layers.{i}.mlp.gate_proj.weight",
-                                     "model.layers.{i}.mlp.up_proj.weight"),
-        "blocks.{i}.mlp.down.weight": ("model.layers.{i}.mlp.down_proj.weight",),
-        "blocks.{i}.mlp.router.weight": ("model.layers.{i}.mlp.gate.weight",),
-        "blocks.{i}.mlp.up": ("model.layers.{i}.mlp.experts.gate_up_proj",),
-        "blocks.{i}.mlp.down": ("model.layers.{i}.mlp.experts.down_proj",),
-        "norm.weight": ("model.norm.weight",),
-        "head.weight": ("lm_head.weight",)},
+        "embed.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+        "blocks": "model.layers",
+        "mixer_norm.weight": "input_layernorm.weight",
+        "mixer.qkv.weight":
+            "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight",
+        "mixer.q_norm.weight": "self_attn.q_norm.weight",
+        "mixer.k_norm.weight": "self_attn.k_norm.weight",
+        "mixer.o.weight": "self_attn.o_proj.weight",
+        "mlp_norm.weight": "post_attention_layernorm.weight",
+        "mlp.up.weight": "mlp.gate_proj.weight mlp.up_proj.weight",
+        "mlp.down.weight": "mlp.down_proj.weight",
+        "mlp.router.weight": "mlp.gate.weight",
+        "mlp.up": "mlp.experts.gate_up_proj",
+        "mlp.down": "mlp.experts.down_proj"},
     "mamba2": {
-        "embed.weight": ("backbone.embeddings.weight",),
-        "blocks.{i}.mixer_norm.weight": ("backbone.layers.{i}.norm.weight",),
-        "blocks.{i}.ssm.in_proj.weight": ("backbone.layers.{i}.mixer.in_proj.weight",),
-        "blocks.{i}.ssm.conv.weight": ("backbone.layers.{i}.mixer.conv1d.weight",),
-        "blocks.{i}.ssm.conv.bias": ("backbone.layers.{i}.mixer.conv1d.bias",),
-        "blocks.{i}.ssm.A_log": ("backbone.layers.{i}.mixer.A_log",),
-        "blocks.{i}.ssm.D": ("backbone.layers.{i}.mixer.D",),
-        "blocks.{i}.ssm.dt_bias": ("backbone.layers.{i}.mixer.dt_bias",),
-        "blocks.{i}.ssm.norm.weight": ("backbone.layers.{i}.mixer.norm.weight",),
-        "blocks.{i}.ssm.out.weight": ("backbone.layers.{i}.mixer.out_proj.weight",),
-        "norm.weight": ("backbone.norm_f.weight",),
-        "head.weight": ("lm_head.weight",)}}
+        "embed.weight": "backbone.embeddings.weight",
+        "norm.weight": "backbone.norm_f.weight",
+        "head.weight": "lm_head.weight",
+        "blocks": "backbone.layers",
+        "mixer_norm.weight": "norm.weight",
+        "ssm.in_proj.weight": "mixer.in_proj.weight",
+        "ssm.conv.weight": "mixer.conv1d.weight",
+        "ssm.conv.bias": "mixer.conv1d.bias",
+        "ssm.A_log": "mixer.A_log",
+        "ssm.D": "mixer.D",
+        "ssm.dt_bias": "mixer.dt_bias",
+        "ssm.norm.weight": "mixer.norm.weight",
+        "ssm.out.weight": "mixer.out_proj.weight"}}
 
-# Fields of ModelConfig -> of transformers' configuration
+# Fields of ModelConfig -> of transformers' configuration, by its type of model
+COMMON_FIELDS = {"n_layer": "num_hidden_layers", "n_embd": "hidden_size",
+                 "tie_embeddings": "tie_word_embeddings"}
+ATTENTION_FIELDS = COMMON_FIELDS | {
+    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "head_dim": "head_dim",
+    "block_size": "max_position_embeddings", "mlp_hidden": "intermediate_size",
+    "norm_eps": "rms_norm_eps"}
 HF_FIELDS = {
-    "attention": {
-        "n_layer": "num_hidden_layers", "n_embd": "hidden_size",
-        "tie_embeddings": "tie_word_embeddings",
-        "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "head_dim": "head_dim",
-        "block_size": "max_position_embeddings", "mlp_hidden": "intermediate_size",
-        "norm_eps": "rms_norm_eps"},
-    "experts": {
+    "llama": ATTENTION_FIELDS,
+    "arcee": ATTENTION_FIELDS,
+    "qwen3": ATTENTION_FIELDS,
+    "qwen3_moe": ATTENTION_FIELDS | {
         "n_experts": "num_experts", "experts_per_token": "num_experts_per_tok",
         "expert_hidden": "moe_intermediate_size"},
-    "mamba2": {
-        "n_layer": "num_hidden_layers", "n_embd": "hidden_size",
-        "tie_embeddings": "tie_word_embeddings",
+    "mamba2": COMMON_FIELDS | {
         "norm_eps": "layer_norm_epsilon", "d_state": "state_size", "ssm_head_dim": "head_dim",
         "expand": "expand", "n_groups": "n_groups", "chunk_size": "chunk_size",
         "d_conv": "conv_kernel"}}
 
-# Settings of transformers' with which it computes what our GPT does, by its type of model
+# Settings of transformers' with which it computes what our GPT does
 NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 HF_FIXED = {
     "llama": NO_BIAS,
@@ -785,32 +765,28 @@ HF_FIXED = {
                "norm_before_gate": False, "hidden_act": "silu"}}
 
 
-def hf_names(family: str, name: str) -> tuple[str, ...]:
-    """The names in transformers of the weight `name` of our GPT: ("attention",
-    "blocks.3.mixer.o.weight") gives ("model.layers.3.self_attn.o_proj.weight",)."""
-    i = re.search(r"\.(\d+)\.", name)
-    names = HF_NAMES[family][re.sub(r"\.\d+\.", ".{i}.", name, count=1)]
-    return tuple(n.format(i=i[1]) for n in names) if i else names
-
-
-def hf_fields(kind: str) -> dict[str, str]:
-    if kind == "mamba2":
-        return HF_FIELDS["mamba2"]
-    return HF_FIELDS["attention"] | (HF_FIELDS["experts"] if kind == "qwen3_moe" else {})
+def hf_names(kind: str, name: str) -> list[str]:
+    """The names in transformers of the weight `name` of our GPT: ("llama",
+    "blocks.3.mixer.o.weight") gives ["model.layers.3.self_attn.o_proj.weight"]. kind: the type of
+    model there."""
+    names = HF_NAMES["mamba2" if kind == "mamba2" else "attention"]
+    if not name.startswith("blocks."):
+        return [names[name]]
+    _, i, inner = name.split(".", 2)
+    return [f"{names['blocks']}.{i}.{theirs}" for theirs in names[inner].split()]
 
 
 def config_from_hf(c, vocab_size: int) -> ModelConfig | None:
     """Transformers' configuration c as a ModelConfig with the first vocab_size tokens; None where
     our GPT does not compute the same."""
     kind = c.model_type
-    if any(getattr(c, k, v) != v for k, v in HF_FIXED.get(kind, {"model_type": ""}).items()):
+    if kind not in HF_FIXED or any(getattr(c, k, v) != v for k, v in HF_FIXED[kind].items()):
         return None
-    given = {ours: getattr(c, theirs, None) for ours, theirs in hf_fields(kind).items()}
+    given = {ours: getattr(c, theirs, None) for ours, theirs in HF_FIELDS[kind].items()}
     given = {name: value for name, value in given.items() if value is not None}
     if kind == "mamba2":
-        if c.num_heads * c.head_dim != c.expand * c.hidden_size:
-            return None
-        if tuple(c.time_step_limit) != (0.0, math.inf):
+        width = c.num_heads * c.head_dim
+        if width != c.expand * c.hidden_size or tuple(c.time_step_limit) != (0.0, math.inf):
             return None
         # Without attention block_size limits nothing; the tables of positions stay small
         return ModelConfig(vocab_size, 2048, mixer="mamba2", n_head=1, head_dim=2, **given)
@@ -832,21 +808,20 @@ def from_hf(config, weights: dict, vocab_size: int) -> GPT | None:
         return None
     with torch.device("meta"):  # no time is spent on random weights
         model = GPT(c)
-    family, state, left = "mamba2" if c.mixer == "mamba2" else "attention", {}, dict(weights)
+    state, used = {}, set()
     for name, p in model.state_dict().items():
         if name.endswith(".load"):  # a running figure of training, not a weight
             state[name] = torch.full(p.shape, 1 / c.n_experts)
             continue
-        tied = name == "head.weight" and c.tie_embeddings
-        names = hf_names(family, "embed.weight" if tied else name)
-        names = [n for n in names if n in weights]
-        state[name] = torch.cat([weights[n] for n in names])
-        for n in (*names, *hf_names(family, name)):
-            left.pop(n, None)
+        names = hf_names(config.model_type, name)
+        used |= {*names}
+        if name == "head.weight" and c.tie_embeddings:
+            names = hf_names(config.model_type, "embed.weight")
+        state[name] = torch.cat([weights[n] for n in names if n in weights])
         if name in ("embed.weight", "head.weight"):
-            rows = state[name][:vocab_size]
-            state[name] = F.pad(rows, (0, 0, 0, len(p) - len(rows)))
-    if left:
+            tokens = state[name][:vocab_size]
+            state[name] = F.pad(tokens, (0, 0, 0, len(p) - len(tokens)))
+    if {*weights} - used:
         return None
     model.load_state_dict(state, assign=True)
     if c.tie_embeddings:
@@ -870,32 +845,25 @@ class HFModel(nn.Module):
                                       vocab_size=vocab_size, block_size=length)
         self.has_attention = hasattr(c, "num_attention_heads")
         self.base, self.head = model.base_model, model.get_output_embeddings()
-        # The argument that carries keys and values, by the version of transformers; "": none does
+        # The argument that carries keys and values; "": the model has none
         arguments = inspect.signature(self.base.forward).parameters
         self.cache_name = next((n for n in ("cache", "past_key_values") if n in arguments), "")
-        self.found = [m for m in self.base.modules()  # in a list: it is a part of base already
-                      if isinstance(m, nn.ModuleList) and len(m) == c.num_hidden_layers]
-        if len(self.found) != 1:
+        found = [m for m in self.base.modules()
+                 if isinstance(m, nn.ModuleList) and len(m) == c.num_hidden_layers]
+        if len(found) != 1:
             raise ValueError(f"no list of {c.num_hidden_layers} blocks in {type(model).__name__}")
+        self.blocks = found[0]
         idx = torch.arange(8)[None].to(model.device) % vocab_size
         with torch.no_grad():
             x, _ = self(idx, hidden=(0, c.num_hidden_layers))
             if not torch.allclose(self.head(x), model(idx, use_cache=False).logits):
                 raise ValueError(f"the logits of {type(model).__name__} are more than a head")
 
-    @property
-    def blocks(self):
-        return self.found[0]
-
     def forward(self, idx, hidden=(), caches=None):
         """As GPT.forward. caches: transformers' own cache is kept in the first of them."""
-        states = {}
-        hooks = [self.blocks[k - 1].register_forward_hook(partial(keep_output, states, k))
-                 for k in hidden if k > 0]
-        if 0 in hidden:
-            hooks.append(self.blocks[0].register_forward_pre_hook(
-                partial(keep_input, states, 0), with_kwargs=True))
-        past = {}
+        states, past = {}, {}
+        hooks = [self.blocks[k - 1].register_forward_hook(
+            partial(keep_states, states, k), with_kwargs=True) for k in {max(k, 1) for k in hidden}]
         if caches is not None and self.cache_name:
             past = {"use_cache": True, self.cache_name: getattr(caches[0], "past", None)}
         try:
@@ -910,8 +878,8 @@ class HFModel(nn.Module):
     def trunk(self, idx, hidden=(), caches=None, blocks=None):
         """As GPT.trunk, but all blocks are run."""
         last = self.config.n_layer if blocks is None else blocks
-        _, states = self.forward(idx, (*hidden, last), caches)
-        return states[-1], states[:-1]
+        _, (*states, x) = self.forward(idx, (*hidden, last), caches)
+        return x, tuple(states)
 
     def logits(self, x):
         return self.head(x)[..., :self.config.vocab_size]
@@ -927,8 +895,8 @@ class HFModel(nn.Module):
 
     def flops_per_token(self, backward=True, head=True, blocks=None, length=None) -> int:
         """As GPT.flops_per_token: 2 a weight of the matrices in the blocks and the head, 4 T C a
-        block with attention. All blocks and all experts are counted, as all blocks are run; of a
-        scan its projections alone."""
+        block with attention. All blocks are counted, as all are run, and all experts; the scan of a
+        state-space model is not."""
         c, forward = self.config, 2 * self.head.weight.numel() if head else 0
         for block in self.blocks:
             forward += 2 * sum(p.numel() for p in block.parameters() if p.ndim > 1)
@@ -936,12 +904,10 @@ class HFModel(nn.Module):
         return 3 * forward if backward else forward
 
 
-def keep_output(states: dict, k: int, module, args, out):
+def keep_states(states: dict, k: int, block, args, kwargs, out):
+    """A forward hook on block k: its input is state k - 1, its output state k."""
+    states[k - 1] = args[0] if args else kwargs["hidden_states"]
     states[k] = out[0] if isinstance(out, tuple) else out
-
-
-def keep_input(states: dict, k: int, module, args, kwargs):
-    states[k] = args[0] if args else kwargs["hidden_states"]
 
 
 def first_line(e) -> str:
@@ -1005,11 +971,12 @@ def smollm2_file(where: str) -> Path:
 
 def read_smollm2(where: str) -> tuple:
     """(configuration, weights by transformers' names, tokenizer) of SmolLM2, by transformers' own
-    reader of GGUF files. It does not read how text is cut into pieces there: first every digit
-    apart, then as GPT-2."""
+    reader of GGUF files. The reader leaves out how SmolLM2 splits text before BPE: each digit by
+    itself, the rest as GPT-2 does."""
     transformers, tokenizers, reader, _ = (need_package(name, where) for name in (
         "transformers", "tokenizers", "transformers.modeling_gguf_pytorch_utils", "gguf"))
     path = smollm2_file(where)
+    reader.tqdm = partial(tqdm, disable=None)  # no progress bar unless stderr is a terminal
     with torch.device("meta"):  # the reader wants the names of the weights
         names = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=30))
     try:
@@ -1105,23 +1072,24 @@ def load_teacher(path, tokenizer: dict, block_size: int, device="cpu", dtype=tor
 # Out again: a checkpoint of ours as a Hugging Face folder
 
 
-def architecture(c: ModelConfig) -> str:
-    """The model of transformers that computes what a GPT of this configuration does. Attention is
-    Llama's, with qk_norm Qwen3's; the MLPs without a gate are Arcee's, which is Llama but for them.
-    Raises BadInput where there is none."""
+def hf_kind(c: ModelConfig) -> str:
+    """The type of transformers' model that computes what a GPT of this configuration does. Llama
+    has attention without qk_norm and a gated MLP; Qwen3 adds qk_norm; Arcee is Llama with an MLP
+    without a gate. Raises BadInput where there is no such model."""
     kinds, gated = {*c.kinds()}, c.mlp == "swiglu"
     if kinds == {"M"} and c.ssm_norm:
-        return "Mamba2"
+        return "mamba2"
     if kinds == {"A"} and c.n_experts and gated and c.qk_norm:
-        return "Qwen3Moe"
+        return "qwen3_moe"
     if kinds == {"A"} and not c.n_experts and gated:
-        return "Qwen3" if c.qk_norm else "Llama"
+        return "qwen3" if c.qk_norm else "llama"
     if kinds == {"A"} and not c.n_experts and not c.qk_norm:
-        return "Arcee"
+        return "arcee"
     raise BadInput(
-        f"--mixer={c.mixer} --mlp={c.mlp} --qk_norm={c.qk_norm} --n_experts={c.n_experts}: is no "
-        "model of transformers that is known here. These are attention with --mlp=swiglu, or with "
-        "relu2 or gelu and --qk_norm=false; experts with swiglu and --qk_norm=true; mamba2")
+        f"--mixer={c.mixer} --mlp={c.mlp} --qk_norm={c.qk_norm} --n_experts={c.n_experts}: no "
+        "model of transformers that is known here computes this. Known are attention with "
+        "--mlp=swiglu, or with relu2 or gelu and --qk_norm=false; experts with swiglu and "
+        "--qk_norm=true; mamba2")
 
 
 def standard_weights(model: GPT) -> dict:
@@ -1145,44 +1113,42 @@ def standard_weights(model: GPT) -> dict:
 def to_hf(model: GPT) -> tuple[dict, dict]:
     """(settings with model_type, weights by name) of the model of transformers that computes the
     same logits. The rows that only pad the vocabulary are cut off."""
-    c, V = model.config, model.config.vocab_size
-    kind = {"Qwen3Moe": "qwen3_moe"}.get(architecture(c), architecture(c).lower())
-    settings = {theirs: getattr(c, ours) for ours, theirs in hf_fields(kind).items()}
+    c, V, weights = model.config, model.config.vocab_size, {}
+    kind = hf_kind(c)
+    settings = {theirs: getattr(c, ours) for ours, theirs in HF_FIELDS[kind].items()}
     settings |= {"model_type": kind, "vocab_size": V, **HF_FIXED[kind]}
     if kind == "mamba2":
         settings |= {"num_heads": c.expand * c.n_embd // c.ssm_head_dim, "residual_in_fp32": False}
     else:
         settings |= {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
                      "hidden_act": "silu" if c.mlp == "swiglu" else c.mlp}
-    family, weights = "mamba2" if kind == "mamba2" else "attention", {}
     for key, w in standard_weights(model).items():
         if key.endswith(".load"):
             continue
-        names = hf_names(family, key)
+        names, parts = hf_names(kind, key), [w]
         if key in ("embed.weight", "head.weight"):
-            w = w[:V]
-        if len(names) == 1:
-            weights[names[0]] = w
-            continue
-        sizes = model.get_submodule(key.removesuffix(".weight")).pieces.values()
-        weights |= dict(zip(names[-len(sizes):], w.split([*sizes]), strict=True))
+            parts = [w[:V]]
+        elif len(names) > 1:
+            pieces = model.get_submodule(key.removesuffix(".weight")).pieces
+            parts = w.split([*pieces.values()])
+        weights |= zip(names[-len(parts):], parts, strict=True)
     return settings, weights
 
 
-# What a written tokenizer is tried on, beside this file
+# A written tokenizer is checked on this sample and on the text of this file
 SAMPLE = """The fox's 12345 JUMPS over\r\n\n   the lazy dog.
 \t_x1 = 'it''s' + "\u00e9\u0301"  # ... \u041f\u0440\u0438\u0432 \u4f60\u597d\uff0c\u3053
 \u0645\u06cc\u200c\u062e \u0915\u094d\u200d\u0937 \u00b2\u00bd \U0001f600 \u00a0\u2028"""
 
 
 def tokenizer_to_hf(tokenizer: dict, where: str):
-    """A tokenizers.Tokenizer that gives the same ids. Where tiktoken runs ours, it is made by
-    transformers' converter. Raises BadInput where it gives other ids on a sample."""
+    """A tokenizers.Tokenizer that gives the same ids. One that tiktoken runs here is converted by
+    transformers. Raises BadInput where the result gives other ids on a sample."""
     enc = tokenizer_from_dict(tokenizer)
     if "json" in tokenizer:
         return enc.all
     converters = need_package("transformers.convert_slow_tokenizer", where)
-    # \w of that engine of regular expressions lacks the two zero-width joiners
+    # There, \w does not match the two zero-width joiners, so it is written out
     word = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\u200c\u200d"
     pattern = tokenizer["pattern"].replace(r"\w", f"[{word}]").replace(r"\W", f"[^{word}]")
     special = sorted(tokenizer["special"], key=tokenizer["special"].get)
@@ -1278,11 +1244,6 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-def need(good: bool, a, name: str, why: str):
-    if not good:
-        raise BadInput(f"--{name}={getattr(a, name)}: {why}")
-
-
 def main(argv):
     a = parse_arguments(argv)
     if a.command == "export":
@@ -1294,7 +1255,7 @@ def main(argv):
          "each 0, or at least 0.001")
     need(0 < a.top_p <= 1, a, "top_p", "above 0, at most 1")
     need(a.best >= 0, a, "best", "not negative")
-    need(a.best == 0 or a.score != "none", a, "best", "there is no score with --score=none")
+    need(a.best == 0 or a.score != "none", a, "best score", "without a score there is no best")
     need(device_exists(a.device), a, "device", "no such device here")
     print(generate_command(a))
 
