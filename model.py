@@ -15,10 +15,11 @@ Names and symbols
     B, T, C     sequences in a batch, tokens in a sequence, width of the residual stream (n_embd;
                 d_model in papers)
     H, H_kv, D  query heads, key/value heads, channels of one head (head_dim; C / H by default)
-    mixer       what moves information between tokens: attention, Mamba-2, or both side by side
+    mixer       the part of a block that moves information between tokens: attention, Mamba-2, or
+                both side by side
     E, k        experts, and experts that each token goes to (experts_per_token)
     P, N, G, Q  Mamba-2: channels of a head, numbers of state per channel, groups, tokens of a chunk
-    V, V_pad    vocabulary size, and V rounded up to a multiple of 64, which matrix units like
+    V, V_pad    vocabulary size, and V rounded up to a multiple of 64, for faster products on GPUs
     x           the residual stream, (B, T, C)
     state k     x after block k; blocks are numbered from 1, state 0 is the output of the embedding
     nats        the unit of the loss: negative log-likelihood with the natural logarithm
@@ -80,12 +81,12 @@ class ModelConfig:
     n_kv_head: int = 0  # key/value heads, each for n_head / n_kv_head query heads; 0: n_head
     head_dim: int = 0  # channels of one head; 0: C / H
     mlp: str = "relu2"  # swiglu | relu2 | gelu
-    mlp_hidden: int = 0  # width inside the MLP; 0: 8/3 C (swiglu) or 4 C, equally many parameters
+    mlp_hidden: int = 0  # width inside the MLP; 0: 8/3 C (swiglu) or 4 C, for the same size
     qk_norm: bool = False  # RMSNorm on queries and keys, per head, as in Qwen3
     tie_embeddings: bool = False
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
-    mixer: str = "attention"  # attention | mamba2 | hybrid, or a letter a block: see kinds()
+    mixer: str = "attention"  # attention | mamba2 | hybrid, or one letter per block, see kinds()
     d_state: int = 64  # Mamba-2: N, numbers of state per channel
     ssm_head_dim: int = 64  # Mamba-2: P, channels of one head
     expand: int = 2  # Mamba-2: width inside it over C
@@ -95,7 +96,7 @@ class ModelConfig:
     ssm_norm: bool = True  # Mamba-2: gated RMSNorm before the output projection
     n_experts: int = 0  # 0: a dense MLP
     experts_per_token: int = 2
-    expert_hidden: int = 0  # width inside an expert; 0: mlp_hidden / k, as many active weights
+    expert_hidden: int = 0  # width inside an expert; 0: mlp_hidden / k
     width_ratio: float = 1.0  # m_N: width over that of the base model, see PARAM_RULES
     depth_ratio: float = 1.0  # m_L: blocks over those of the base model
     head_ratio: float = 1.0  # m_D: channels of a head over those of the base model
@@ -123,7 +124,7 @@ class ModelConfig:
                  f"{self.n_groups} * ssm_head_dim")
 
     def kinds(self) -> str:
-        """The kind of each block, as one letter a block, such as "MMAMM". A: attention and MLP;
+        """The kind of each block, one letter per block, such as "MMAMM". A: attention and MLP;
         M: Mamba-2, no MLP; H: attention beside Mamba-2, and MLP; L: a linear map with a bias
         (AffineBlock)."""
         kinds = MIXERS[self.mixer] * self.n_layer if self.mixer in MIXERS else self.mixer
@@ -237,8 +238,9 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)): the mixer moves information between tokens, the
-    MLP works within one. kind is a letter of ModelConfig.kinds(): A, attention; M, Mamba-2, which
-    has a gate of its own and no MLP after it; H, the sum of both mixers on the same input. Each
+    MLP acts on each token by itself. kind is a letter of ModelConfig.kinds(): A, attention; M,
+    Mamba-2, which has a gate of its own and no MLP after it; H, the sum of both mixers on the same
+    input. Attention is `self.mixer`, Mamba-2 is `self.ssm`, and what a block lacks is None. Each
     branch is multiplied by 1 / m_L, see PARAM_RULES."""
 
     def __init__(self, c: ModelConfig, kind: str):
@@ -263,7 +265,7 @@ class Block(nn.Module):
 
 class AffineBlock(nn.Module):
     """x + (W x + b) / m_L for each token by itself. `probes.py prune` puts it in a block's place.
-    W = 0 and b = 0 is the identity, so weight decay pulls it towards no block at all."""
+    It starts at W = 0 and b = 0, the identity, and weight decay pulls it back there."""
 
     mixer = ssm = mlp = None  # the parts of a Block, of which it has none
 
@@ -300,9 +302,10 @@ class GPT(nn.Module):
     def trunk(self, idx, hidden=(), caches=None, blocks=None):
         """Embedding and blocks, without the final norm.
 
-        idx: (B, T) token ids; hidden: numbers of the states to return; caches: a Cache a block, of
-        the tokens before idx, extended in place; blocks: run only the first so many. Returns
-        (x (B, T, C), states), states being a tuple of (B, T, C), one a number in `hidden`."""
+        idx: (B, T) token ids. hidden: numbers of the states to return. caches: one Cache per block,
+        which holds the tokens before idx and is extended in place. blocks: run only this many
+        blocks, the first ones. Returns (x (B, T, C), states): states has one (B, T, C) for each
+        number in `hidden`."""
         past = 0 if caches is None else caches[0].length
         T = idx.shape[1]
         if past + T > self.config.block_size and self.has_attention:
@@ -319,9 +322,8 @@ class GPT(nn.Module):
         return x, tuple(states[k] for k in hidden)
 
     def forward(self, idx, hidden=(), caches=None):
-        """trunk and the final norm. Returns (x, states): x (B, T, C) after the final norm; states,
-        a tuple of residual streams (B, T, C) after the blocks numbered in `hidden`, before any
-        norm."""
+        """The trunk and the final norm. Returns (x, states): x (B, T, C) is after the final norm,
+        the states are before it."""
         x, states = self.trunk(idx, hidden, caches)
         return self.norm(x), states
 
@@ -344,7 +346,7 @@ class GPT(nn.Module):
 
     def compile(self, *args, **kw):
         """Compile the forward pass in place, and the loss on logits with it. The loop over experts
-        stays uncompiled: its shapes depend on the data, each would be compiled anew."""
+        stays uncompiled: its shapes depend on the data, and each would be compiled anew."""
         self.compiled = True
         for moe in self.moes():
             moe.loop = torch.compiler.disable(expert_loop)
@@ -354,8 +356,8 @@ class GPT(nn.Module):
         return [b.mlp for b in self.blocks if isinstance(b.mlp, MoE)]
 
     def num_params(self, active=False) -> int:
-        """Number of parameters; a tied matrix counts once. active: only those that a token meets,
-        k of E experts."""
+        """Number of parameters; a tied matrix counts once. active: only those that one token uses,
+        with k of the E experts."""
         total = sum(p.numel() for p in self.parameters())
         if active:
             total -= round(sum((1 - m.k / len(m.load)) * (m.up.numel() + m.down.numel())
@@ -365,10 +367,12 @@ class GPT(nn.Module):
     def flops_per_token(self, backward=True, head=True, blocks=None, length=None) -> int:
         """Floating-point operations per token in sequences of `length` (default block_size).
 
-        2 a weight in each matrix product, 4 T H D a block with attention (the full square, as
-        nanoGPT and PaLM count it), the scan of Mamba-2 (see ssd); three times as much with the
-        backward pass. Of experts, those that a token goes to. The embedding is a look-up and costs
-        nothing. For a GPT that is 6 N + 12 L C T, with N without the embedding."""
+        Each weight in a matrix product counts 2. Each block with attention counts 4 T H D (the full
+        T x T square, as nanoGPT and PaLM count it), and each with Mamba-2 its scan (see ssd). Of
+        the experts, those that a token goes to count. The embedding is a look-up and costs nothing.
+        The backward pass costs twice the forward pass. With attention in L blocks this gives
+        6 N + 12 L C T, where N leaves out the embedding. head, blocks: without the head, or of the
+        first blocks alone."""
         c, forward = self.config, 2 * self.head.weight.numel() if head else 0
         for b in self.blocks[:blocks]:
             forward += 2 * sum(p.numel() for p in b.parameters() if p.ndim == 2)
@@ -384,7 +388,8 @@ class GPT(nn.Module):
 def logical_pieces(model: nn.Module) -> dict[str, list[tuple[str, int]]]:
     """(piece, rows) of each logical matrix that a weight holds, by the weight's name:
     {"blocks.0.mixer.qkv.weight": [("q", 64), ("k", 32), ("v", 32)], "blocks.0.mixer.o.weight":
-    [("o", 64)], ...}. Those of a stack of experts follow each other, expert by expert."""
+    [("o", 64)], ...}. A stack of experts lists the pieces of expert 0, then those of expert 1, ...
+    """
     pieces = {"embed.weight": [("embed", model.embed.weight.shape[0])]}
     for name, m in model.named_modules():
         if isinstance(m, Fused):
@@ -566,9 +571,9 @@ class MoE(nn.Module):
 
     As in Qwen3-MoE: p = softmax(router x) in float32, w the k largest p over their sum, no shared
     expert, and no token is dropped. A forward pass leaves the load-balancing loss and the router
-    z-loss in `losses` and the tokens of each expert in `counts`. `load` is each expert's share of
-    the tokens of the last step, over all devices (class Router sets it). So balance is asked of the
-    whole batch, not of each micro-batch, and no device waits for another."""
+    z-loss in `losses` and the number of tokens of each expert in `counts`. `load` is each expert's
+    share of the tokens of the last step, over all devices (class Router sets it). The balance is
+    therefore that of a whole batch, not of a micro-batch, and no device waits for another."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -592,10 +597,7 @@ class MoE(nn.Module):
             0, chosen.flatten(), torch.ones_like(chosen).flatten())
         self.losses = load_balancing_loss(p, self.load), logits.logsumexp(-1).square().mean()
         order = chosen.flatten().argsort(stable=True)  # (token, choice) pairs, sorted by expert
-        rows = x[order // self.k]
-        device = "cpu" if x.is_meta else x.device.type
-        if torch.is_autocast_enabled(device):
-            rows = rows.to(torch.get_autocast_dtype(device))
+        rows = x[order // self.k].to(product_dtype(x))
         widths = *self.up.shape[1:], *self.down.shape[1:]
         aligned = all(n % 8 == 0 for n in widths)  # the kernel needs rows of whole 16 bytes
         grouped = x.is_cuda and rows.dtype == torch.bfloat16 and aligned
@@ -609,8 +611,14 @@ class MoE(nn.Module):
 def load_balancing_loss(p, load):
     """E sum_e f_e P_e (Fedus et al. 2022, arXiv 2101.03961, eq. 4). p: (tokens, E), the router's
     probabilities, P_e their means; load: f_e, each expert's share of the tokens, without gradient.
-    It is 1 where both are uniform, and more where both prefer the same experts."""
+    It is 1 if both are uniform, and larger if both prefer the same experts."""
     return len(load) * (load * p.mean(0)).sum()
+
+
+def product_dtype(x):
+    """The dtype in which matrix products of x run: that of autocast where it is on."""
+    device = "cpu" if x.is_meta else x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def grouped_products(x, weight, counts):
@@ -624,7 +632,7 @@ def expert_loop(x, weight, counts):
     parts = x.tensor_split(len(weight)) if x.is_meta else x.split(counts.tolist())
     ys = []
     for part, w in zip(parts, weight.to(x.dtype), strict=True):
-        # Rows up to a multiple of 128: a CPU's library makes a kernel for each new shape, slowly.
+        # Padded to a multiple of 128 rows: on a CPU the first product of each new shape is slow.
         padded = F.pad(part, (0, 0, 0, -len(part) % 128))
         ys.append((padded @ w.T)[:len(part)])
     return torch.cat(ys)
@@ -638,20 +646,20 @@ def expert_loop(x, weight, counts):
 # value: `init` on the standard deviation of the initial weights, `lr`, `decay` and `eps` on Adam's
 # learning rate, decoupled weight decay and epsilon. What is not listed does not change. In the
 # forward pass the logits have the factor 1 / m_N, each residual branch 1 / m_L, and the attention
-# scores m_D^-1/2, so that q k^T is in all divided by D and not by its square root.
+# scores m_D^-1/2: they are then q k^T / (sqrt(D) sqrt(m_D)), which falls as 1 / D.
 #
 #   standard    m_N = m_L = m_D = 1
 #   mup         m_N and m_D: Yang et al. 2022, arXiv 2203.03466, table 8
 #   completep   m_L too: Dey et al. 2025, arXiv 2505.01618, with alpha = 1, where no learning rate
 #               depends on depth
 #
-# The output matrix has muP's form with a multiplier, the only one that a tied matrix can have. A
-# router is an output matrix in the other form, and an expert is a hidden matrix (muP for mixtures
-# of experts, arXiv 2508.09752). Ours, where we know of no source: Mamba's B and C, whose rows do
-# not grow in number, are initialised like a router and have the learning rate of in_proj. MLPs and
-# experts are taken to be as wide, over n_embd, as in the base. The standard deviation of hidden
-# matrices is fan_in^-1/2 already. Muon needs no learning rates by width, only an update of the
-# right norm: see optim.py.
+# muP has two equivalent forms of an output matrix: a factor on its output, or other initial weights
+# and learning rates. The head has the first, the only one possible for a tied matrix; a router has
+# the second. An expert is a hidden matrix (muP for mixtures of experts, arXiv 2508.09752). We know
+# of no source for Mamba's B and C, whose number of rows does not grow with the width: they are
+# initialised like a router and have the learning rate of in_proj. The width of MLPs and experts is
+# taken to grow with n_embd. The standard deviation of hidden matrices is fan_in^-1/2 already. Muon
+# needs no learning rates by width, only an update of the right norm: see optim.py.
 
 PARAM_RULES = {
     "embedding": {"eps": (-1, 0)},
@@ -670,7 +678,7 @@ def param_factor(c: ModelConfig, kind: str, what: str) -> float:
 
 
 def init_tensor(p, module: str, c: ModelConfig):
-    """Initialise a parameter of the module, or of the parameter, with this name."""
+    """Initialise a parameter. module: the last part of its name without .weight and .bias."""
     small = 0.1 * c.n_embd ** -0.5
     match module:
         case "norm" | "mixer_norm" | "mlp_norm" | "q_norm" | "k_norm" | "D":
@@ -701,8 +709,8 @@ def init_weights(model: GPT):
     Matrices that write into the residual stream are 0, so that every block starts as the identity.
     Those that read it are N(0, 1 / fan_in). The embedding is N(0, 1), near the scale that the norms
     give. The head is small, so that the first loss is near ln V: logits of standard deviation s add
-    s^2 / 2 to it, and s = 0.1. The router is as small, so that all experts begin alike. Mamba-2 as
-    in its authors' code: D = 1, A from -16 to -1, dt = softplus(dt_bias) log-uniform in
+    s^2 / 2 to it, and s = 0.1. The router is as small, so that all experts begin alike. Mamba-2
+    starts as in its authors' code: D = 1, A from -16 to -1, dt = softplus(dt_bias) log-uniform in
     [1e-3, 1e-1], the convolution uniform as torch's Conv1d."""
     c = model.config
     for name, p in model.named_parameters():
@@ -724,9 +732,9 @@ def next_token_loss(logits, targets):
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
-def loss_of_logits(loss, logits, vocab_size: int, dtype, rows):
+def loss_of_logits(loss, logits, vocab_size: int, dtype, per_token):
     """(loss, {name: value}), all 0-d, of logits (n, V_pad)."""
-    value = loss(logits[:, :vocab_size].to(dtype), *rows)
+    value = loss(logits[:, :vocab_size].to(dtype), *per_token)
     return value if isinstance(value, tuple) else (value, {})
 
 
@@ -751,23 +759,23 @@ class KnownGradients(torch.autograd.Function):
         return None, dx.to(ctx.dtype) * grad, dw * grad, None, None
 
 
-def chunked_loss(loss, x, weight, *rows, vocab_size: int, chunk: int = 1024, compiled=False):
-    """The sum of a loss on the logits x W^T over all rows, without ever holding all logits.
+def chunked_loss(loss, x, weight, *per_token, vocab_size: int, chunk: int = 1024, compiled=False):
+    """The sum over N tokens of a loss on their logits x W^T, without holding all logits at once.
 
-    loss: a function of (logits (n, V) in float32, *rows of the same n) that returns its sum over
-    these rows, 0-d, or that and a dict of further sums, 0-d, which get no gradient. x: (N, C);
-    weight: (V_pad, C), of which the first vocab_size rows are tokens; rows: tensors (N, ...) such
-    as targets. Returns (the sum, the dict of further sums).
+    x: (N, C); weight: W, (V_pad, C), of which the first vocab_size rows are tokens; per_token:
+    further tensors (N, ...), such as targets. loss: a function of the logits (n, V) of some tokens,
+    in float32, and of the same n rows of per_token. It returns its sum over these tokens, 0-d, or
+    that and a dict of further 0-d sums, which get no gradient. Returns (the sum, the dict).
 
-    One product forms the logits of `chunk` rows. Autograd takes the gradient at the logits on the
-    spot, a few rows at a time, so that on a CPU they stay in its caches. The gradient takes the
-    place of the logits, and two products give the chunk's share of dx and dW. Nothing is computed
-    twice. Products run in the autocast dtype where autocast is on. Not twice differentiable.
+    One product forms the logits of `chunk` tokens. Autograd computes the gradient at these logits
+    at once, for a few tokens at a time, so that on a CPU they stay in its caches. The gradient
+    overwrites the logits, and two products give the chunk's share of dx and dW. So nothing is
+    computed twice, and the loss cannot be differentiated twice. The products run in the autocast
+    dtype where autocast is on.
 
     compiled: torch.compile the loss with its gradient, one graph for each loss and shape, so that
     float32 logits need not be written to memory. Its speed on CUDA has not been measured."""
-    device = "cpu" if x.is_meta else x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    device, dtype = "cpu" if x.is_meta else x.device.type, product_dtype(x)
     full = torch.promote_types(dtype, torch.float32)
     need_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     part = max(32, 2**18 // len(weight)) if device == "cpu" else 512  # rows of 1 MB of logits
@@ -782,7 +790,7 @@ def chunked_loss(loss, x, weight, *rows, vocab_size: int, chunk: int = 1024, com
             logits = x_chunk @ w_low.T  # (chunk, V_pad)
             for j in range(0, len(logits), part):
                 z = logits[j:j + part].detach().requires_grad_(need_grad)
-                of_part = [r[i + j:i + j + len(z)] for r in rows]
+                of_part = [t[i + j:i + j + len(z)] for t in per_token]
                 with torch.set_grad_enabled(need_grad):
                     value, named = loss_of_part(loss, z, vocab_size, full, of_part)
                 total += value.detach()
@@ -810,16 +818,20 @@ class Pass:
     targets: torch.Tensor  # (B, T), IGNORE where not counted
     x: torch.Tensor  # (B, T, C), after the final norm
     states: dict  # {number: (B, T, C)}, the residual states that the terms need
-    counted: list  # number of counted targets in a pass, the mean over all passes (of all ranks) of
-    # this step; one entry for each row of a record, which is one row in ordinary data
+    counted: list  # counted targets per pass, see below
     step: int  # optimizer steps taken so far
+
+    # `counted` is a mean over all passes of the step, on all ranks: pass by pass the numbers may
+    # differ, and a loss divided by the mean sums to the mean over the step's tokens. It has one
+    # entry for ordinary data, and one for each sequence of a record (see teacher.Records).
 
 
 class Term:
-    """A term of the loss; a new one overrides what differs.
+    """A term of the loss. A new term overrides what differs.
 
-    A term sums over counted targets and divides by sum(p.counted), or by its own entry. Then the
-    loss of a step is the mean over the step's counted tokens, however it is cut into passes."""
+    A term sums over the counted targets of a pass and divides by sum(p.counted), or by its entry of
+    it. The loss of a step is then the mean over its counted tokens, for any division into passes.
+    """
 
     name = ""
     hidden = ()  # numbers of the residual states that it needs
@@ -828,8 +840,8 @@ class Term:
         return 1.0
 
     def over(self, step: int) -> bool:
-        """Whether the weight is 0 from this step on. The term is then dropped, and what it holds
-        leaves memory."""
+        """Whether the weight is 0 from this step on. The term is then dropped, and its memory is
+        freed."""
         return False
 
     def batch(self, model, idx, targets, step: int, first: int):
@@ -868,8 +880,8 @@ class Term:
 
 
 class NextToken(Term):
-    """The next-token loss. Before step `begins` its weight is 0, and a distillation term contains
-    the loss."""
+    """The next-token loss. Before step `begins` its weight is 0, as a distillation term contains
+    it."""
 
     name = "next_token"
 
@@ -1061,7 +1073,8 @@ def generate(model, idx, n_tokens: int, temperature=1.0, top_k=0, top_p=1.0, see
 
 
 def tokenizer_to_dict(enc: tiktoken.Encoding) -> dict:
-    """All that defines an encoding, in plain types, so that a checkpoint needs no other file."""
+    """What defines an encoding, in plain types: a checkpoint holds it and needs no other file. A
+    tokenizer of Hugging Face has its tokenizer.json under `json` instead, see teacher.py."""
     return {"name": enc.name, "pattern": enc._pat_str, "special": dict(enc._special_tokens),
             "ranks": {token.hex(): rank for token, rank in enc._mergeable_ranks.items()}}
 
@@ -1095,14 +1108,14 @@ class HFEncoding:
                            "pip install tokenizers") from None
         self.name, self._special_tokens = d["name"], d["special"]
         self.eot_token = d["special"][END_OF_TEXT]
-        self.all = Tokenizer.from_str(d["json"])
+        self.all = Tokenizer.from_str(d["json"])  # encodes special tokens as such
         self.ordinary = Tokenizer.from_str(d["json"])
-        self.ordinary.encode_special_tokens = True  # as any other text
+        self.ordinary.encode_special_tokens = True  # encodes them as any other text
         self.n_vocab = max(self.all.get_vocab().values()) + 1
 
     def lengths(self):
         """(token id, bytes of text that it stands for) of all tokens but the special ones."""
-        added = self.all.get_added_tokens_decoder()  # spelt as they are
+        added = self.all.get_added_tokens_decoder()  # these are not in a byte-level spelling
         byte_level = "ByteLevel" in repr(self.all.decoder)
         for token, i in self.all.get_vocab().items():
             if re.fullmatch("<0x[0-9A-F]{2}>", token):
@@ -1175,8 +1188,8 @@ def model_from_checkpoint(ckpt: dict, device="cpu", where="the checkpoint") -> G
 
 @contextlib.contextmanager
 def written_whole(path):
-    """Gives a temporary path beside `path` to write a file or a folder to. It takes the name only
-    when it is complete and on the disk, so a kill at any moment leaves what was there before."""
+    """Gives a temporary path beside `path` to write a file or a folder to. It is renamed to `path`
+    when it is complete and on the disk. A process that is killed leaves the old file as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
@@ -1216,9 +1229,10 @@ def device_exists(name: str) -> bool:
 
 
 def command(main):
-    """Run a command line. Bad input is one message and exit code 2; a run that failed, or an error
-    of the disk, exit code 1. Of torchrun's processes rank 0 prints for all; the others print what
-    they alone may have met: an error with the attribute `alone`, or one of the disk."""
+    """Run a command line. An error is printed as one line. The exit code is 2 for bad input, 1 for
+    a run that failed or an error of the disk. Of torchrun's processes rank 0 prints the errors that
+    all ranks meet; another rank prints those that it may have met alone: an error of the disk, or
+    one with the attribute `alone`."""
     rank = os.environ.get("RANK", "0")
     try:
         sys.exit(main(sys.argv[1:]))

