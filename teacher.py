@@ -504,16 +504,16 @@ def read_records(data: str) -> list[tuple[str, str, str]]:
 
 
 class Records:
-    """Training data with the interface of train.Blocks: each record gives the sequence `[label]
-    input, newline, label, end of text`, and with rationales a second one with the rationale in the
-    label's place. Only the answer and its end are counted as targets.
+    """Training data with the interface of train.Blocks. A record gives the sequence `[label] input,
+    newline, label, end of text`. With rationales it gives a second one, `[rationale] input,
+    newline, rationale, end of text`. Only the answer and the end of text are targets that count.
 
     records: (input, label, rationale) texts. Raises BadInput for a record longer than
     block_size."""
 
     def __init__(self, records, enc, block_size: int, rationales: bool):
         self.block_size, self.end, self.rows = block_size, enc.eot_token, 2 if rationales else 1
-        self.records = []  # of each record, for each of its sequences, (prompt ids, answer ids)
+        self.records = []  # per record a list of its sequences, each (prompt ids, answer ids)
         for text, *answers in records:
             sequences = []
             for prefix, answer in list(zip((LABEL_PREFIX, RATIONALE_PREFIX), answers))[:self.rows]:
@@ -529,8 +529,8 @@ class Records:
         return len(self.records)
 
     def batch(self, numbers):
-        """(inputs, targets), int64 tensors (rows * len(numbers), block_size): the rows of a record
-        stand together."""
+        """(inputs, targets) of the records with these numbers: int64 tensors of
+        (rows * len(numbers), block_size), in which the rows of a record follow each other."""
         inputs = torch.full((self.rows * len(numbers), self.block_size), self.end)
         targets = torch.full_like(inputs, IGNORE)
         sequences = [sequence for i in numbers for sequence in self.records[i]]
@@ -698,12 +698,13 @@ def generate_command(a) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # Pretrained models. A teacher is a checkpoint of ours, `smollm2`, or a model of transformers (a
-# folder or an id of the hub). It becomes our GPT where that computes exactly the same function, and
-# is wrapped by HFModel where not. The same tables lead out again, see export.
+# folder or an id of the hub). It becomes our GPT if that computes exactly the same function, and an
+# HFModel otherwise. The same tables serve the other direction, see export.
 
-# Names of our weights -> names in transformers. Those of a block follow "blocks.i." here and
-# the value of "blocks" and "i." there, i counting from 0. Where there are several names, our matrix
-# is these stacked in this order; an MLP without a gate has the last alone.
+# Names of our weights -> names in transformers. Names inside a block stand without their beginning,
+# which is "blocks.3." for the block with index 3 of ours and, in Llama, "model.layers.3." there.
+# Several names: ours is these matrices, stacked in this order; an MLP without a gate has only the
+# last.
 HF_NAMES = {
     "attention": {  # Llama, Qwen3, Arcee and Qwen3-MoE
         "embed.weight": "model.embed_tokens.weight",
@@ -756,7 +757,7 @@ HF_FIELDS = {
         "expand": "expand", "n_groups": "n_groups", "chunk_size": "chunk_size",
         "d_conv": "conv_kernel"}}
 
-# Settings of transformers' with which it computes what our GPT does
+# The settings with which transformers computes what our GPT does
 NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 HF_FIXED = {
     "llama": NO_BIAS,
@@ -813,7 +814,7 @@ def from_hf(config, weights: dict, vocab_size: int) -> GPT | None:
         model = GPT(c)
     state, used = {}, set()
     for name, p in model.state_dict().items():
-        if name.endswith(".load"):  # a running figure of training, not a weight
+        if name.endswith(".load"):  # changes in training, but is no weight
             state[name] = torch.full(p.shape, 1 / c.n_experts)
             continue
         names = hf_names(config.model_type, name)
@@ -837,8 +838,8 @@ class HFModel(nn.Module):
     """A causal language model of transformers with the interface of our GPT. State k is the
     residual stream after block k, state 0 the embedding (with positions, where they are added).
 
-    model: any AutoModelForCausalLM whose logits are head(last_hidden_state); vocab_size: those of
-    its logits that are tokens. Raises ValueError where the logits are anything else."""
+    model: an AutoModelForCausalLM whose logits are head(last_hidden_state); if they are not,
+    ValueError is raised. vocab_size: the number of its logits that are tokens."""
 
     def __init__(self, model, vocab_size: int):
         super().__init__()
@@ -897,9 +898,9 @@ class HFModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, backward=True, head=True, blocks=None, length=None) -> int:
-        """As GPT.flops_per_token: 2 a weight of the matrices in the blocks and the head, 4 T C a
-        block with attention. All blocks are counted, as all are run, and all experts; the scan of a
-        state-space model is not."""
+        """As GPT.flops_per_token: 2 for each weight of the matrices in the blocks and the head, and
+        4 T C for each block with attention. All blocks count, as all are run, and all experts. The
+        scan of a state-space model does not."""
         c, forward = self.config, 2 * self.head.weight.numel() if head else 0
         for block in self.blocks:
             forward += 2 * sum(p.numel() for p in block.parameters() if p.ndim > 1)
@@ -918,8 +919,8 @@ def first_line(e) -> str:
 
 
 def need_package(module: str, where: str):
-    """An optional package; BadInput says what to install where it is missing. where: the flag and
-    its value."""
+    """Imports an optional package. If it is missing, BadInput says what to install. where: the flag
+    that needs it, and its value."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
@@ -928,12 +929,12 @@ def need_package(module: str, where: str):
 
 
 def from_pretrained(kind: str, name: str, where: str, **settings):
-    """transformers.KIND.from_pretrained(name), its failures as one line. Code that comes with a
-    model is never run."""
+    """transformers.KIND.from_pretrained(name). Any failure becomes a BadInput of one line. Code
+    that comes with a model is never run."""
     auto = getattr(need_package("transformers", where), kind)
     try:
         return auto.from_pretrained(name, trust_remote_code=False, **settings)
-    except Exception as e:  # damaged files fail in every way there is
+    except Exception as e:  # damaged files raise errors of many kinds
         if "trust_remote_code" in str(e):
             raise BadInput(f"{where}: it needs code of its own, which is never run") from None
         if Path(name).is_dir():
@@ -945,8 +946,8 @@ def from_pretrained(kind: str, name: str, where: str, **settings):
 
 
 def tokenizer_from_hf(theirs, name: str, where: str) -> dict:
-    """A tokenizer of transformers as checkpoints hold it; it is run by `tokenizers`, see
-    model.HFEncoding."""
+    """A tokenizer of transformers in the form in which checkpoints hold it. model.HFEncoding runs
+    it."""
     if not theirs.is_fast:
         raise BadInput(f"{where}: its tokenizer has no tokenizer.json, and cannot be stored")
     text = theirs.backend_tokenizer.to_str()
@@ -974,9 +975,9 @@ def smollm2_file(where: str) -> Path:
 
 
 def read_smollm2(where: str) -> tuple:
-    """(configuration, weights by transformers' names, tokenizer) of SmolLM2, by transformers' own
-    reader of GGUF files. The reader leaves out how SmolLM2 splits text before BPE: each digit by
-    itself, the rest as GPT-2 does."""
+    """(configuration, weights by transformers' names, tokenizer) of SmolLM2, read by transformers'
+    own reader of GGUF files. The reader leaves out how SmolLM2 splits text before BPE: each digit
+    by itself, the rest as GPT-2 does."""
     transformers, tokenizers, reader, _ = (need_package(name, where) for name in (
         "transformers", "tokenizers", "transformers.modeling_gguf_pytorch_utils", "gguf"))
     path = smollm2_file(where)
@@ -987,7 +988,7 @@ def read_smollm2(where: str) -> tuple:
         read = reader.load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=names)
         tokens, kinds = read["tokenizer"]["tokens"], read["tokenizer"]["token_type"]
         merges = [tuple(merge.split(" ")) for merge in read["tokenizer"]["merges"]]
-    except Exception as e:  # damaged bytes fail in every way there is
+    except Exception as e:  # damaged bytes raise errors of many kinds
         raise BadInput(f"{where}: {path} is damaged; install {SMOLLM2} again "
                        f"({first_line(e)})") from None
     bpe = tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges)
@@ -1060,7 +1061,7 @@ def load_pretrained(name, device="cpu", dtype=torch.float32, flag="--teacher="):
 def load_teacher(path, tokenizer: dict, block_size: int, device="cpu", dtype=torch.float32):
     """A pretrained model as load_pretrained gives it. Raises BadInput when it reads other tokens
     than the student's `tokenizer`, or when its context is shorter than the student's block_size:
-    position t of one could then not be compared with position t of the other."""
+    their states and probabilities could not be compared position by position."""
     teacher, teacher_tokenizer = load_pretrained(path, device, dtype)
     theirs, ours = tokenizer_id(teacher_tokenizer), tokenizer_id(tokenizer)
     if theirs != ours:
