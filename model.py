@@ -1021,7 +1021,7 @@ class Cache:
 
 
 def pick(logits, temperature: float, top_k: int, top_p: float, uniform):
-    """Sample one token a row. logits: (B, V); uniform: (B, 1), random numbers in [0, 1). Returns
+    """Sample one token per row. logits: (B, V); uniform: (B, 1), random numbers in [0, 1). Returns
     (B, 1). Temperature 0 takes the likeliest. top_k keeps the k likeliest; 0: all. top_p keeps the
     fewest of the likeliest whose probabilities add up to p (nucleus sampling, Holtzman et al. 2019,
     arXiv 1904.09751).
@@ -1045,8 +1045,8 @@ def generate(model, idx, n_tokens: int, temperature=1.0, top_k=0, top_p=1.0, see
              use_cache=True):
     """Append n_tokens sampled tokens to each row of idx (B, T). Returns (B, T + n_tokens).
 
-    seed: a list of one seed a row, or the first row's, to which the others add 1, 2, ... A row
-    depends on its own prompt and seed, not on the rows beside it.
+    seed: a list with a seed for each row, or the first row's seed, to which the others add 1, 2,
+    ... A row depends on its own prompt and seed, not on the rows beside it.
 
     When attention has filled its context, the context starts anew with its last half: one long
     forward pass every block_size / 2 tokens. With and without the cache the same tokens come out;

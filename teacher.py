@@ -8,7 +8,8 @@ In this order: LET; distillation from probabilities; a student that starts from 
 weights; the teacher's text; pretrained models in and out of transformers' format; the command line.
 
 Names and symbols
-    M, T               student and teacher; d_M, d_T their widths
+    M, T               student and teacher; d_M, d_T their widths. In shapes, B and T are sequences
+                       and tokens, as in model.py
     h_M^(k)            M's residual stream after block k, before any norm; (B, T, d_M)
     h_T^(L)            T's state after block L, see teacher_state; (B, T, d_T)
     lambda_0, S_stop   weight of LET at step 0, and the step from which it is 0
@@ -670,7 +671,7 @@ def new_folder(name) -> Path:
 
 
 def generate_command(a) -> str:
-    """Writes text.txt, for train.py, and samples.jsonl, a record a line, into a.folder."""
+    """Writes text.txt, for train.py, and samples.jsonl, one record per line, into a.folder."""
     from train import find_files, read_documents, split_documents  # a command may look upwards
 
     folder = new_folder(a.folder)
@@ -1022,7 +1023,7 @@ def load_transformers(name: str, n_vocab: int, dtype, where: str):
 
 
 def is_checkpoint(name) -> bool:
-    return str(name).endswith(".pt") or Path(name).is_file()
+    return name.endswith(".pt") or Path(name).is_file()
 
 
 def load_tokenizer(name, flag="--teacher=") -> dict:
@@ -1033,7 +1034,7 @@ def load_tokenizer(name, flag="--teacher=") -> dict:
         return load_checkpoint(name, flag=flag)["tokenizer"]
     if name == "smollm2":
         return read_smollm2(where)[2]
-    return tokenizer_from_hf(from_pretrained("AutoTokenizer", str(name), where), name, where)
+    return tokenizer_from_hf(from_pretrained("AutoTokenizer", name, where), name, where)
 
 
 def load_pretrained(name, device="cpu", dtype=torch.float32, flag="--teacher="):
@@ -1041,8 +1042,8 @@ def load_pretrained(name, device="cpu", dtype=torch.float32, flag="--teacher="):
 
     name: a checkpoint of ours or its run's folder, `smollm2`, a folder that transformers'
     save_pretrained wrote, or an id of the Hugging Face hub. model: our GPT where that computes the
-    same function, else an HFModel. tokenizer: as checkpoints hold it. dtype: of the weights, except
-    a checkpoint's, which keeps its own. flag: what the user wrote before the name."""
+    same function, else an HFModel. tokenizer: as checkpoints hold it. dtype: that of the weights; a
+    checkpoint of ours keeps its own. flag: what the user wrote before the name."""
     name = checkpoint_file(name)
     where = f"{flag}{name}"
     if is_checkpoint(name):
@@ -1054,7 +1055,7 @@ def load_pretrained(name, device="cpu", dtype=torch.float32, flag="--teacher="):
     else:
         tokenizer = load_tokenizer(name, flag)
         n_vocab = tokenizer_from_dict(tokenizer).n_vocab
-        model = load_transformers(str(name), n_vocab, dtype, where)
+        model = load_transformers(name, n_vocab, dtype, where)
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
@@ -1204,20 +1205,17 @@ def export(checkpoint, folder, dtype="fp32") -> str:
 
 
 def numbers(kind):
-    """An argument such as 0.7,1 as a list of different numbers, for argparse."""
+    """A type of argument for argparse: 0.7,1 is the list of these numbers. A repeated number counts
+    once."""
     def parse(text):
-        values = [kind(part) for part in text.split(",")]
-        if len({*values}) < len(values):
-            raise ValueError(text)
-        return values
-    parse.__name__ = f"list of different {kind.__name__}s"
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+    parse.__name__ = f"list of {kind.__name__}s"
     return parse
 
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
-        prog="teacher.py", description="Let a model write text to learn from; export a model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        prog="teacher.py", description="Let a model write text to learn from; export a model.")
     commands = parser.add_subparsers(dest="command", required=True)
     g = commands.add_parser("generate", help="let a model continue prompts, and keep the best",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
