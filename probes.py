@@ -1,32 +1,31 @@
-"""probes.py: what can be measured on trained models and read from their runs, and the linearity
+"""probes.py: what can be measured on trained models and on their runs, and the linearity
 regulariser.
 
-    python probes.py linearity runs/1 --text notes.txt --plot=profile.png    # of each block
-    python probes.py prune runs/1 --text notes.txt --blocks=1,2,3    # remove or replace blocks
-    python probes.py curvature runs/plain-? runs/let-? --text notes.txt    # of the loss
-    python probes.py eval runs/1 --task hellaswag.jsonl --text notes.txt   # accuracy; perplexity
-    python probes.py compare runs/plain-? runs/let-?    # folders NAME-SEED, against the first NAME
-    python probes.py plot runs/plain-? runs/let-? -o runs.png    # losses, scales of the weights
+    python probes.py linearity runs/1 --text notes.txt --plot=blocks.png   # how linear a block is
+    python probes.py prune runs/1 --text notes.txt --blocks 1 2 3    # remove or replace blocks
+    python probes.py curvature runs/1 runs/2 --text notes.txt    # eigenvalues of the Hessian
+    python probes.py eval runs/1 --task python hellaswag.jsonl --text notes.txt    # accuracy
+    python probes.py compare runs/plain-? runs/let-?    # final losses, against the first group
+    python probes.py plot runs/plain-? runs/let-? --plot=runs.png    # losses, scales of the weights
 
 Linearity is from "Your Transformer is Secretly Linear" (Razzhigaev et al. 2024, arXiv 2405.12250).
 Section numbers below are that paper's.
 
-How a text is read. Every command reads its text as training reads a document: an end-of-text token,
-then the tokens of the text. Contexts are cut from this one sequence, so position 0 of a later
-context holds whatever token comes there. --characters=512 is the paper's way: the text is cut into
-pieces of 512 characters, and each is a context of its own that begins with an end-of-text token.
-
 Names and symbols
-    X, Y        (n, d) states of n tokens before and after a block; D = Y - X, what the block adds
-    full, free  the linearity scores of (X, Y) and of (X, D); the second is called residual-free
-    H           the Hessian of the mean loss; N parameters; theta: its Ritz values (see lanczos)
-    W, W~       a weight matrix as the optimizer moves it, and as the model uses it (optim.py)
-    piece       a kind of logical matrix: q, k, v, o, gate, up, down, embed, head, ...
-    run         a folder that train.py wrote; runs NAME-SEED that differ in the seed form a group
+    state       the residual stream of a token: state 0 is the embedding output, state k the output
+                of block k
+    X, Y        (n, d) states of n tokens before and after a block; D = Y - X is what the block adds
+    full, free  the linearity scores of (X, Y) and of (X, D); `free` is the paper's residual-free
+    H           the Hessian of the mean loss with respect to the N parameters
+    W, W~       a weight matrix that the optimizer changes, and the one that the model uses: with
+                multipliers r and c, W~ = diag(r) W diag(c) (optim.py)
+    piece       a kind of weight matrix: q, k, v, o, gate, up, down, embed, head, ...
+    run         a folder that train.py wrote. Runs NAME-SEED that differ in the seed form a group
 """
 import argparse
 import ast
 import builtins
+import contextlib
 import copy
 import io
 import itertools
@@ -34,13 +33,13 @@ import json
 import math
 import random
 import statistics
-import symtable
 import time
 import tokenize
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,12 +52,10 @@ from model import (
     AffineBlock,
     BadInput,
     Failed,
-    ModelConfig,
     Term,
     checkpoint_file,
     command,
     device_exists,
-    load_checkpoint,
     log_likelihoods,
     logical_pieces,
     next_token_loss,
@@ -71,13 +68,13 @@ from model import (
 
 
 def linearity_score(X, Y) -> float:
-    """How well an affine map predicts Y from X, both (n, d), a row a token: 1 is perfectly
-    (section 3.1).
+    """How well an affine map predicts Y from X, both (n, d), one row a token. 1 is a perfect
+    prediction (section 3.1).
 
         1 - min over A of ||X A - Y||^2, with X and Y centred and of Frobenius norm 1
 
-    A is any (d, d) matrix. This is the R^2 of linear regression with an intercept, pooled over
-    channels. The pseudo-inverse counts singular values below max(n, d) * eps * largest as 0."""
+    A is any (d, d) matrix. The score is the R^2 of linear regression with an intercept, pooled over
+    channels. The pseudo-inverse takes singular values below max(n, d) * eps * largest as 0."""
     X = X.double() - X.double().mean(0)
     Y = Y.double() - Y.double().mean(0)
     X = X / X.norm()
@@ -87,93 +84,97 @@ def linearity_score(X, Y) -> float:
 
 
 class Moments:
-    """Sums over any number of tokens that a linear fit of D on X needs: 2 d^2 numbers, float64.
+    """The sums over tokens that a linear fit of D on X needs, so that no states have to be kept.
+    All in float64.
 
-    n: tokens. mean (2 d,): of X and D side by side; products (d, 2 d): X^T X and X^T D; dd:
-    ||D||^2; both with X and D centred. Batches are merged by the update of Chan, Golub & LeVeque
-    (1983), which keeps digits where a mean is large. ratio, cosine: sums over tokens of ||D_i|| /
-    ||Y_i|| and of cos(X_i, Y_i), uncentred."""
+    n: number of tokens so far. Z (n, 2 d) is X and D side by side. mean (2 d,): of Z. products
+    (2 d, 2 d): Z^T Z with Z centred. norm_ratio, cosine: sums over tokens of ||D_i|| / ||Y_i|| and
+    of cos(X_i, Y_i), not centred."""
 
     def __init__(self, width: int, device="cpu"):
-        self.width, self.n, self.dd, self.ratio, self.cosine = width, 0, 0.0, 0.0, 0.0
+        self.n = 0
         self.mean = torch.zeros(2 * width, dtype=torch.float64, device=device)
-        self.products = torch.zeros(width, 2 * width, dtype=torch.float64, device=device)
+        self.products = torch.zeros(2 * width, 2 * width, dtype=torch.float64, device=device)
+        self.norm_ratio = 0.0
+        self.cosine = 0.0
 
     def add(self, x, y):
-        """x, y: (tokens, d) before and after a block."""
-        x, y, d, n = x.double(), y.double(), self.width, self.n + len(x)
-        both = torch.cat((x, y - x), dim=1)
-        self.ratio += (both[:, d:].norm(dim=1) / y.norm(dim=1).clamp(min=1e-300)).sum().item()
+        """x, y: (..., d) states before and after a block. The centred products of two sets of
+        tokens are merged as in Chan, Golub & LeVeque (1983), which stays exact where a mean is
+        large."""
+        x, y = x.double().flatten(0, -2), y.double().flatten(0, -2)
+        d = y - x
+        self.norm_ratio += (d.norm(dim=1) / y.norm(dim=1).clamp(min=1e-300)).sum().item()
         self.cosine += F.cosine_similarity(x, y, dim=1).sum().item()
-        mean = both.mean(0)
-        both -= mean
-        self.products.addmm_(both[:, :d].mT, both)
-        self.dd += both[:, d:].square().sum().item()
-        self.products, self.dd = self.about(mean, self.n * len(x) / n)
-        self.mean += (mean - self.mean) * (len(x) / n)
-        self.n = n
+        z = torch.cat((x, d), dim=1)
+        gap = z.mean(0) - self.mean
+        z = z - z.mean(0)
+        share = len(z) / (self.n + len(z))
+        self.products += z.mT @ z + self.n * share * torch.outer(gap, gap)
+        self.mean += share * gap
+        self.n += len(z)
 
-    def about(self, mean, n: float):
-        """(products, dd) with n times those of the distance to `mean` added: for n of all tokens,
-        the sums about `mean`."""
-        gap, d = self.mean - mean, self.width
-        products = self.products.addr(gap[:d], gap, alpha=n)
-        return products, self.dd + n * gap[d:].square().sum().item()
+    def about(self, mean):
+        """The products with another point, mean (2 d,), as the centre."""
+        gap = self.mean - mean
+        return self.products + self.n * torch.outer(gap, gap)
 
-    def yy(self) -> float:
-        """||Y||^2, centred."""
-        xx, xd = self.products.split(self.width, dim=1)
-        return self.dd + (2 * xd + xx).trace().item()
+
+def squared_error(A, products) -> float:
+    """||X A - D||^2 from products = Z^T Z (see Moments): X A - D = Z M, where M is A above -I. With
+    A = 0 this is ||D||^2, with A = -I it is ||Y||^2."""
+    M = torch.cat((A, -torch.eye(len(A)).to(A)))
+    return (M * (products @ M)).sum().item()
 
 
 def linearity(fit: Moments, held_out: Moments) -> dict:
-    """The scores of one block from tokens to fit on and others to check on.
+    """The scores of one block. The map is fitted on the tokens of `fit`.
 
-    full, free: in the sample of the fit, as the paper computes them: linearity_score of (X, Y),
-    (X, D).
-    *_adjusted: corrected for the fit's rank, 1 - (1 - S) (n - 1) / (n - 1 - rank).
-    *_held_out: R^2 of the fitted affine map on the other tokens; it can be negative.
-    ratio_mean: mean over tokens of ||D_i|| / ||Y_i||. ratio: ||D|| / ||Y||, centred. cosine: mean
-    of cos(X_i, Y_i).
+    n, rank: number of these tokens; rank of their X. full, free: linearity_score of (X, Y) and of
+    (X, D) on these tokens, as the paper computes them. They are too high where n is not many times
+    d. full_held_out, free_held_out: R^2 of the fitted map on the tokens of `held_out`; it can be
+    negative. ratio: ||D|| / ||Y||, centred. ratio_mean: mean over tokens of ||D_i|| / ||Y_i||.
+    cosine: mean of cos(X_i, Y_i).
 
-    One fit, of D on X, serves both scores: with the same error, 1 - full = (1 - free) ratio^2. X
-    is often rank-deficient (few distinct tokens): eigenvalues of X^T X below d eps times the
-    largest count as 0. A block that adds nothing has no residual-free score (nan)."""
-    xx, xd = fit.products.split(fit.width, dim=1)
+    One fit, of D on X, serves both scores, because Y = X + D: the error is the same, so
+    1 - full = (1 - free) ratio^2. X often has less than full rank (few distinct tokens):
+    eigenvalues of X^T X below d eps times the largest count as 0. A block that adds nothing has no
+    residual-free score (nan)."""
+    d = len(fit.products) // 2
+    xx, xd = fit.products[:d].split(d, dim=1)
     e, V = torch.linalg.eigh(xx)
-    kept = e > len(e) * torch.finfo(e.dtype).eps * e[-1].clamp(min=1e-300)
-    e, V = e[kept], V[:, kept]
-    A = V @ ((V.mT @ xd) / e[:, None])  # D is predicted as its mean + (X - its mean) A
-    n, rank, yy = fit.n, len(e), fit.yy()
-    out = {"n": n, "rank": rank, "cosine": fit.cosine / n, "ratio_mean": fit.ratio / n,
-           "ratio": math.sqrt(fit.dd / yy)}
-    error = fit.dd - (A * xd).sum().item()
-    products, other_error = held_out.about(fit.mean, held_out.n)
-    xx, xd = products.split(fit.width, dim=1)
-    other_error += (A * (xx @ A - 2 * xd)).sum().item()
-    for name, size, other_size in (("full", yy, held_out.yy()), ("free", fit.dd, held_out.dd)):
-        score = 1 - error / size if size > 1e-24 * yy else math.nan
-        by_chance = (n - 1) / (n - 1 - rank) if n - 1 > rank else math.nan
-        out |= {name: score, f"{name}_adjusted": 1 - (1 - score) * by_chance,
-                f"{name}_held_out": 1 - other_error / other_size if other_size > 0 else math.nan}
+    kept = e > d * torch.finfo(e.dtype).eps * e[-1].clamp(min=1e-300)
+    V = V[:, kept]
+    A = V @ (V.mT @ xd / e[kept, None])
+    error = squared_error(A, fit.products)
+    error_held_out = squared_error(A, held_out.about(fit.mean))
+    out = {"n": fit.n, "rank": V.shape[1], "cosine": fit.cosine / fit.n,
+           "ratio_mean": fit.norm_ratio / fit.n}
+    nothing, minus_x = torch.zeros_like(A), -torch.eye(d).to(A)
+    for name, B in (("full", minus_x), ("free", nothing)):
+        size, size_held_out = squared_error(B, fit.products), squared_error(B, held_out.products)
+        out[name] = 1 - error / size if size > 0 else math.nan
+        out[f"{name}_held_out"] = 1 - error_held_out / size_held_out if size > 0 else math.nan
+    out["ratio"] = math.sqrt(squared_error(nothing, fit.products)
+                             / squared_error(minus_x, fit.products))
     return out
 
 
 @torch.no_grad()
 def linearity_profile(model, batches, skip_first=False) -> list[dict]:
-    """linearity() of every block over batches of token ids (B, T): even ones to fit, odd ones
-    held out.
-    skip_first: leave position 0 out. Attention parks there what it has no use for, with states
-    that can be a hundred times as large as others and then carry nearly all of the variance."""
-    states = range(model.config.n_layer + 1)
-    fit, held_out = ([Moments(model.config.n_embd, batches[0].device) for _ in states[1:]]
-                     for _ in range(2))
+    """linearity() of every block over batches of token ids (B, T): the even ones to fit, the odd
+    ones held out.
+    skip_first: leave position 0 out. Its states can be a hundred times as large as others (an
+    attention sink) and then carry nearly all of the variance."""
+    numbers = tuple(range(model.config.n_layer + 1))
+    sums = [[Moments(model.config.n_embd, batches[0].device) for _ in range(2)]
+            for _ in numbers[1:]]
     for i, idx in enumerate(tqdm(batches, "linearity", unit="batch", disable=None, leave=False)):
-        _, found = model.trunk(idx, hidden=tuple(states))
-        found = [h[:, int(skip_first):].flatten(0, 1) for h in found]
-        for sums, x, y in zip(held_out if i % 2 else fit, found, found[1:]):
-            sums.add(x, y)
-    return [{"block": k, **linearity(*pair)} for k, pair in enumerate(zip(fit, held_out), start=1)]
+        _, states = model.trunk(idx, hidden=numbers)
+        states = [h[:, int(skip_first):] for h in states]
+        for pair, x, y in zip(sums, states, states[1:]):
+            pair[i % 2].add(x, y)
+    return [{"block": k, **linearity(*pair)} for k, pair in enumerate(sums, start=1)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -181,30 +182,29 @@ def linearity_profile(model, batches, skip_first=False) -> list[dict]:
 
 
 def linearity_penalty(states, kind="cosine", reduction="sum", stop_gradient="none"):
-    """The pretraining regulariser (section 4), 0-d float32. It pulls neighbouring states
-    together; the paper reports that the residual-free score then falls.
+    """The pretraining regulariser (section 4), 0-d float32. It pulls neighbouring states together.
+    The paper reports that the residual-free score then falls.
 
         cosine: sum_i mean over tokens of 1 - cos(h_i, h_{i-1})
         mse:    sum_i mean over tokens of ||h_i - h_{i-1}||^2
 
-    states: h_0, ..., h_L, each (B, T, C). The paper does not say what is averaged, where the sum
-    begins or what is held fixed. Ours: the mean over all tokens; reduction `sum` or `mean` over
-    blocks;
-    stop_gradient: the state of a pair that gets no gradient, `none`, `lower` or `upper`."""
-    def held(t, side):
-        return t.detach() if side == stop_gradient else t
-
-    states, terms = [h.float() for h in states], []
-    if kind == "cosine":  # each norm once: F.cosine_similarity of pairs takes three times as long
-        norms = [torch.linalg.vector_norm(h, dim=-1).clamp_min(1e-8) for h in states]
-    for i in range(1, len(states)):
-        a, b = held(states[i - 1], "lower"), held(states[i], "upper")
-        if kind == "cosine":
-            lengths = held(norms[i - 1], "lower") * held(norms[i], "upper")
-            terms.append(1 - ((a * b).sum(-1) / lengths).mean())
-        else:
-            terms.append((b - a).square().sum(-1).mean())
-    return torch.stack(terms).sum() if reduction == "sum" else torch.stack(terms).mean()
+    The first is half of the second on normalised states, as ||a - b||^2 = 2 - 2 cos(a, b) for unit
+    vectors. states: h_0, ..., h_L, each (B, T, C). The paper does not say whether tokens and blocks
+    are summed or averaged, nor which of two states gets the gradient. Here tokens are averaged;
+    blocks by `reduction`, `sum` or `mean`; stop_gradient: the state of a pair that gets no
+    gradient, `none`, `lower` or `upper`."""
+    states = [h.float() for h in states]
+    if kind == "cosine":
+        states = [F.normalize(h, dim=-1, eps=1e-8) for h in states]
+    terms = []
+    for lower, upper in itertools.pairwise(states):
+        if stop_gradient == "lower":
+            lower = lower.detach()
+        if stop_gradient == "upper":
+            upper = upper.detach()
+        terms.append((upper - lower).square().sum(-1).mean())
+    loss = sum(terms) / (2 if kind == "cosine" else 1)
+    return loss / len(terms) if reduction == "mean" else loss
 
 
 class Linearity(Term):
@@ -226,186 +226,142 @@ class Linearity(Term):
         return self.constant == 0
 
     def __call__(self, p):
-        states = [p.states[k] for k in self.hidden]
-        self.last = [h.detach() for h in states]
-        loss = linearity_penalty(states, *self.options)
+        loss = linearity_penalty([p.states[k] for k in self.hidden], *self.options)
         return loss, {"linearity_loss": loss.detach()}
-
-    def logged(self, step):
-        return {"stream": stream_scales(self.last)}
-
-
-@torch.no_grad()
-def stream_scales(states) -> dict[str, list[float]]:
-    """Of each block, means over tokens: cosine of the states before and after; norm of the state
-    after; ratio, the norm of what the block adds over that norm. They show whether a penalty was
-    met cheaply: mse by a shrinking stream, cosine by a growing one."""
-    found = {"cosine": [], "norm": [], "ratio": []}
-    for lower, upper in itertools.pairwise(h.float() for h in states):
-        norm = upper.norm(dim=-1)
-        found["cosine"].append(F.cosine_similarity(upper, lower, dim=-1).mean().item())
-        found["norm"].append(norm.mean().item())
-        found["ratio"].append(((upper - lower).norm(dim=-1) / norm.clamp(min=1e-30)).mean().item())
-    return found
 
 
 # --------------------------------------------------------------------------------------------------
-# Pruning (section 5). The most linear blocks are removed; better, an affine map replaces each;
-# better still, the maps are then trained to give the states of the whole model. The paper says no
-# more. Ours: blocks are scored once, on the whole model; a map has a bias and replaces the residual
-# connection too; maps are fitted in depth order, each on the output of those before it, to the
-# whole model's states; distillation compares the states after the first map and each later block.
+# Pruning (section 5). The most linear blocks are removed. It is better to replace each of them by
+# an affine map, and better still to train these maps until they give the states of the whole model.
+# The paper gives no details. Here blocks are scored once, on the whole model. A map has a bias and
+# replaces the residual connection too. Maps are fitted from the first block to the last, each on
+# the output of those before it, to the states of the whole model.
 
 ORDERS = ("full", "free", "cosine", "random")
 ARMS = ("remove", "replace", "distil", "distil_all")
-OF_MAMBA = ("d_state", "ssm_head_dim", "expand", "n_groups", "chunk_size", "d_conv", "ssm_norm")
-OF_EXPERTS = ("n_experts", "experts_per_token", "expert_hidden")
 
 
-def prune_order(profile, order: str, protect=(), seed=0) -> list[int]:
-    """Numbers of blocks, the first to go first: by falling in-sample score `full` or `free`, by
-    falling `cosine` of the states before and after (ShortGPT's Block Influence, arXiv
-    2403.03853), or `random`.
-    profile: of linearity_profile; protect: blocks that stay. A block that adds nothing goes
-    first."""
-    blocks = [p["block"] for p in profile if p["block"] not in protect]
+def prune_order(profile, order: str, seed=0) -> list[int]:
+    """Numbers of blocks in the order in which they go: by falling score `full` or `free`, by
+    falling `cosine` of the states before and after (ShortGPT's Block Influence, arXiv 2403.03853),
+    or `random`. profile: from linearity_profile. A block that adds nothing goes first."""
     if order == "random":
+        blocks = [p["block"] for p in profile]
         random.Random(seed).shuffle(blocks)
         return blocks
-    scores = {p["block"]: math.inf if math.isnan(p[order]) else p[order] for p in profile}
-    return sorted(blocks, key=scores.get, reverse=True)
+    ordered = sorted(profile, key=lambda p: -math.inf if math.isnan(p[order]) else -p[order])
+    return [p["block"] for p in ordered]
 
 
-def with_blocks(model: GPT, blocks, kinds: str) -> GPT:
-    """The model with these blocks in place of its own. Parameters are shared, not copied.
-    Settings of kinds of block that are gone return to their defaults."""
-    idle = (() if {*kinds} & {*"MH"} else OF_MAMBA) + (() if {*kinds} & {*"AH"} else OF_EXPERTS)
-    settings = {**asdict(model.config), "n_layer": len(kinds), "mixer": kinds}
+def with_blocks(model: GPT, blocks) -> GPT:
+    """The model with other blocks, [(letter of ModelConfig.kinds, module)]. All parameters are
+    shared with `model`, not copied."""
+    kinds = "".join(kind for kind, _ in blocks)
     new = copy.copy(model)
-    new.config = ModelConfig(**{k: v for k, v in settings.items() if k not in idle})
-    new.has_attention = bool({*kinds} & {*"AH"})
-    new._modules = {**model._modules, "blocks": torch.nn.ModuleList(blocks)}
+    new.config = replace(model.config, n_layer=len(kinds), mixer=kinds)
+    new.has_attention = not {*"AH"}.isdisjoint(kinds)
+    modules = torch.nn.ModuleList(block for _, block in blocks)
+    new._modules = {**model._modules, "blocks": modules}
     return new
 
 
 def remove_blocks(model: GPT, chosen) -> GPT:
     """The model without the blocks of these numbers."""
-    left = [k for k in range(model.config.n_layer) if k + 1 not in chosen]
-    kinds = "".join(model.config.kinds()[k] for k in left)
-    return with_blocks(model, [model.blocks[k] for k in left], kinds)
+    blocks = zip(model.config.kinds(), model.blocks)
+    return with_blocks(model, [b for k, b in enumerate(blocks, start=1) if k not in chosen])
 
 
 def fit_affine(fit: Moments, held_out: Moments):
-    """(W (d, d), b (d,), ridge) of y = x + W x + b, float64.
+    """(W (d, d), b (d,), ridge) of the map y = x + W x + b, float64.
 
-    Ridge regression on W, not on I + W, as a block is near the identity: min over B = W^T of ||X
-    B - D||^2 + ridge ||B||^2, X and D centred. The ridge, in units of the largest eigenvalue of
-    X^T X, is the one of a grid with the least error on the other tokens; inf is W = 0, a constant
-    b."""
-    xx, xd = fit.products.split(fit.width, dim=1)
-    other_xx, other_xd = held_out.about(fit.mean, held_out.n)[0].split(fit.width, dim=1)
+    Ridge regression on W, not on I + W, because a block is near the identity: min over B = W^T of
+    ||X B - D||^2 + ridge ||B||^2, X and D centred. The ridge, in units of the largest eigenvalue of
+    X^T X, is the one of a grid with the smallest error on the tokens of `held_out`. A ridge of inf
+    gives W = 0, a constant b."""
+    d = len(fit.products) // 2
+    xx, xd = fit.products[:d].split(d, dim=1)
     e, V = torch.linalg.eigh(xx)
-    P, Q, H = V.mT @ xd, V.mT @ other_xd, V.mT @ other_xx @ V  # in the axes of X^T X
+    other = held_out.about(fit.mean)
 
     def solve(ridge):
-        return P / (e.clamp(min=0) + ridge * e[-1])[:, None]
+        return V @ (V.mT @ xd / (e.clamp(min=0) + ridge * e[-1])[:, None])
 
-    def error(ridge):  # on the other tokens, without their ||D||^2
-        R = solve(ridge)
-        return (R * (H @ R - 2 * Q)).sum().item()
-
-    ridge = min((math.inf, *(10.0 ** -j for j in range(13))), key=error)
-    B = V @ solve(ridge)
-    mean_x, mean_d = fit.mean.split(fit.width)
+    grid = (math.inf, *(10.0 ** -j for j in range(13)))
+    ridge = min(grid, key=lambda ridge: squared_error(solve(ridge), other))
+    B = solve(ridge)
+    mean_x, mean_d = fit.mean.split(d)
     return B.mT, mean_d - mean_x @ B, ridge
 
 
 @torch.no_grad()
 def replace_blocks(model: GPT, chosen, batches, skip_first=False) -> GPT:
-    """The model with an affine map in place of each chosen block. batches: token ids (B, T),
-    every fourth one to choose the ridge."""
-    c, first = model.config, int(skip_first)
-    kinds, blocks, new = [*c.kinds()], [*model.blocks], model
+    """The model with an affine map in place of each chosen block. batches: token ids (B, T); every
+    fourth one chooses the ridge."""
+    c, first, device = model.config, int(skip_first), batches[0].device
+    blocks, new = [*zip(c.kinds(), model.blocks)], model
     for k in sorted(chosen):
-        fit, held_out = (Moments(c.n_embd, batches[0].device) for _ in range(2))
+        sums = [Moments(c.n_embd, device) for _ in range(2)]
         for i, idx in enumerate(batches):
             x, _ = new.trunk(idx, blocks=k - 1)
             y, _ = model.trunk(idx, blocks=k)
-            part = held_out if i % 4 == 3 else fit
-            part.add(x[:, first:].flatten(0, 1), y[:, first:].flatten(0, 1))
-        W, b, _ = fit_affine(fit, held_out)
-        block = AffineBlock(c).to(batches[0].device)
+            sums[i % 4 == 3].add(x[:, first:], y[:, first:])
+        W, b, _ = fit_affine(*sums)
+        block = AffineBlock(c).to(device)
         block.affine.weight.copy_(W * c.depth_ratio)  # the block divides by it
         block.affine.bias.copy_(b * c.depth_ratio)
-        blocks[k - 1], kinds[k - 1] = block, "L"
-        new = with_blocks(model, blocks, "".join(kinds))
+        blocks[k - 1] = "L", block
+        new = with_blocks(model, blocks)
     return new
 
 
 def distil(model: GPT, whole: GPT, batches, steps: int, lr: float, everything=False) -> GPT:
-    """A copy of the model, trained to give the whole model's states. Only the affine maps are
-    trained, or all parameters with `everything`. AdamW; the learning rate falls linearly to 0.
-    The loss is the mean over states, from the first map on, of ||h - h*||^2 / ||h*||^2, norms
-    over all tokens."""
+    """A copy of the model, trained to give the states of the whole model: the affine maps alone,
+    or with `everything` all parameters. AdamW; the learning rate falls linearly to 0. The loss is
+    the mean of ||h - h*||^2 / ||h*||^2, norms over all tokens, over the states from the first
+    affine map on."""
     model = copy.deepcopy(model).requires_grad_(everything)
     for block in model.blocks:
-        block.requires_grad_(everything or isinstance(block, AffineBlock))
-    states = tuple(range(model.config.kinds().index("L") + 1, model.config.n_layer + 1))
+        if isinstance(block, AffineBlock):
+            block.requires_grad_(True)
+    numbers = tuple(range(model.config.kinds().index("L") + 1, model.config.n_layer + 1))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(steps), "distilling", unit="step", disable=None, leave=False):
         idx = batches[step % len(batches)]
         with torch.no_grad():
-            _, wanted = whole.trunk(idx, hidden=states)
-        _, found = model.trunk(idx, hidden=states)
-        errors = [(h - h0).square().sum() / h0.square().sum() for h, h0 in zip(found, wanted)]
-        loss = sum(errors) / len(states)
+            _, wanted = whole.trunk(idx, hidden=numbers)
+        _, states = model.trunk(idx, hidden=numbers)
+        errors = [(h - w).square().sum() / w.square().sum() for h, w in zip(states, wanted)]
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        loss.backward()
+        optimizer.zero_grad()
+        (sum(errors) / len(errors)).backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
     return model.requires_grad_(False)
 
 
 @torch.no_grad()
 def mean_loss(model, batches) -> float:
-    """Nats per token over batches of token ids (B, T); positions 1 to T - 1 are predicted."""
-    counts = [idx[:, 1:].numel() for idx in batches]
-    losses = [model.loss(model(idx[:, :-1])[0], idx[:, 1:]).item() for idx in batches]
-    return sum(loss * n for loss, n in zip(losses, counts)) / sum(counts)
+    """Nats per token over batches of token ids (B, T), T the same in all; positions 1 to T - 1 are
+    predicted."""
+    losses = [model.loss(model(idx[:, :-1])[0], idx[:, 1:]).item() * len(idx) for idx in batches]
+    return sum(losses) / sum(map(len, batches))
 
 
 @torch.no_grad()
 def seconds_per_pass(models, idx, rounds=9) -> list[float]:
     """Median seconds of each model's forward pass over idx (B, T), head included. The models take
-    turns, so that other work on the machine slows all alike; the first round is a warm-up."""
+    turns, so that other work on the machine slows all alike. The first round is a warm-up."""
     times = [[] for _ in models]
     for _ in range(rounds + 1):
-        for model, seen in zip(models, times):
+        for model, seconds in zip(models, times):
             start = time.perf_counter()
-            model.logits(model(idx)[0])[0, 0, 0].item()  # waits for the device
-            seen.append(time.perf_counter() - start)
-    return [statistics.median(seen[1:]) for seen in times]
-
-
-def pruned_checkpoint(ckpt: dict, model: GPT, **how) -> dict:
-    """`ckpt` with the pruned model in place of its own, at the same step; optimizers and terms
-    begin anew. Of the run's flags only those change whose field of ModelConfig changed."""
-    state, made, config = model.state_dict(), asdict(model.config), ckpt["config"]
-    if config.get("param") == "completep":  # train.py takes m_L from the number of blocks
-        made["depth_ratio"] = made["n_layer"] / config["base_n_layer"]
-        growth = made["depth_ratio"] / model.config.depth_ratio
-        writes = (".o.weight", ".down.weight", ".out.weight", ".mlp.down", ".affine.weight",
-                  ".affine.bias")  # into the stream, divided by m_L there
-        state = {k: v * growth if k.endswith(writes) else v for k, v in state.items()}
-    before = ckpt["model_config"]
-    changed = {k: v for k, v in made.items() if k in config and before.get(k) != v}
-    return {**ckpt, "model": state, "model_config": made, "config": config | changed,
-            "optimizers": {}, "terms": {}, "best_val_loss": math.inf, "pruned": how}
+            model.logits(model(idx)[0])[0, 0, 0].item()  # .item() waits for the device
+            seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds[1:]) for seconds in times]
 
 
 # --------------------------------------------------------------------------------------------------
-# Curvature
+# Curvature: the eigenvalues of the Hessian of the loss, from products of it with vectors
 
 
 def plain_loss(model, idx, targets):
@@ -417,38 +373,39 @@ def plain_loss(model, idx, targets):
 
 
 def hessian_product(model, batches):
-    """The function v -> H v for the Hessian of the mean loss over `batches`, pairs (idx, targets)
-    of (B, T), with respect to all parameters as one vector (N,): H v = d/dw (dL/dw . v)
+    """The function v -> H v, where H is the Hessian of the mean loss over `batches`, pairs (idx,
+    targets) of (B, T), with respect to all parameters as one vector (N,): H v = d/dw (dL/dw . v)
     (Pearlmutter 1994). The choices of a router count as fixed: where they change there is no
     derivative."""
-    params, tokens = list(model.parameters()), sum(idx.numel() for idx, _ in batches)
+    params = list(model.parameters())
     sizes = [p.numel() for p in params]
+    tokens = sum(idx.numel() for idx, _ in batches)
 
     def product(v):
         total = torch.zeros_like(v)
         for idx, targets in batches:
-            gradient = torch.autograd.grad(plain_loss(model, idx, targets), params,
-                                           create_graph=True)
-            parts = zip(gradient, v.split(sizes))
-            along = sum((g * part.view_as(g)).sum() for g, part in parts)
+            loss = plain_loss(model, idx, targets) * idx.numel() / tokens
+            gradient = torch.autograd.grad(loss, params, create_graph=True)
+            along = sum((g * part.view_as(g)).sum() for g, part in zip(gradient, v.split(sizes)))
             second = torch.autograd.grad(along, params, materialize_grads=True)
-            total += torch.cat([h.flatten() for h in second]) * (idx.numel() / tokens)
+            total += torch.cat([h.flatten() for h in second])
         return total
 
     return product
 
 
 def lanczos(product, v, steps: int):
-    """Eigenvalues of a symmetric matrix H, given as v -> H v, that `steps` products show.
+    """Estimates of the eigenvalues of a symmetric matrix H, given as the function v -> H v, from
+    `steps` products.
 
-    Builds an orthonormal basis of v, H v, H^2 v, ... and the tridiagonal matrix T of H in it.
-    Each new vector is orthogonalised against all before, twice; else rounding gives copies of
-    eigenvalues that have converged. Memory: `steps` vectors.
+    Builds an orthonormal basis of v, H v, H^2 v, ... and the tridiagonal matrix T of H in it. Each
+    new vector is orthogonalised twice against all before it; otherwise rounding would give copies
+    of eigenvalues that have converged. Memory: `steps` vectors.
 
-    Returns three float64 vectors (m,), m <= steps: the Ritz values theta, which are T's
-    eigenvalues, rising (the extreme ones converge first); weights w, the squared first components
-    of T's eigenvectors, with sum_i w_i theta_i^k = v^T H^k v / v^T v for all k < 2 m (Gauss
-    quadrature); bounds on the distance of each theta to the nearest eigenvalue of H."""
+    Returns three float64 vectors (m,), m <= steps: the eigenvalues theta of T, rising, called Ritz
+    values, of which the extreme ones converge first; weights w, the squared first components of T's
+    eigenvectors, with sum_i w_i theta_i^k = v^T H^k v / v^T v for all k < 2 m (Gauss quadrature);
+    bounds on the distance of each theta to the nearest eigenvalue of H."""
     Q, alpha, beta = v.new_empty(steps, len(v)), [], []
     Q[0] = v / v.norm()
     for k in tqdm(range(steps), "Lanczos", unit="product", disable=None, leave=False):
@@ -468,52 +425,42 @@ def lanczos(product, v, steps: int):
 
 
 def spectrum(model, batches, steps=32, probes=2, seed=0, top=3) -> dict:
-    """The Hessian's spectrum by Lanczos from `probes` random vectors of signs.
+    """The Hessian's eigenvalues by Lanczos from `probes` random vectors of signs. batches: as in
+    hessian_product. All in the dtype of the model.
 
-    loss: nats. top: the largest eigenvalues, falling; least: the most negative one; each the
-    extreme over the vectors, as a Ritz value never lies beyond its eigenvalue. residual: the
-    largest bound on their error. trace, and trace_se over the vectors; rms: root mean square of
-    all N eigenvalues. ritz: [(theta, w)], for density(). All in the dtype of the model."""
+    loss: nats. top: the largest eigenvalues, falling, and least: the most negative one, both from
+    the first vector; residual: a bound on their error. trace; rms: root mean square of all N
+    eigenvalues; both are means over the vectors. ritz: [(theta, w)] of all vectors, for
+    density()."""
     params = list(model.requires_grad_(True).parameters())
-    N, generator = sum(p.numel() for p in params), torch.Generator().manual_seed(seed)
-    product, found = hessian_product(model, batches), []
+    N, tokens = sum(p.numel() for p in params), sum(idx.numel() for idx, _ in batches)
+    generator, product = torch.Generator().manual_seed(seed), hessian_product(model, batches)
+    found = []
     for _ in range(probes):
-        v = (torch.randint(2, (N,), generator=generator) * 2 - 1).to(params[0])
-        found.append(lanczos(product, v, steps))
-    ends = [list(zip(theta.tolist(), bound.tolist())) for theta, _, bound in found]
-    largest = [max(end[-k] for end in ends if k <= len(end))
-               for k in range(1, 1 + min(top, max(map(len, ends))))]
-    least = min(end[0] for end in ends)
-    traces = [N * (w @ theta).item() for theta, w, _ in found]
-    squares = [(w @ theta.square()).item() for theta, w, _ in found]
+        signs = torch.randint(2, (N,), generator=generator) * 2 - 1
+        found.append(lanczos(product, signs.to(params[0]), steps))
+    theta, _, bounds = found[0]
     with torch.no_grad():
-        losses = [plain_loss(model, *batch).item() * batch[0].numel() for batch in batches]
-    tokens = sum(idx.numel() for idx, _ in batches)
-    return {"loss": sum(losses) / tokens, "tokens": tokens, "parameters": N,
-            "top": [value for value, _ in largest], "least": least[0],
-            "residual": max(bound for _, bound in [*largest, least]),
-            "trace": mean(traces), "trace_se": standard_error(traces), "rms": mean(squares) ** 0.5,
+        loss = sum(plain_loss(model, *pair).item() * pair[0].numel() for pair in batches) / tokens
+    return {"loss": loss, "tokens": tokens, "parameters": N,
+            "top": theta.flip(0)[:top].tolist(), "least": theta[0].item(),
+            "residual": max(bounds[0], bounds[-top:].max()).item(),
+            "trace": N * statistics.fmean((w @ theta).item() for theta, w, _ in found),
+            "rms": statistics.fmean((w @ theta.square()).item() for theta, w, _ in found) ** 0.5,
             "ritz": [(theta, w) for theta, w, _ in found]}
 
 
 def density(ritz, x, sigma: float):
-    """The density of eigenvalues at x (n,), each seen as a normal of standard deviation sigma;
+    """The density of eigenvalues at x (n,), each widened to a normal of standard deviation sigma;
     its integral is 1. Stochastic Lanczos quadrature (Lin, Saad & Yang 2016; for networks Ghorbani
     et al. 2019, arXiv 1901.10159)."""
-    normal = [(w * torch.exp(-0.5 * ((x[:, None] - t) / sigma) ** 2)).sum(1) for t, w in ritz]
-    return torch.stack(normal).mean(0) / (sigma * math.sqrt(2 * math.pi))
-
-
-def mean(values) -> float:
-    return statistics.mean(values) if values else math.nan
-
-
-def standard_error(values) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    normals = [torch.distributions.Normal(theta, sigma) for theta, _ in ritz]
+    curves = [normal.log_prob(x[:, None]).exp() @ w for normal, (_, w) in zip(normals, ritz)]
+    return torch.stack(curves).mean(0)
 
 
 # --------------------------------------------------------------------------------------------------
-# Evaluation: multiple choice, minimal pairs, perplexity
+# Evaluation: multiple choice and minimal pairs by the log-likelihood of each choice; perplexity
 
 
 def read_task(path) -> list[tuple[str, list[str], int]]:
@@ -522,12 +469,12 @@ def read_task(path) -> list[tuple[str, list[str], int]]:
     sentence_bad, which are two choices without a context. Raises BadInput with the file and the
     line."""
     items = []
-    lines = read_text(path, "--task").split("\n")  # splitlines cuts at more
+    lines = read_text(path, "--task").split("\n")  # splitlines also cuts within JSON strings
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 items.append(read_item(json.loads(line)))
-            except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
+            except (KeyError, RecursionError, TypeError, ValueError) as e:
                 raise BadInput(f"--task={path}, line {number}: {e!r}") from None
     need(items, f"--task={path}: no line in it")
     return items
@@ -540,104 +487,106 @@ def read_item(record: dict) -> tuple[str, list[str], int]:
     else:
         names = ("ctx", "endings") if "ctx" in record else ("context", "choices")
         context, choices = (record[name] for name in names)
-        label = int(str(record["label"])[:9])  # HellaSwag has "3"
-    texts = [context, *choices] if isinstance(choices, list) else []
-    if len(texts) < 3 or not all(isinstance(text, str) for text in texts):
-        raise ValueError("a context and two choices or more are needed, all texts")
-    if not all(choice.strip() for choice in choices):
-        raise ValueError("a choice without a letter")
+        label = int(str(record["label"]))  # HellaSwag has "3"
+    if not (isinstance(choices, list) and len(choices) > 1 and isinstance(context, str)
+            and all(isinstance(choice, str) and choice.strip() for choice in choices)):
+        raise ValueError("context: a text, and choices: two or more texts, are needed")
     if not 0 <= label < len(choices):
         raise ValueError(f"label: a number from 0 to {len(choices) - 1} is needed")
     return context, choices, label
 
 
 def encode_pair(enc, context: str, choice: str) -> tuple[list[int], int]:
-    """(token ids of context and choice after an end-of-text token, number of the choice's first).
-    The boundary is lm-evaluation-harness's: one space between the two, which belongs to the
-    choice, as do all blanks at the end of the context. Both are encoded together and cut where
-    the context encoded alone ends."""
+    """(token ids of context and choice after an end-of-text token, position of the choice's first).
+    The boundary is lm-evaluation-harness's: one space between the two, which belongs to the choice,
+    as do all blanks at the end of the context. Both are encoded together and cut where the context
+    encoded alone ends."""
     if context and not (context[-1].isspace() or choice[0].isspace()):
         choice = " " + choice
-    whole = enc.encode_ordinary(context + choice)
+    ids = enc.encode_ordinary(context + choice)
     start = len(enc.encode_ordinary(context.rstrip()))
-    return [enc.eot_token, *whole], 1 + min(start, len(whole) - 1)
+    return [enc.eot_token, *ids], 1 + min(start, len(ids) - 1)
 
 
 def scored(ids, start: int, limit=math.inf):
-    """The (ids, targets) of a sequence of tokens of which those from `start` on are scored. One
-    longer than `limit` loses its beginning. None if that leaves no token before the first scored
-    one."""
-    cut = int(max(0, len(ids) - limit))
-    ids, start = ids[cut:], start - cut
-    return (ids[:-1], [IGNORE] * (start - 1) + ids[start:]) if start >= 1 else None
+    """(inputs, targets) of token ids of which those from position `start` on are scored. Of a
+    sequence longer than `limit` the beginning is left out."""
+    cut = max(0, len(ids) - limit)
+    ids, start = ids[cut:], max(1, start - cut)
+    return ids[:-1], [IGNORE] * (start - 1) + ids[start:]
 
 
-def right(scores, label: int) -> tuple[float, bool]:
-    """(1 if the label's score is the highest, its share of 1 in a tie, else 0; whether there is a
-    tie). Scores that differ by less than 1e-5 of themselves, which is rounding, are equal."""
+def credit(scores, label: int) -> float:
+    """1 if the label's score is the highest, its share of 1 in a tie, else 0. Scores that differ by
+    less than 1e-5 of themselves, which is rounding, are a tie."""
     best = max(scores)
-    top = [k for k, s in enumerate(scores) if best - s <= 1e-5 * abs(best)]
-    return (1 / len(top) if label in top else 0.0), len(top) > 1
+    top = [k for k, score in enumerate(scores) if best - score <= 1e-5 * abs(best)]
+    return (label in top) / len(top)
 
 
 def evaluate_task(model, enc, task, batch_tokens=1024) -> dict:
-    """Multiple choice over (context, choices, label).
+    """Accuracy of multiple choice on a task, [(context, choices, label)].
 
-    sum, per_character: accuracy by summed log-likelihood, and by that over the characters of the
-    choice (the harness's acc and acc_norm), with standard errors *_se and *_ties, the items with
-    several best choices; chance; items; cut: those of them whose context lost its beginning to
-    fit the model's; left_out: further ones, of which a choice alone is too long; scores: each
-    item's log-likelihoods in nats, None where left out."""
+    sum, per_character: accuracy by the summed log-likelihood of a choice, and by that over its
+    characters (the harness's acc and acc_norm); sum_se, per_character_se: their standard errors;
+    chance: accuracy of guessing; items: their number; cut: how many lost the beginning of a context
+    to fit the model's; scores: each item's log-likelihoods in nats."""
     limit = model.config.block_size + 1 if getattr(model, "has_attention", True) else math.inf
-    pairs = [[encode_pair(enc, context, choice) for choice in choices]
-             for context, choices, _ in task]
-    items = [[scored(ids, start, limit) for ids, start in pair] for pair in pairs]
-    kept = [i for i, item in enumerate(items) if None not in item]
-    sequences = [sequence for i in kept for sequence in items[i]]
+    encoded = [[encode_pair(enc, context, choice) for choice in choices]
+               for context, choices, _ in task]
+    sequences = [scored(ids, start, limit) for pairs in encoded for ids, start in pairs]
     totals = iter(log_likelihoods(model, sequences, batch_tokens * model.config.vocab_size))
-    found = {i: [next(totals)[0] for _ in items[i]] for i in kept}
-    cut = sum(any(len(ids) > limit for ids, _ in pairs[i]) for i in kept)
-    out = {"items": len(kept), "cut": cut, "left_out": len(task) - len(kept),
-           "scores": [found.get(i) for i in range(len(task))],
-           "chance": mean([1 / len(task[i][1]) for i in kept])}
+    scores = [[next(totals)[0] for _ in pairs] for pairs in encoded]
+    out = {"items": len(task), "scores": scores,
+           "cut": sum(any(len(ids) > limit for ids, _ in pairs) for pairs in encoded),
+           "chance": statistics.fmean(1 / len(choices) for _, choices, _ in task)}
     for name, size in (("sum", lambda choice: 1), ("per_character", len)):
-        results = [right([s / size(choice) for s, choice in zip(found[i], task[i][1])], task[i][2])
-                   for i in kept]
-        got = [credit for credit, _ in results]
-        out |= {name: mean(got), f"{name}_se": standard_error(got),
-                f"{name}_ties": sum(tie for _, tie in results)}
+        credits = [credit([score / size(choice) for score, choice in zip(found, choices)], label)
+                   for found, (_, choices, label) in zip(scores, task)]
+        out |= {name: statistics.fmean(credits), f"{name}_se": standard_error(credits)}
     return out
+
+
+def standard_error(values) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def evaluate_text(model, ids, n_bytes: int, stride: int, batch_tokens=1024) -> dict:
     """Perplexity of a text of n_bytes; ids: its tokens after an end-of-text token. Windows of
-    block_size inputs each score their last `stride` tokens. nats: mean per token; nats_se over
-    windows."""
-    T, windows = model.config.block_size, []
+    block_size inputs each score their last `stride` tokens. nats: mean per token."""
+    windows = []
     for begin in range(1, len(ids), stride):
         end = min(begin + stride, len(ids))
-        first = max(0, end - T - 1)
+        first = max(0, end - model.config.block_size - 1)
         windows.append(scored(ids[first:end], begin - first))
     found = log_likelihoods(model, windows, batch_tokens * model.config.vocab_size)
     total = -sum(value for value, _ in found)
     nats = total / (len(ids) - 1)
     return {"tokens": len(ids) - 1, "nats": nats, "perplexity": math.exp(nats),
-            "nats_se": standard_error([value / n for value, n in found]),
             "bits_per_byte": total / math.log(2) / n_bytes}
 
 
-# Minimal pairs from Python files, for a downstream task that needs no download.
+# --------------------------------------------------------------------------------------------------
+# Minimal pairs from Python files: a downstream task that needs no download. Of two lines that may
+# follow the same code, one is the file's and the other differs from it in one token.
 
-# Tokens that stand for one another, by kind. The fifth kind, `name`, draws from other documents.
-BRACKETS = tuple("()[]{}")
-OPERATORS = ("=", "==", "!=", "<", ">", "+", "-", "*", "/", ".", ",", ":", "%", "+=", "|", "&")
-KEYWORDS = ("if", "in", "is", "not", "and", "or", "for", "else", "return", "import", "from", "as",
-            "del", "lambda", "raise", "assert", "yield", "while", "with", "def")
-PYTHON_KINDS = ("bracket", "operator", "keyword", "indent", "name")
+SWAPS = {  # tokens that replace one another
+    "bracket": tuple("()[]{}"),
+    "operator": ("=", "==", "!=", "<", ">", "+", "-", "*", "/", ".", ",", ":", "%", "+=", "|", "&"),
+    "keyword": ("if", "in", "is", "not", "and", "or", "for", "else", "return", "import", "from",
+                "as", "del", "lambda", "raise", "assert", "yield", "while", "with", "def")}
+PYTHON_KINDS = (*SWAPS, "indent", "name")
 
 
-def python_pairs(documents, seed: int, n: int, length=None, longest=900):
-    """n minimal pairs [(kind, context, right, wrong)] from the texts of Python files.
+class Pair(NamedTuple):
+    kind: str
+    context: str
+    right: str
+    wrong: str
+
+
+def python_pairs(documents, seed: int, n: int, length=None, longest=900) -> list[Pair]:
+    """n minimal pairs from the texts of Python files.
 
     context is the beginning of a function or class of the file, up to the end of a line; right is
     the file's next statement, one whole line; wrong differs from it in one token:
@@ -646,158 +595,122 @@ def python_pairs(documents, seed: int, n: int, length=None, longest=900):
         operator    an operator became another one
         keyword     a keyword became another one
         indent      the line begins at a depth at which no line can begin here
-        name        a local name or parameter became a name that is never bound
+        name        a local name or parameter became a name that the file does not contain
 
-    context + right parses, and binds every local name that it uses. With the first four kinds
-    context + wrong does not parse (ast); with `name` it does, and uses a global that neither the
-    whole file nor Python binds (symtable). The five kinds are equally many as far as the documents
-    allow, and no document gives more than 5 % of the pairs (or twice its share).
+    context + right parses. context + wrong does not parse with the first four kinds; with `name` it
+    does, and reads a name that nothing has bound. The five kinds are equally many as far as the
+    documents allow, and no document gives more than 5 % of the pairs (or twice its share).
 
-    A wrong token is not to be recognized by being rare: as often as token a became b, b became a.
-    Indents become deeper as often as shallower, names more frequent as often as rarer.
+    The wrong token must not be recognizable by being rare: as often as token a became b, b became
+    a. Indents become deeper as often as shallower, names more frequent as often as rarer.
 
-    length: function of a text. Pairs are left out where length(context + right) and
-    length(context + wrong) differ: with the number of tokens, a model that knows nothing is right
-    in half of the pairs, for it does not prefer the shorter side. longest: characters of context
-    and right. Fewer than n pairs are returned if the documents have no more."""
+    length: a function of a text. Pairs are left out where length(context + right) and
+    length(context + wrong) differ. With the number of tokens as length, a model that only prefers
+    the shorter side is right in half of the pairs. longest: characters of context and right. Fewer
+    than n pairs are returned if the documents have no more."""
     rng = random.Random(seed)
     names = [node.id for text in documents for node in nodes_of(text, ast.Name)]
-    counts, changes = Counter(names), Counter()
-    statements = [(d, context, right) for d, text in enumerate(documents)
-                  for context, right in statements_of(text, longest)]
+    counts = Counter(names)
+    statements = [(text, *found) for text in documents for found in statements_of(text, longest)]
     rng.shuffle(statements)
-    pairs, of_kind, of_document = [], dict.fromkeys(PYTHON_KINDS, 0), [0] * len(documents)
+    pairs, changes, of_kind, of_document = [], Counter(), Counter(), Counter()
     most = max(5, n / 20, 2 * n / len(documents))
-    for d, context, right in statements:
-        foreign = [name for name in rng.choices(names, k=60) if name not in documents[d]]
-        open_kinds = [kind for kind in sorted(PYTHON_KINDS, key=of_kind.get)
-                      if of_kind[kind] < n / len(PYTHON_KINDS) and of_document[d] < most]
-        candidates = ((kind, *one) for kind in open_kinds
-                      for one in spoiled(kind, context, right, foreign, counts, rng))
-        for kind, wrong, old, new in candidates:
-            balanced = changes[old, new] <= changes[new, old]
-            if balanced and (not length or length(context + wrong) == length(context + right)):
-                pairs.append((kind, context, right, wrong))
+    for text, context, right in statements:
+        if of_document[text] >= most:
+            continue
+        foreign = [name for name in rng.choices(names, k=60)
+                   if name not in text and not hasattr(builtins, name)]
+        kinds = sorted((kind for kind in PYTHON_KINDS if of_kind[kind] < n / len(PYTHON_KINDS)),
+                       key=of_kind.__getitem__)
+        candidates = (found for kind in kinds
+                      for found in spoiled(kind, context, right, foreign, counts, rng))
+        for pair, old, new in candidates:
+            same = length is None or length(context + right) == length(context + pair.wrong)
+            if same and changes[old, new] <= changes[new, old]:
+                pairs.append(pair)
                 changes[old, new] += 1
-                of_kind[kind] += 1
-                of_document[d] += 1
+                of_kind[pair.kind] += 1
+                of_document[text] += 1
                 break
     return pairs[:n]
 
 
 def parsed(text: str):
     """The syntax tree of a text, or None."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+    with warnings.catch_warnings(), contextlib.suppress(SyntaxError, ValueError, RecursionError):
+        warnings.simplefilter("ignore")
+        return ast.parse(text)
 
 
-def nodes_of(text: str, kind):
+def nodes_of(text: str, kind) -> list:
+    """The nodes of this kind in the syntax tree of a text; none if it does not parse."""
     tree = parsed(text)
     return [node for node in ast.walk(tree) if isinstance(node, kind)] if tree else []
 
 
 def statements_of(text: str, longest: int):
-    """(context, statement) for each statement of one line inside a function or class of the file,
-    of `longest` characters together, below the line after the head."""
+    """(context, statement) for each statement that is one line of its own, inside a function or
+    class of the file, below the line after the head; at most `longest` characters together."""
     tree, lines = parsed(text), text.split("\n")
-    for top in tree.body if tree and text.isascii() and "\f" not in text else ():
-        if not isinstance(top, ast.FunctionDef | ast.ClassDef):
-            continue
-        for node in ast.walk(top):
-            simple = isinstance(node, ast.stmt) and not hasattr(node, "body")
-            if not simple or node.lineno != node.end_lineno or node.lineno < top.lineno + 2:
+    for top in tree.body if tree else ():
+        for node in ast.walk(top) if isinstance(top, ast.FunctionDef | ast.ClassDef) else ():
+            if not isinstance(node, ast.stmt) or not top.lineno + 2 <= node.lineno:
                 continue
-            right = lines[node.lineno - 1] + "\n"
-            context = "\n".join(lines[top.lineno - 1:node.lineno - 1]) + "\n"
-            alone = right.strip() == right[node.col_offset:node.end_col_offset]
-            text_alone = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            if alone and not text_alone and len(context + right) <= longest:
-                yield context, right
+            right = lines[node.lineno - 1]
+            context = "\n".join([*lines[top.lineno - 1:node.lineno - 1], ""])
+            alone = (node.lineno == node.end_lineno
+                     and right.strip() == right[node.col_offset:node.end_col_offset])
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if alone and not docstring and len(context + right) < longest:
+                yield context, right + "\n"
 
 
 def spoiled(kind: str, context: str, right: str, foreign, counts, rng):
-    """(line, old, new) of the lines that differ from `right` in one token as `kind` says, in random
-    order; old and new: what became what. foreign: names that are not in the document."""
-    if parsed(context + right) is None:
-        return
-    if kind == "name":
-        yield from with_unbound_name(context, right, foreign, counts, rng)
-        return
+    """(pair, old, new) for the lines that differ from `right` in one token as `kind` says, in
+    random order. old, new: what became what. foreign: names that the file does not contain;
+    counts: how often each name occurs in all files."""
+    line = right.lstrip()
+    depth, found = len(right) - len(line), []  # found: (wrong line, old, new)
     if kind == "indent":
-        depth, line = len(right) - len(right.lstrip()), right.lstrip()
-        choices = [(" " * d + line, "less", "more") for d in (depth + 4, depth + 8)]
-        choices += [(" " * d + line, "more", "less") for d in range(0, depth, 4)]
+        for new in (*range(0, depth, 4), depth + 4, depth + 8):
+            sides = ("less", "more") if new > depth else ("more", "less")
+            found.append((" " * new + line, *sides))
     else:
-        group = {"bracket": BRACKETS, "operator": OPERATORS, "keyword": KEYWORDS}[kind]
-        choices = [(replaced(right, token.start[1], token.string, other), token.string, other)
-                   for token in tokens_of(right) if token.string in group
-                   for other in group if other != token.string]
-    rng.shuffle(choices)
-    yield from (choice for choice in choices if parsed(context + choice[0]) is None)
+        arguments = {node.arg for node in nodes_of(context + right, ast.arg)}
+        old_tokens = SWAPS.get(kind) or arguments | names_in(context + right, ast.Store)
+        for token in tokenize.generate_tokens(io.StringIO(line).readline):
+            old, start = token.string, depth + token.start[1]
+            others = SWAPS.get(kind, foreign) if old in old_tokens else ()
+            found += [(right[:start] + new + right[start + len(old):], old, new)
+                      for new in others if new != old]
+    rng.shuffle(found)
+    for wrong, old, new in found if parsed(context + right) else ():
+        if kind == "name":
+            broken = new in names_in(context + wrong, ast.Load)
+            rarer = counts[new] < counts[old]
+            old, new = ("frequent", "rare") if rarer else ("rare", "frequent")
+        else:
+            broken = parsed(context + wrong) is None
+        if broken:
+            yield Pair(kind, context, right, wrong), old, new
 
 
-def tokens_of(line: str) -> list:
-    """The tokens of a line that is one statement; columns are those of the line."""
-    depth = len(line) - len(line.lstrip())
-    found = tokenize.generate_tokens(io.StringIO(line.lstrip()).readline)
-    return [t._replace(start=(1, t.start[1] + depth)) for t in found]
-
-
-def replaced(line: str, column: int, old: str, new: str) -> str:
-    return line[:column] + new + line[column + len(old):]
-
-
-def with_unbound_name(context: str, right: str, foreign, counts, rng):
-    """(line, old, new) of the lines in which one name that the context binds locally is a foreign
-    name instead."""
-    unbound, number = unbound_names(context + right), context.count("\n") + 1
-    used = [node for node in nodes_of(context + right, ast.Name)
-            if node.lineno == number and isinstance(node.ctx, ast.Load)
-            and node.id not in unbound and not hasattr(builtins, node.id)]
-    if used:
-        node = rng.choice(used)
-        for name in foreign:
-            wrong = replaced(right, node.col_offset, node.id, name)
-            if unbound_names(context + wrong) - unbound == {name}:
-                change = ("rare", "frequent") if counts[name] > counts[node.id] else (
-                    "frequent", "rare")
-                yield wrong, *change
-
-
-def unbound_names(text: str) -> set[str]:
-    """Names that a text uses as globals and does not bind; none if it does not parse."""
-    if parsed(text) is None:
-        return set()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        top = symtable.symtable(text, "text", "exec")
-    scopes, found = [top], set()
-    for scope in scopes:  # grows
-        scopes += scope.get_children()
-        found |= {s.get_name() for s in scope.get_symbols()
-                  if s.is_referenced() and (s.is_global() or scope is top)}
-    bound = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
-    return {name for name in found - bound if not hasattr(builtins, name)}
+def names_in(text: str, context) -> set[str]:
+    """The variables that a text reads (context ast.Load) or assigns to (ast.Store)."""
+    return {node.id for node in nodes_of(text, ast.Name) if isinstance(node.ctx, context)}
 
 
 # --------------------------------------------------------------------------------------------------
-# Scale of the weights
+# Scales of the weights
 
 
 def weight_scales(model, multipliers=None) -> dict:
     """Scales of the weights by piece, over all blocks, for metrics.jsonl.
 
-    weights: {piece: {rms, rms_effective, spread}}: root mean square of W and of W~; spread is the
-    standard deviation of log(RMS of a row of W~ over its matrix' mean of these), rows of zeros
-    left out: the feature-scale diversity of the multipliers' paper (section 3.1) as one number.
-    drift, with multipliers: of each symmetric pair, log of RMS r of q, v, up over that of the
-    partner k, o, down (rows of k, columns of o and down), mean over blocks: q times t and k over
-    t are the same model, so weight decay alone holds this. After relu2 up's counts twice, as t^2
-    comes out; after gelu, and under qk_norm, there is no symmetry."""
+    {"weights": {piece: {rms, rms_effective, spread}}}: root mean square of W and of W~; spread is
+    the standard deviation of log(RMS of a row of W~ over the mean of these in its matrix), without
+    rows of zeros: the diversity of feature scales in the multipliers' paper (section 3.1) as one
+    number."""
     params, found = dict(model.named_parameters()), {}
     for name, pieces in logical_pieces(model).items():
         if name in params:  # a tied head is not
@@ -806,58 +719,31 @@ def weight_scales(model, multipliers=None) -> dict:
             squares = (t.flatten(0, -2).square().mean(1).split(sizes) for t in (W, p))
             for (piece, _), *rows in zip(pieces, *squares):
                 found.setdefault(piece, []).append(rows)
-    out = {"weights": {}}
+    weights = {}
     for piece, matrices in found.items():
         rms, effective = (torch.stack([rows.mean() for rows in side]).mean().sqrt().item()
                           for side in zip(*matrices))
         norms = [rows[rows > 0].sqrt() for _, rows in matrices]
         logs = torch.cat([(v / v.mean()).log() for v in norms])
         spread = logs.std().item() if len(logs) > 1 else None
-        out["weights"][piece] = {"rms": rms, "rms_effective": effective, "spread": spread}
-    if multipliers and (drift := multiplier_drift(model.config, multipliers)):
-        out["drift"] = drift
-    return out
-
-
-def multiplier_drift(c, multipliers) -> dict[str, float]:
-    """{pair: drift}, see weight_scales."""
-    logs, drift = {}, {}  # {(piece, side): log RMS of the multipliers, one a matrix}
-    for piece, _, *sides in itertools.chain(*multipliers.pieces.values()):
-        for side, v in zip("rc", sides):
-            if v is not None:
-                rms = v.detach().square().mean().sqrt().clamp(min=1e-30)
-                logs.setdefault((piece, side), []).append(rms.log().item())
-    powers = {("q", "k", "r"): int(not c.qk_norm), ("v", "o", "c"): 1,
-              ("up", "down", "c"): {"swiglu": 1, "relu2": 2, "gelu": 0}[c.mlp]}
-    for (piece, partner, side), power in powers.items():
-        other = logs.get((partner, side)) or logs.get((partner, "r"))  # a scalar counts as r
-        if (piece, "r") in logs and other and power:
-            drift[f"{piece}/{partner}"] = power * mean(logs[piece, "r"]) - mean(other)
-    return drift
+        weights[piece] = {"rms": rms, "rms_effective": effective, "spread": spread}
+    return {"weights": weights}
 
 
 # --------------------------------------------------------------------------------------------------
-# Runs: what train.py wrote into metrics.jsonl
+# Runs: what train.py wrote into metrics.jsonl, as tables and plots over seeds
 
 
 def read_metrics(run) -> list[dict]:
-    """The lines of a run's metrics.jsonl, {"a": {"b": 1}} as {"a b": 1}. A kill can leave half a
-    line, which is left out."""
-    path, lines = Path(run) / "metrics.jsonl", []
+    """The lines of a run's metrics.jsonl, {"a": {"b": 1}} as {"a b": 1}. A killed run can leave
+    half a line, which is left out."""
+    path, lines = Path(run, "metrics.jsonl"), []
     try:
         for text in path.read_text(encoding="utf-8").splitlines():
-            try:
+            with contextlib.suppress(json.JSONDecodeError):
                 lines.append(flat(json.loads(text)))
-            except json.JSONDecodeError:
-                if not lines:
-                    raise
     except (OSError, AttributeError, ValueError) as e:
         raise BadInput(f"{path}: not the metrics of a run ({e})") from None
-    for line in lines:
-        sound = all(isinstance(line.get(key, 0), (int, float))
-                    for key in ("val_loss", "bits_per_byte", "tokens", "flops", "seconds"))
-        need(sound and isinstance(line.get("step"), int),
-             f"{path}: not the metrics of a run (no step, or text for a number)")
     return lines
 
 
@@ -873,9 +759,9 @@ def flat(line: dict) -> dict:
 def read_evaluations(run) -> list[dict]:
     """The lines of a run's metrics.jsonl with a held-out loss. If the run stopped before its last
     step, as a diverged one does, the last loss is infinite."""
-    lines = [line for line in read_metrics(run) if "val_loss" in line]
-    need(lines, f"{Path(run) / 'metrics.jsonl'}: no evaluation in it")
-    config = Path(run) / "config.json"
+    lines = [line for line in read_metrics(run) if {"step", "val_loss"} <= line.keys()]
+    need(lines, f"{Path(run, 'metrics.jsonl')}: no evaluation in it")
+    config = Path(run, "config.json")
     try:
         unfinished = config.exists() and lines[-1]["step"] < json.loads(config.read_text())["steps"]
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -885,10 +771,15 @@ def read_evaluations(run) -> list[dict]:
     return lines
 
 
-def name_and_seed(run) -> tuple[str, str]:
-    """("plain", "0") of a folder plain-0; ("", "") of a name without a seed."""
-    name, _, seed = Path(run).resolve().name.rpartition("-")
-    return (name, seed) if name else ("", "")
+def grouped(runs, read) -> dict[str, dict]:
+    """{NAME: {SEED: read(folder)}} of folders NAME-SEED; one without a dash has an empty seed."""
+    groups = {}
+    for run in runs:
+        head, dash, tail = Path(run).resolve().name.rpartition("-")
+        name, seed = (head, tail) if dash else (tail, "")
+        need(seed not in groups.setdefault(name, {}), f"{run}: the second run {name} of this seed")
+        groups[name][seed] = read(run)
+    return groups
 
 
 def first_reached(lines, loss: float) -> dict | None:
@@ -904,120 +795,83 @@ def first_reached(lines, loss: float) -> dict | None:
     return None
 
 
-def mean_sd(values, digits: int, none="") -> str:
-    """Mean ± standard deviation; or the number of runs that did not finish, of infinite value."""
-    if unfinished := sum(not math.isfinite(v) for v in values):
-        return f"{unfinished} of {len(values)} did not finish"
+def mean_sd(values, digits: int) -> str:
+    """Mean ± standard deviation, or that a run did not finish, whose value is not finite."""
+    if not all(map(math.isfinite, values)):
+        return "did not finish"
     sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{sd}" if values else none
+    return f"{statistics.fmean(values):.{digits}f}{sd}" if values else ""
 
 
-def compare(runs, piece="") -> str:
+def compare(runs) -> str:
     """A table over groups of runs (folders NAME-SEED), mean ± standard deviation over seeds: the
     final held-out loss, and where each run comes down to the final loss of the first group's run
     of the same seed, in steps, FLOPs and seconds as a share of that run's own. Paired by seed:
-    two runs of a seed share their initial weights and the order of their data. piece: also the
-    RMS of its W and W~."""
-    groups = {}  # {name: {seed: evaluations}}
-    for run in dict.fromkeys(str(Path(run)) for run in runs):  # once each
-        name, seed = name_and_seed(run)
-        need(name, f"{run}: the folder's name has to end in -SEED")
-        need(seed not in groups.setdefault(name, {}), f"{run}: the second folder of this name")
-        groups[name][seed] = read_evaluations(run)
+    two runs of a seed share their initial weights and the order of their data."""
+    groups = grouped(runs, read_evaluations)
     reference = next(iter(groups.values()))
-    heading = ["run", "seeds", "held-out nats", "minus the first", "bits per byte", "steps to it",
-               "FLOPs to it", "seconds to it"] + ([f"RMS of {piece}: W", "W~"] if piece else [])
-    return table(heading, *(compare_row(name, group, reference, piece)
-                            for name, group in groups.items()))
+    heading = ("run", "seeds", "held-out nats", "minus the first", "bits per byte", "seeds that "
+               "reach the first", "% of its steps", "% of its FLOPs", "% of its seconds")
+    return table(heading, *(compare_row(name, group, reference) for name, group in groups.items()))
 
 
-def compare_row(name: str, group: dict, reference: dict, piece: str) -> list[str]:
+def compare_row(name: str, group: dict, reference: dict) -> list:
     """The cells of a group of runs in compare's table. group, reference: {seed: evaluations}."""
-    differences, shares = [], {"step": [], "flops": [], "seconds": []}
+    differences, shares = [], []
     for seed, lines in group.items():
         need(seed in reference, f"{name}-{seed}: the first group has no run of this seed")
         target = reference[seed][-1]
-        if math.isfinite(target["val_loss"]):
-            differences.append(lines[-1]["val_loss"] - target["val_loss"])
-            if found := first_reached(lines, target["val_loss"]):
-                for k, share in shares.items():
-                    share.append(100 * found[k] / target[k] if target[k] else 0.0)
-    final, reached = [lines[-1] for lines in group.values()], len(shares["step"])
-    note = " %" if reached == len(group) else f" % ({reached} of {len(group)} seeds)"
-    cells = [mean_sd([line["val_loss"] for line in final], 4),
-             mean_sd(differences, 4, none="the first did not finish"),
-             mean_sd([line["bits_per_byte"] for line in final], 4)]
-    cells += [mean_sd(share, 1) + note if share else "never" for share in shares.values()]
-    for key in ("rms", "rms_effective") if piece else ():
-        scales = [line.get(f"weights {piece} {key}") for line in final]
-        need(None not in scales, f"--piece={piece}: no such kind of matrix in the runs {name}-*")
-        cells.append(mean_sd(scales, 4))
-    return [name, str(len(group)), *cells]
+        differences.append(lines[-1]["val_loss"] - target["val_loss"])
+        found = math.isfinite(target["val_loss"]) and first_reached(lines, target["val_loss"])
+        if found:
+            shares.append({k: 100 * found[k] / target[k] for k in ("step", "flops", "seconds")})
+    final = [lines[-1] for lines in group.values()]
+    return [name, len(group), mean_sd([line["val_loss"] for line in final], 4),
+            mean_sd(differences, 4), mean_sd([line["bits_per_byte"] for line in final], 4),
+            len(shares), *(mean_sd([share[k] for share in shares], 1)
+                           for k in ("step", "flops", "seconds"))]
 
 
-def over_seeds(group, key: str) -> tuple[list[dict], list[float], list[float]]:
-    """The values of `key` by step over the runs of a group (lists of lines), where they are
-    finite numbers: the step and the mean tokens, flops and seconds there; means over seeds;
-    standard deviations, 0 of a single one."""
+def over_seeds(group, x: str, key: str):
+    """(values of x, means of `key`, standard deviations) at each step, over the runs of a group
+    (lists of lines) that have a finite number there. The deviation of a single one is 0."""
     by_step = {}
     for line in itertools.chain(*group):
-        value = line.get(key)
-        if value is not None and math.isfinite(value):
-            by_step.setdefault(line["step"], []).append(line)
-    at = [{k: mean([line.get(k, math.nan) for line in lines])
-           for k in ("step", "tokens", "flops", "seconds")} for _, lines in sorted(by_step.items())]
-    values = [[line[key] for line in lines] for _, lines in sorted(by_step.items())]
-    deviations = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-    return at, [mean(v) for v in values], deviations
+        if line.get(key) is not None and math.isfinite(line[key]):
+            by_step.setdefault(line["step"], []).append((line[x], line[key]))
+    xs, means, deviations = [], [], []
+    for _, points in sorted(by_step.items()):
+        at, values = zip(*points)
+        xs.append(statistics.fmean(at))
+        means.append(statistics.fmean(values))
+        deviations.append(statistics.stdev(values) if len(values) > 1 else 0.0)
+    return xs, means, deviations
 
 
 def plot_runs(runs, path: str) -> str:
-    """Held-out loss over steps, tokens, FLOPs and seconds, and where runs have them cosine(T, M),
-    drift of multipliers and scales of the weights (weight_scales) over steps: mean and a band of
-    one standard deviation over seeds. Folders NAME-SEED with a number for a seed are one line a
-    NAME; other folders one each."""
-    pyplot, groups = plotting(path), {}
-    for run in runs:
-        name, seed = name_and_seed(run)
-        key = name if seed.isdecimal() else Path(run).resolve().name
-        groups.setdefault(key, []).append(read_metrics(run))
+    """Held-out loss over steps, tokens, FLOPs and seconds, and where runs have them cosine(T, M)
+    and scales of the weights (weight_scales) over steps: a line a group of runs NAME-SEED, with a
+    band of one standard deviation over seeds."""
+    pyplot = plotting(path)
+    groups = {name: [*group.values()] for name, group in grouped(runs, read_metrics).items()}
     lines = itertools.chain(*itertools.chain(*groups.values()))
     keys = dict.fromkeys(itertools.chain(*lines))
     need("val_loss" in keys, f"{runs[0]}/metrics.jsonl: no evaluation in it")
-    panels = {("val_loss", x): ["val_loss"] for x in ("step", "tokens", "flops", "seconds")}
-    for key in keys:
-        first, *rest = key.split()
-        if first in ("let_cosine", "drift", "weights"):  # all of "weights head" in one panel
-            panels.setdefault((" ".join([first, *rest[:-1]]), "step"), []).append(key)
+    panels = [("val_loss", x) for x in ("step", "tokens", "flops", "seconds")]
+    panels += [(key, "step") for key in keys if key.startswith(("let_cosine", "weights"))]
     rows = math.ceil(len(panels) / 4)
     figure, axes = pyplot.subplots(rows, 4, figsize=(18, 3.6 * rows), layout="constrained")
-    for axis, ((title, x), shown) in zip(axes.flat, panels.items()):
-        plot_panel(axis, groups, x, shown)
-        axis.set(title=title, xlabel=x)
-    for axis in axes.flat[len(panels):]:
-        axis.remove()
+    for axis, (key, x) in zip(axes.flat, panels):
+        for name, group in groups.items():
+            xs, means, deviations = over_seeds(group, x, key)
+            first = len(xs) // 10  # the fall of the loss from ln V would flatten the rest
+            xs, means, deviations = (torch.tensor(v[first:]) for v in (xs, means, deviations))
+            axis.plot(xs, means, label=f"{name}, {len(group)} seeds")
+            axis.fill_between(xs, means - deviations, means + deviations, alpha=0.2)
+        axis.set(title=key, xlabel=x)
+        axis.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     return path
-
-
-def plot_panel(axis, groups: dict, x: str, keys):
-    """The values of these keys over x: a color a group, a style a key."""
-    tops = []  # of losses, after a tenth of each run: the fall from ln V would flatten the rest
-    for i, (name, group) in enumerate(groups.items()):
-        for key, style in zip(keys, ("-", "--", ":", "-.")):
-            at, means, deviations = over_seeds(group, key)
-            if at:
-                xs, last = [point[x] for point in at], key.split()[-1]
-                low, high = ([m + side * s for m, s in zip(means, deviations)] for side in (-1, 1))
-                label = f"{name}, {len(group)} seeds" if key == last else f"{name} {last}"
-                axis.plot(xs, means, style, color=f"C{i}", label=label)
-                axis.fill_between(xs, low, high, color=f"C{i}", alpha=0.2, lw=0)
-                after = at[-1]["step"] / 10
-                tops.append(next(v for point, v in zip(at, high) if point["step"] >= after))
-    if keys == ["val_loss"]:
-        axis.set_ylim(top=max(tops))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1042,6 +896,13 @@ def open_model(name, device: str, dtype=torch.float32):
     return model, tokenizer_from_dict(tokenizer), tokenizer
 
 
+def open_ours(name, device: str, dtype=torch.float32):
+    """open_model, for commands that need the blocks or the derivatives of a GPT of model.py."""
+    found = open_model(name, device, dtype)
+    need(isinstance(found[0], GPT), f"{name}: its architecture is not one of model.py's")
+    return found
+
+
 def read_text(path, flag="--text") -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -1049,39 +910,24 @@ def read_text(path, flag="--text") -> str:
         raise BadInput(f"{flag}={path}: cannot be read as UTF-8 text ({e})") from None
 
 
-def read_ids(path, enc, tokens=0) -> list[int]:
-    """An end-of-text token and the first `tokens` (0: all) of a text file."""
-    return [enc.eot_token, *enc.encode_ordinary(read_text(path))[:tokens or None]]
+def read_ids(a, enc) -> list[int]:
+    """An end-of-text token and the first --tokens tokens (0: all) of --text. So training reads a
+    document, too."""
+    return [enc.eot_token, *enc.encode_ordinary(read_text(a.text))[:a.tokens or None]]
 
 
-def read_contexts(a, model, enc, least: int) -> list:
-    """--text as contexts of token ids, (T,) each; see the top of this file. There have to be
-    `least` of them, with at least four tokens a dimension of the width in all."""
-    limit, width = model.config.block_size, model.config.n_embd
+def read_batches(a, model, enc, least: int) -> list:
+    """--text as `least` or more batches of token ids (B, T), B at most 8. Contexts are cut from one
+    sequence, so position 0 of all but the first holds whatever token comes there."""
+    limit = model.config.block_size
     length = a.context or min(512, limit)
     need(2 <= length <= limit, f"--context={a.context}: from 2 to the model's {limit}")
-    if a.characters:
-        text, contexts, room = read_text(a.text), [], a.tokens or math.inf
-        while len(text) >= a.characters and room > 0:
-            ids = [enc.eot_token, *enc.encode_ordinary(text[:a.characters])][:length]
-            text, room = text[a.characters:], room - len(ids)
-            contexts.append(torch.tensor(ids))
-    else:
-        ids = torch.tensor(read_ids(a.text, enc, a.tokens))
-        contexts = [*ids[:len(ids) // length * length].view(-1, length)]
-    tokens = sum(map(len, contexts))
-    need(len(contexts) >= least and tokens >= 4 * width,
-         f"--text={a.text} --tokens={a.tokens}: {tokens:,} tokens in {len(contexts)} contexts; at "
-         f"least {max(4 * width, least * length):,} in {least} contexts are needed")
-    return contexts
-
-
-def batched(contexts, rows: int, device) -> list:
-    """Contexts (T,) as batches (B, T) of one length each, B at most `rows`."""
-    made = []
-    for _, alike in itertools.groupby(sorted(contexts, key=len), key=len):
-        made += torch.stack([*alike]).to(device).split(rows)
-    return made
+    ids = torch.tensor(read_ids(a, enc), device=a.device)
+    contexts = ids[:len(ids) // length * length].view(-1, length)
+    tokens = max(4 * model.config.n_embd, least * length)  # 4 tokens a dimension of the width
+    need(contexts.numel() >= tokens, f"--text={a.text} --tokens={a.tokens}: {contexts.numel():,} "
+         f"tokens in contexts of {length}; at least {tokens:,} are needed")
+    return [*contexts.split(min(8, len(contexts) // least))]
 
 
 def table(*rows) -> str:
@@ -1092,9 +938,8 @@ def table(*rows) -> str:
 
 def plotting(path: str):
     """matplotlib.pyplot without a screen. Refuses a name that no picture can be written to."""
-    need(Path(path).suffix in (".png", ".pdf", ".svg"),
-         f"--plot={path}: has to end in .png, .pdf or .svg")
-    need(Path(path).parent.is_dir() and not Path(path).is_dir(), f"--plot={path}: no folder for it")
+    need(Path(path).suffix in (".png", ".pdf", ".svg") and Path(path).parent.is_dir(),
+         f"--plot={path}: a .png, .pdf or .svg in a folder that exists is needed")
     try:
         import matplotlib
     except ImportError:
@@ -1108,43 +953,28 @@ def plotting(path: str):
 # Commands
 
 
-def bars(values, low: float, high: float) -> str:
-    """A row of bars, one a value; the full height is `high`; nan leaves a blank."""
-    heights = [min(7, max(0, int(8 * (v - low) / (high - low)))) if v == v else -1 for v in values]
-    return "".join("▁▂▃▄▅▆▇█ "[h] for h in heights)
-
-
 def linearity_command(a) -> str:
     """Show how linear each block of a model is."""
     model, enc, _ = open_model(a.checkpoint, a.device)
-    contexts = read_contexts(a, model, enc, 2)
-    batches = batched(contexts, min(16, len(contexts) // 2), a.device)
-    profile = linearity_profile(model, batches, a.skip_first)
-    keys = ("full", "full_adjusted", "full_held_out", "free", "free_adjusted", "free_held_out",
-            "ratio_mean")
+    profile = linearity_profile(model, read_batches(a, model, enc, 2), a.skip_first)
+    keys = ("full", "full_held_out", "free", "free_held_out", "ratio_mean")
     rows = [(p["block"], *(f"{p[key]:.4f}" for key in keys), p["rank"]) for p in profile]
-    n = profile[0]["n"]
-    lines = [f"{n:,} tokens to fit on, {n / model.config.n_embd:.1f} times the width", "",
-             table(("block", *keys, "rank"), *rows), ""]
-    for key, low in (("full_held_out", 0.8), ("free_held_out", 0.0)):
-        heights = bars([p[key] for p in profile], low, 1)
-        lines.append(f"{key:<14} {heights}  from {low} to 1, block 1 to {len(profile)}")
     if a.plot:
         figure, axis = plotting(a.plot).subplots(figsize=(6, 4), layout="constrained")
-        depth = [p["block"] / len(profile) for p in profile]
-        for key in ("full", "full_held_out", "free", "free_held_out"):
-            axis.plot(depth, [p[key] for p in profile], "--" if "held" in key else "-", marker="o",
-                      color="C0" if "full" in key else "C1", label=key.replace("_", " "))
-        axis.set(xlabel="depth, block over blocks", ylabel="linearity score",
-                 title="linearity of each block")
-        figure.legend(loc="outside lower center", ncols=4)
+        for key in keys[:4]:
+            axis.plot([p["block"] for p in profile], [p[key] for p in profile], "o-", label=key)
+        axis.set(xlabel="block", ylabel="linearity score", title="linearity of each block")
+        axis.legend()
         figure.savefig(a.plot, dpi=120)
-    return "\n".join(lines)
+    n = profile[0]["n"]
+    return (f"{n:,} tokens to fit on, {n / model.config.n_embd:.1f} times the width\n\n"
+            + table(("block", *keys, "rank"), *rows))
 
 
 @dataclass
 class Pruned:
-    """A pruned model, by which order and which arm, and the numbers of the blocks that went."""
+    """A pruned model, the order and the arm that made it, and the numbers of the blocks that
+    went."""
 
     order: str
     arm: str
@@ -1152,19 +982,20 @@ class Pruned:
     model: GPT
 
 
-def pruned_models(whole: GPT, profile, batches, a):
-    """All that is asked for, one Pruned after the other; the whole model first."""
-    yield Pruned("", "whole", [], whole)
+def pruned_models(whole: GPT, fitted, a):
+    """A Pruned for each order, number of blocks and arm that is asked for. fitted: the batches to
+    fit on."""
+    profile = linearity_profile(whole, fitted, a.skip_first)
     for order, count in itertools.product(a.orders, a.blocks):
-        chosen, replaced = sorted(prune_order(profile, order, a.protect, a.seed)[:count]), None
+        chosen = sorted(prune_order(profile, order, a.seed)[:count])
+        replaced = replace_blocks(whole, chosen, fitted, a.skip_first)
         for arm in a.arms:
             if arm == "remove":
                 model = remove_blocks(whole, chosen)
-            else:
-                replaced = replaced or replace_blocks(whole, chosen, batches, a.skip_first)
+            elif arm == "replace":
                 model = replaced
-            if arm.startswith("distil"):
-                model = distil(replaced, whole, batches, a.distil_steps, a.distil_lr,
+            else:
+                model = distil(replaced, whole, fitted, a.distil_steps, a.distil_lr,
                                everything=arm == "distil_all")
             yield Pruned(order, arm, chosen, model)
 
@@ -1172,128 +1003,75 @@ def pruned_models(whole: GPT, profile, batches, a):
 def prune_command(a) -> str:
     """Remove the most linear blocks, or replace them by affine maps.
 
-    A row for every order, number of blocks and arm. Three quarters of the contexts are fitted on.
-    Of the models with the most blocks gone, the one with the least loss on the next eighth is
-    written. The table reports the loss on the last eighth, which chooses nothing."""
-    whole, enc, tokenizer = open_model(a.checkpoint, a.device)
-    need(isinstance(whole, GPT), f"{a.checkpoint}: {NOT_OURS}")
+    A row for every order, number of blocks and arm. Three quarters of the batches are fitted on. Of
+    the models with the most blocks gone, the one with the least loss on the next eighth is written.
+    The table reports the loss on the last eighth, which chooses nothing."""
+    whole, enc, tokenizer = open_ours(a.checkpoint, a.device)
     n_layer = whole.config.n_layer
-    most = min(n_layer - 1, n_layer - len({*a.protect}))
-    need(max(a.protect) <= n_layer, f"--protect={numbers(a.protect)}: there are {n_layer} blocks")
-    need(1 <= min(a.blocks) <= max(a.blocks) <= most,
-         f"--blocks={numbers(a.blocks)}: of {a.checkpoint}'s {n_layer} blocks 1 to {most} can go")
-    source = Path(checkpoint_file(a.checkpoint))
-    ours = source.suffix == ".pt"
-    folder = a.out_dir or (source.parent if ours else Path("runs", source.name)) / "pruned"
-    out = Path(folder, "ckpt.pt")
-    need(not out.exists(), f"--out_dir={folder}: holds a checkpoint already")
-    contexts = read_contexts(a, whole, enc, 16)
-    judged = contexts[-(len(contexts) // 4):]
-    fitted = contexts[:-len(judged)]
-    batches = batched(fitted, min(8, len(fitted) // 8), a.device)
-    choosing, reported = (batched(part, 8, a.device)
-                          for part in (judged[:len(judged) // 2], judged[len(judged) // 2:]))
-    rows, kinds, shapes, least, best = [], [], {}, math.inf, None
-    profile = linearity_profile(whole, batches, a.skip_first)
-    for found in pruned_models(whole, profile, batches, a):
+    need(max(a.blocks) < n_layer, f"--blocks={max(a.blocks)}: {a.checkpoint} has {n_layer} blocks, "
+         "of which one has to stay")
+    out = Path(a.out_dir or Path(checkpoint_file(a.checkpoint)).with_name("pruned"), "ckpt.pt")
+    need(not out.exists(), f"--out_dir={out.parent}: holds a checkpoint already")
+    batches = read_batches(a, whole, enc, 8)
+    eighth = len(batches) // 8
+    fitted, choosing, reported = (batches[:-2 * eighth], batches[-2 * eighth:-eighth],
+                                  batches[-eighth:])
+    rows, least, best = [], math.inf, None
+    for found in itertools.chain([Pruned("", "whole", [], whole)],
+                                 pruned_models(whole, fitted, a)):
         loss, n = mean_loss(found.model, reported), found.model.num_params()
-        rows.append([found.order, found.arm, numbers(found.blocks), f"{loss:.4f}",
+        rows.append([found.order, found.arm, ", ".join(map(str, found.blocks)), f"{loss:.4f}",
                      f"{math.exp(loss):.2f}", f"{n:,}", f"{100 * n / whole.num_params():.1f} %"])
-        kinds.append("".join(sorted(found.model.config.kinds())))  # the time is that of any order
-        shapes.setdefault(kinds[-1], found.model)
         if len(found.blocks) == max(a.blocks):
             loss = mean_loss(found.model, choosing)
-            least, best = (loss, found) if loss < least else (least, best)
+            if loss < least:
+                least, best = loss, found
     if best is None:
         raise Failed(f"--arms={','.join(a.arms)} --distil_lr={a.distil_lr:g}: no finite loss")
-    seconds = dict(zip(shapes, seconds_per_pass(shapes.values(), batches[0])))
-    for row, kind in zip(rows, kinds):
-        row.append(f"{seconds[kinds[0]] / seconds[kind]:.2f}")
-    how = {"order": best.order, "arm": best.arm, "blocks": best.blocks}
-    ckpt = load_checkpoint(source) if ours else {
-        "format": "nanolet-2", "tokenizer": tokenizer, "step": 0, "config": {}, "model_config": {}}
-    with written_whole(out) as tmp, open(tmp, "wb") as file:  # torch's own writer hides a full disk
-        torch.save(pruned_checkpoint(ckpt, best.model, source=str(source), **how), file)
-    heading = ("order", "arm", "blocks", "held-out nats", "perplexity", "parameters",
-               "of the whole", "speed over the whole")
-    return (f"{table(heading, *rows)}\n\n{out}: {best.order}, {best.arm}, blocks "
-            f"{numbers(best.blocks)}, chosen by {least:.4f} nats on other tokens")
+    write_pruned(out, best, tokenizer)
+    heading = ("order", "arm", "blocks", "held-out nats", "perplexity", "parameters", "of all")
+    return (f"{table(heading, *rows)}\n\n{out}: {best.order}, {best.arm}, blocks {best.blocks}, "
+            f"chosen by {least:.4f} nats on other tokens")
 
 
-def numbers(values) -> str:
-    return ", ".join(map(str, values))
-
-
-def checkpoints_of(names) -> list[str]:
-    """The step-*.pt of each run's folder (train.py's --keep_checkpoints), or else its ckpt.pt;
-    other names as they are."""
-    found = []
-    for name in names:
-        found += sorted(map(str, Path(name).glob("step-*.pt"))) or [checkpoint_file(name)]
-    return found
+def write_pruned(path: Path, found: Pruned, tokenizer: dict):
+    """Write a checkpoint that is read like any other; training goes on by train.py --init_from."""
+    how = {"order": found.order, "arm": found.arm, "blocks": found.blocks}
+    ckpt = {"format": "nanolet-2", "model": found.model.state_dict(), "tokenizer": tokenizer,
+            "model_config": asdict(found.model.config), "step": 0, "config": {}, "pruned": how}
+    with written_whole(path) as tmp, open(tmp, "wb") as file:  # torch's writer hides a full disk
+        torch.save(ckpt, file)
 
 
 def curvature_command(a) -> str:
-    """Show the extreme eigenvalues of the loss' Hessian, a row a checkpoint.
-
-    Where the folders are NAME-SEED, also each NAME's eigenvalues over those of the first NAME at
-    the same step and seed."""
-    found = []
-    for name in checkpoints_of(a.checkpoints):
-        model, enc, _ = open_model(name, a.device, DTYPES[a.dtype])
-        need(isinstance(model, GPT), f"{name}: {NOT_OURS}")
-        T = min(model.config.block_size, a.tokens or math.inf)
-        ids = torch.tensor(read_ids(a.text, enc, a.tokens), device=a.device)
+    """Show the extreme eigenvalues of the loss' Hessian, a row a checkpoint."""
+    found = {}
+    for name in a.checkpoints:
+        model, enc, _ = open_ours(name, a.device, DTYPES[a.dtype])
+        T = model.config.block_size
+        ids = torch.tensor(read_ids(a, enc), device=a.device)
         n = (len(ids) - 1) // T * T
         need(n, f"--text={a.text}: {len(ids) - 1} tokens; a context of {T} is needed")
         parts = (part.view(-1, T).split(a.micro_batch) for part in (ids[:n], ids[1:n + 1]))
-        step = load_checkpoint(name).get("step", 0) if name.endswith(".pt") else 0
-        s = spectrum(model, [*zip(*parts)], a.steps, a.probes, a.seed, a.top)
-        found.append({"name": name, "step": step, **s})
-    cells = [(s["name"], s["step"], f"{s['loss']:.4f}", ", ".join(f"{v:.4g}" for v in s["top"]),
-              f"{s['least']:.4g}", f"{s['top'][0] / abs(s['least']):.3g}", f"{s['residual']:.1g}",
-              f"{s['trace']:.4g} ± {s['trace_se']:.2g}", f"{s['rms']:.3g}") for s in found]
-    heading = ("checkpoint", "step", "loss", "largest eigenvalues", "most negative", "their ratio",
-               "error below", "trace", "rms")
+        found[name] = spectrum(model, [*zip(*parts)], a.steps, a.probes, a.seed, a.top)
     if a.plot:
         plot_spectra(found, a.plot)
-    return (f"{found[-1]['tokens']:,} tokens, {found[-1]['parameters']:,} parameters, {a.dtype}\n\n"
-            f"{table(heading, *cells)}{spectra_over_the_first(found)}")
+    rows = [(name, f"{s['tokens']:,}", f"{s['loss']:.4f}", ", ".join(f"{v:.4g}" for v in s["top"]),
+             *(f"{s[key]:.4g}" for key in ("least", "residual", "trace", "rms")))
+            for name, s in found.items()]
+    heading = ("checkpoint", "tokens", "loss", "largest eigenvalues", "most negative",
+               "error below", "trace", "rms")
+    return table(heading, *rows)
 
 
-def spectra_over_the_first(found) -> str:
-    """A table of ratios to the first group of runs at the same step and seed, if there are
-    groups."""
-    groups = {}  # {(name, step): {seed: spectrum}}
-    for s in found:
-        name, seed = name_and_seed(Path(s["name"]).parent)
-        groups.setdefault((name, s["step"]), {})[seed] = s
-    names, rows = [*dict.fromkeys(name for name, _ in groups)], []
-    if "" in names or len(names) == 1:
-        return ""
-    for (name, step), by_seed in groups.items():
-        same = groups.get((names[0], step), {})
-        pairs = [(s, same[seed]) for seed, s in by_seed.items() if seed in same]
-        if name != names[0] and pairs:
-            top = [s["top"][0] / r["top"][0] for s, r in pairs]
-            least = [s["least"] / r["least"] for s, r in pairs]
-            columns = (top, least, [t / m for t, m in zip(top, least)],
-                       [s["trace"] / r["trace"] for s, r in pairs])
-            rows.append((name, step, len(pairs), *(mean_sd(values, 3) for values in columns)))
-    heading = (f"over {names[0]}", "step", "seeds", "largest eigenvalue", "most negative",
-               "their ratio", "trace")
-    return f"\n\n{table(heading, *rows)}"
-
-
-def plot_spectra(found, path: str):
-    """Density of the eigenvalues of each checkpoint."""
+def plot_spectra(found: dict, path: str):
+    """Density of the eigenvalues of each checkpoint. found: {name: spectrum}."""
     figure, axis = plotting(path).subplots(figsize=(6, 4), layout="constrained")
-    low, high = min(s["least"] for s in found), max(s["top"][0] for s in found)
-    margin = 0.05 * (high - low)
-    x = torch.linspace(low - margin, high + margin, 2000, dtype=torch.float64)
-    for s in found:
-        label = f"{Path(s['name']).parent.name} step {s['step']}"
-        axis.semilogy(x, density(s["ritz"], x, 0.01 * (high - low)), label=label)
+    low, high = min(s["least"] for s in found.values()), max(s["top"][0] for s in found.values())
+    width = high - low
+    x = torch.linspace(low - 0.05 * width, high + 0.05 * width, 2000, dtype=torch.float64)
+    for name, s in found.items():
+        axis.semilogy(x, density(s["ritz"], x, 0.01 * width), label=name)
     axis.set(xlabel="eigenvalue", ylabel="density", title="Hessian of the loss", ylim=(1e-10, None))
     axis.legend(fontsize="small")
     figure.savefig(path, dpi=120)
@@ -1302,59 +1080,50 @@ def plot_spectra(found, path: str):
 def eval_command(a) -> str:
     """Show the accuracy on multiple choice and minimal pairs, and the perplexity of a text."""
     need(a.task or a.text, "eval: --task=FILE.jsonl or --text=FILE is needed")
-    tasks = {Path(path).stem: read_task(path)[:a.items or None] for path in a.task
-             if path != "python"}
     model, enc, _ = open_model(a.checkpoint, a.device, DTYPES[a.dtype])
-    if "python" in a.task:
-        tasks |= python_tasks(enc, a.items or 2000)
-    limit = model.config.block_size
+    limit, rows, lines = model.config.block_size, [], []
     need(a.stride <= limit, f"--stride={a.stride}: at most the context of {limit}")
-    batch_tokens = a.batch_tokens or (1024 if a.device == "cpu" else 32_768)
-    found = {name: evaluate_task(model, enc, task, batch_tokens)
-             for name, task in tqdm(tasks.items(), "tasks", disable=None, leave=False)}
-    lines, rows = [], []
-    for name, r in found.items():
-        accuracy = (f"{100 * r[key]:.2f} ± {100 * r[f'{key}_se']:.2f}"
-                    for key in ("sum", "per_character"))
-        rows.append((name, f"{r['items']:,}", *accuracy, f"{100 * r['chance']:.1f}",
-                     f"{r['sum_ties']}, {r['per_character_ties']}", r["cut"], r["left_out"]))
-    if len(found) > 1:
-        means = (f"{100 * mean([r[key] for r in found.values()]):.2f}"
-                 for key in ("sum", "per_character", "chance"))
-        rows.append(("mean", sum(r["items"] for r in found.values()), *means, "", "", ""))
+    for path in a.task:
+        tasks = python_tasks(enc, a.items or 2000) if path == "python" else {path: read_task(path)}
+        for name, task in tasks.items():
+            r = evaluate_task(model, enc, task[:a.items or None], a.batch_tokens)
+            rows.append((name, r["items"], f"{100 * r['sum']:.2f} ± {100 * r['sum_se']:.2f}",
+                         f"{100 * r['per_character']:.2f} ± {100 * r['per_character_se']:.2f}",
+                         f"{100 * r['chance']:.1f}", r["cut"]))
     if rows:
-        heading = ("task", "items", "accuracy by sum, %", "per character, %", "chance", "ties",
-                   "context cut", "left out")
-        lines.append(table(heading, *rows))
+        lines.append(table(("task", "items", "accuracy by sum, %", "per character, %", "chance",
+                            "context cut"), *rows))
     if a.text:
-        ids = read_ids(a.text, enc, a.tokens)
+        ids = read_ids(a, enc)
         need(len(ids) > 1, f"--text={a.text}: no text in it")
         n_bytes = len(enc.decode_bytes(ids[1:]))
-        r = evaluate_text(model, ids, n_bytes, a.stride or limit, batch_tokens)
-        lines.append(f"{a.text}: {r['nats']:.4f} ± {r['nats_se']:.4f} nats per token, perplexity "
-                     f"{r['perplexity']:.3f}, {r['bits_per_byte']:.4f} bits per byte, over "
-                     f"{r['tokens']:,} tokens")
+        r = evaluate_text(model, ids, n_bytes, a.stride or limit, a.batch_tokens)
+        lines.append(f"{a.text}: {r['nats']:.4f} nats per token, perplexity {r['perplexity']:.3f}, "
+                     f"{r['bits_per_byte']:.4f} bits per byte, over {r['tokens']:,} tokens")
     return "\n".join(lines)
 
 
-def python_tasks(enc, n: int) -> dict[str, list[tuple[str, list[str], int]]]:
+def python_tasks(enc, n: int) -> dict[str, list]:
     """n python_pairs from the held-out part of the standard library, a task for each kind."""
     from train import find_files, read_documents, split_documents  # a command may look upwards
 
     _, held_out = split_documents(read_documents(*find_files("stdlib"), "stdlib"))
     pairs = python_pairs([text for _, text in held_out], 0, n,
                          length=lambda text: len(enc.encode_ordinary(text)))
-    return {f"python {kind}": [(context, [right, wrong], 0) for k, context, right, wrong in pairs
-                               if k == kind] for kind in PYTHON_KINDS}
+    tasks = {}
+    for pair in pairs:
+        item = (pair.context, [pair.right, pair.wrong], 0)
+        tasks.setdefault(f"python {pair.kind}", []).append(item)
+    return tasks
 
 
 def compare_command(a) -> str:
     """Show final losses, and where each run reaches the first one's."""
-    return compare(a.runs, a.piece)
+    return compare(a.runs)
 
 
 def plot_command(a) -> str:
-    """Draw losses, scales of weights and drift of multipliers of runs."""
+    """Draw losses and scales of the weights of runs."""
     return plot_runs(a.runs, a.plot)
 
 
@@ -1362,90 +1131,93 @@ def plot_command(a) -> str:
 # The command line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-NOT_OURS = "its architecture is not one of model.py's, which this command needs"
-DEVICE = {"device": ("", "cpu, cuda, cuda:1, mps; empty: cuda where there is one")}
-CONTEXTS = {"context": (0, "tokens in a context; 0: the model's, at most 512"),
-            "characters": (0, "cut the text into pieces of so many characters, each a context of "
-                           "its own after an end-of-text token; the paper: 512; 0: one sequence"),
-            "skip_first": (False, "leave the first position of each context out"), **DEVICE}
-PICTURE = {"plot": ("", "also draw a picture to this file")}
-POSITIVE = ("distil_steps", "distil_lr", "steps", "probes", "top", "micro_batch")  # others may be 0
-# {command: (function, its files, {flag: (default, help, *choices)})}; None: it is required
-COMMANDS = {
-    "linearity": (linearity_command, "checkpoint", {
-        "text": (None, "a text file to read"),
-        "tokens": (40_000, "how many of its tokens; 0: all"), **CONTEXTS, **PICTURE}),
-    "prune": (prune_command, "checkpoint", {
-        "text": (None, "a text file: 3/4 to fit, 1/8 to choose the model to save, 1/8 to report"),
-        "tokens": (80_000, "how many of its tokens; 0: all"), **CONTEXTS,
-        "blocks": ([1], "how many go, such as 3, or several, such as 1,2,3"),
-        "orders": (["full"], "which go first: one or more of " + ", ".join(ORDERS), *ORDERS),
-        "arms": ([*ARMS[:3]], "one or more of " + ", ".join(ARMS), *ARMS),
-        "protect": ([0], "numbers of blocks that stay, such as 1,12; 0: none"),
-        "distil_steps": (200, "steps of distillation"), "distil_lr": (1e-3, "its learning rate"),
-        "seed": (0, "of the random order"),
-        "out_dir": ("", "folder of the new checkpoint; empty: `pruned` beside the old one")}),
-    "curvature": (curvature_command, "checkpoints", {
-        "text": (None, "a text file to take the loss on"),
-        "tokens": (2048, "how many of its tokens; 0: all"),
-        "steps": (32, "Hessian-vector products from each random vector"),
-        "probes": (2, "random vectors"), "seed": (0, "of the random vectors"),
-        "top": (3, "how many of the largest eigenvalues are shown"),
-        "micro_batch": (8, "sequences differentiated at a time"),
-        "dtype": ("fp32", "of the weights", "fp32", "fp64"), **DEVICE, **PICTURE}),
-    "eval": (eval_command, "checkpoint", {
-        "task": ((), "files of JSON lines: ctx, endings, label; or context, choices, label; or "
-                 "sentence_good, sentence_bad"),
-        "items": (0, "how many items of each file; 0: all"),
-        "text": ("", "a text file to take the perplexity of"),
-        "tokens": (0, "how many of its tokens; 0: all"),
-        "stride": (0, "tokens from window to window; 0: a context, no overlap"),
-        "batch_tokens": (0, "tokens in one forward pass; 0: 1,024 on a CPU, else 32,768"),
-        "dtype": ("fp32", "of the weights", *DTYPES), **DEVICE}),
-    "compare": (compare_command, "runs", {
-        "piece": ("", "also the RMS of this kind of matrix, such as head")}),
-    "plot": (plot_command, "runs", {
-        "plot": ("runs.png", "file to draw to")})}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(message)
+
+
+def positive(kind):
+    """A number above 0, for argparse. A default may be 0."""
+    def parse(text):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise ValueError(text)
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+def add_numbers(to, **flags):
+    """Add flags of positive numbers to a command: name=(default, help)."""
+    for name, (default, text) in flags.items():
+        to.add_argument(f"--{name}", default=default, help=text, type=positive(type(default)))
+
+
+def add_command(commands, function, files: str, text: str = ""):
+    """Add a command. files: the name of what it measures, more than one if it ends in s; text: what
+    its flag --text is for, without which it has no such flag, nor --tokens and --device."""
+    name, what = function.__name__.removesuffix("_command"), function.__doc__.split("\n")[0]
+    new = commands.add_parser(name, help=what, description=what)
+    new.set_defaults(function=function)
+    new.add_argument(files, nargs="+" if files.endswith("s") else None)
+    if text:
+        new.add_argument("--text", help=text, required=function is not eval_command)
+        new.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return new
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="probes.py", description="Measure models; compare runs.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (function, files, flags) in COMMANDS.items():
-        what = function.__doc__.split("\n")[0]
-        sub = commands.add_parser(name, help=what, description=what)
-        sub.add_argument(files, nargs="+" if files.endswith("s") else None)
-        for flag, (default, text, *_) in flags.items():
-            kind = {"type": str if default is None else type(default)}
-            if default is False:
-                kind = {"action": "store_true"}
-            elif isinstance(default, list):  # separated by commas
-                one = type(default[0])
-                kind = {"type": lambda text, one=one: [one(word) for word in text.split(",")]}
-            elif default == ():
-                kind = {"nargs": "+"}
-            sub.add_argument(*["-o"] * (flag == "plot"), f"--{flag}", default=default, help=text,
-                             required=default is None, **kind)
+    parser = Parser(prog="probes.py", description="Measure models; compare runs.")
+    commands = parser.add_subparsers(required=True)
+
+    linear = add_command(commands, linearity_command, "checkpoint", "a text file to read")
+    add_numbers(linear, tokens=(40_000, "how many of its tokens"))
+
+    prune = add_command(commands, prune_command, "checkpoint", "a text file: 3/4 of it to fit, 1/8 "
+                        "to choose the model to save, 1/8 to report")
+    add_numbers(prune, tokens=(80_000, "how many of its tokens"),
+                distil_steps=(200, "steps of distillation"), distil_lr=(1e-3, "its learning rate"))
+    prune.add_argument("--blocks", nargs="+", type=positive(int), default=[1],
+                       help="how many blocks go, such as 1 2 3")
+    prune.add_argument("--orders", nargs="+", choices=ORDERS, default=["full"],
+                       help="which go first")
+    prune.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS[:3])
+    prune.add_argument("--seed", type=int, default=0, help="of the random order")
+    prune.add_argument("--out_dir", help="folder of the new checkpoint; `pruned` beside the old")
+    for one in (linear, prune):
+        add_numbers(one, context=(0, "tokens in a context; the model's, at most 512"))
+        one.add_argument("--skip_first", action="store_true",
+                         help="leave the first position of each context out")
+
+    curvature = add_command(commands, curvature_command, "checkpoints",
+                            "a text file to take the loss on")
+    add_numbers(curvature, tokens=(2048, "how many of its tokens"),
+                steps=(32, "Hessian-vector products from each random vector"),
+                probes=(2, "random vectors"), top=(3, "how many of the largest eigenvalues"),
+                micro_batch=(8, "sequences differentiated at a time"))
+    curvature.add_argument("--seed", type=int, default=0, help="of the random vectors")
+
+    evaluate = add_command(commands, eval_command, "checkpoint", "a text file, for perplexity")
+    evaluate.add_argument("--task", nargs="+", default=(), help="`python`, or files of JSON lines: "
+                          "see read_task")
+    add_numbers(evaluate, items=(0, "how many items of each task; all, or 2,000 of `python`"),
+                tokens=(0, "how many tokens of the text; all"),
+                stride=(0, "tokens from window to window; a context, no overlap"),
+                batch_tokens=(1024, "tokens in one forward pass; a GPU takes 32,768"))
+    for one in (curvature, evaluate):
+        one.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights")
+
+    add_command(commands, compare_command, "runs")
+    plot = add_command(commands, plot_command, "runs")
+    for one, default in ((linear, ""), (curvature, ""), (plot, "runs.png")):
+        one.add_argument("--plot", default=default, help="file to draw a picture to")
     a = parser.parse_args(argv)
-    check_flags(a)
-    if getattr(a, "device", None) == "":
-        a.device = "cuda" if torch.cuda.is_available() else "cpu"
     if getattr(a, "plot", ""):
-        plotting(a.plot)
-    print(COMMANDS[a.command][0](a))
-
-
-def check_flags(a):
-    """Numbers are 0 or more, those of POSITIVE more; where there are choices, the value is of
-    them."""
-    for flag, (_, _, *choices) in COMMANDS[a.command][2].items():
-        value = getattr(a, flag)
-        for one in value if isinstance(value, list) else [value]:
-            where = f"--{flag}={one}"
-            if isinstance(one, (int, float)):
-                need(0 <= one < math.inf, f"{where}: has to be 0 or more")
-                need(one > 0 or flag not in POSITIVE, f"{where}: has to be more than 0")
-            need(not choices or one in choices, f"{where}: one of {', '.join(choices)} is needed")
+        plotting(a.plot)  # a wrong name is refused before the work
+    print(a.function(a))
 
 
 if __name__ == "__main__":
