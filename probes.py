@@ -133,30 +133,27 @@ def linearity(fit: Moments, held_out: Moments) -> dict:
     n, rank: number of these tokens; rank of their X. full, free: linearity_score of (X, Y) and of
     (X, D) on these tokens, as the paper computes them. They are too high where n is not many times
     d. full_held_out, free_held_out: R^2 of the fitted map on the tokens of `held_out`; it can be
-    negative. ratio: ||D|| / ||Y||, centred. ratio_mean: mean over tokens of ||D_i|| / ||Y_i||.
-    cosine: mean of cos(X_i, Y_i).
+    negative. ratio_mean: mean over tokens of ||D_i|| / ||Y_i||. cosine: mean of cos(X_i, Y_i).
 
-    One fit, of D on X, serves both scores, because Y = X + D: the error is the same, so
-    1 - full = (1 - free) ratio^2. X often has less than full rank (few distinct tokens):
-    eigenvalues of X^T X below d eps times the largest count as 0. A block that adds nothing has no
-    residual-free score (nan)."""
+    One fit, of D on X, serves both scores: because Y = X + D, the error is the same, and
+    1 - full = (1 - free) ||D||^2 / ||Y||^2. A block that adds little thus has a high full score,
+    however nonlinear D is. X often has less than full rank (few distinct tokens): eigenvalues of
+    X^T X below d eps times the largest count as 0. A block that adds nothing has no residual-free
+    score (nan)."""
     d = len(fit.products) // 2
     xx, xd = fit.products[:d].split(d, dim=1)
     e, V = torch.linalg.eigh(xx)
     kept = e > d * torch.finfo(e.dtype).eps * e[-1].clamp(min=1e-300)
     V = V[:, kept]
     A = V @ (V.mT @ xd / e[kept, None])
-    error = squared_error(A, fit.products)
-    error_held_out = squared_error(A, held_out.about(fit.mean))
     out = {"n": fit.n, "rank": V.shape[1], "cosine": fit.cosine / fit.n,
            "ratio_mean": fit.norm_ratio / fit.n}
-    nothing, minus_x = torch.zeros_like(A), -torch.eye(d).to(A)
-    for name, B in (("full", minus_x), ("free", nothing)):
-        size, size_held_out = squared_error(B, fit.products), squared_error(B, held_out.products)
-        out[name] = 1 - error / size if size > 0 else math.nan
-        out[f"{name}_held_out"] = 1 - error_held_out / size_held_out if size > 0 else math.nan
-    out["ratio"] = math.sqrt(squared_error(nothing, fit.products)
-                             / squared_error(minus_x, fit.products))
+    minus_one = -torch.eye(d).to(A)
+    for sums, suffix in ((fit, ""), (held_out, "_held_out")):
+        error = squared_error(A, sums.about(fit.mean))
+        for name, B in (("full", minus_one), ("free", 0 * minus_one)):
+            size = squared_error(B, sums.products)  # ||Y||^2, ||D||^2
+            out[name + suffix] = 1 - error / size if size > 0 else math.nan
     return out
 
 
@@ -428,22 +425,18 @@ def spectrum(model, batches, steps=32, probes=2, seed=0, top=3) -> dict:
     """The Hessian's eigenvalues by Lanczos from `probes` random vectors of signs. batches: as in
     hessian_product. All in the dtype of the model.
 
-    loss: nats. top: the largest eigenvalues, falling, and least: the most negative one, both from
-    the first vector; residual: a bound on their error. trace; rms: root mean square of all N
-    eigenvalues; both are means over the vectors. ritz: [(theta, w)] of all vectors, for
-    density()."""
+    top: the largest eigenvalues, falling, and least: the most negative one, from the first vector;
+    residual: a bound on their error. trace; rms: root mean square of all N eigenvalues; both from
+    means over the vectors. ritz: [(theta, w)] of all vectors, for density()."""
     params = list(model.requires_grad_(True).parameters())
-    N, tokens = sum(p.numel() for p in params), sum(idx.numel() for idx, _ in batches)
-    generator, product = torch.Generator().manual_seed(seed), hessian_product(model, batches)
+    N, product = sum(p.numel() for p in params), hessian_product(model, batches)
+    generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(probes):
         signs = torch.randint(2, (N,), generator=generator) * 2 - 1
         found.append(lanczos(product, signs.to(params[0]), steps))
     theta, _, bounds = found[0]
-    with torch.no_grad():
-        loss = sum(plain_loss(model, *pair).item() * pair[0].numel() for pair in batches) / tokens
-    return {"loss": loss, "tokens": tokens, "parameters": N,
-            "top": theta.flip(0)[:top].tolist(), "least": theta[0].item(),
+    return {"parameters": N, "top": theta.flip(0)[:top].tolist(), "least": theta[0].item(),
             "residual": max(bounds[0], bounds[-top:].max()).item(),
             "trace": N * statistics.fmean((w @ theta).item() for theta, w, _ in found),
             "rms": statistics.fmean((w @ theta.square()).item() for theta, w, _ in found) ** 0.5,
@@ -711,20 +704,19 @@ def weight_scales(model, multipliers=None) -> dict:
     the standard deviation of log(RMS of a row of W~ over the mean of these in its matrix), without
     rows of zeros: the diversity of feature scales in the multipliers' paper (section 3.1) as one
     number."""
-    params, found = dict(model.named_parameters()), {}
+    params, found = dict(model.named_parameters()), {}  # {piece: [mean square of each row]}
     for name, pieces in logical_pieces(model).items():
         if name in params:  # a tied head is not
-            p, sizes = params[name].detach(), [rows for _, rows in pieces]
-            W = multipliers.W.get(name, p).detach() if multipliers else p
-            squares = (t.flatten(0, -2).square().mean(1).split(sizes) for t in (W, p))
+            used, sizes = params[name].detach(), [rows for _, rows in pieces]
+            W = multipliers.W.get(name, used).detach() if multipliers else used
+            squares = (w.flatten(0, -2).square().mean(1).split(sizes) for w in (W, used))
             for (piece, _), *rows in zip(pieces, *squares):
                 found.setdefault(piece, []).append(rows)
     weights = {}
     for piece, matrices in found.items():
-        rms, effective = (torch.stack([rows.mean() for rows in side]).mean().sqrt().item()
-                          for side in zip(*matrices))
+        rms, effective = (torch.cat(rows).mean().sqrt().item() for rows in zip(*matrices))
         norms = [rows[rows > 0].sqrt() for _, rows in matrices]
-        logs = torch.cat([(v / v.mean()).log() for v in norms])
+        logs = torch.cat([(norm / norm.mean()).log() for norm in norms])
         spread = logs.std().item() if len(logs) > 1 else None
         weights[piece] = {"rms": rms, "rms_effective": effective, "spread": spread}
     return {"weights": weights}
@@ -1019,9 +1011,9 @@ def prune_command(a) -> str:
     rows, least, best = [], math.inf, None
     for found in itertools.chain([Pruned("", "whole", [], whole)],
                                  pruned_models(whole, fitted, a)):
-        loss, n = mean_loss(found.model, reported), found.model.num_params()
+        loss = mean_loss(found.model, reported)
         rows.append([found.order, found.arm, ", ".join(map(str, found.blocks)), f"{loss:.4f}",
-                     f"{math.exp(loss):.2f}", f"{n:,}", f"{100 * n / whole.num_params():.1f} %"])
+                     f"{math.exp(loss):.2f}", f"{found.model.num_params():,}"])
         if len(found.blocks) == max(a.blocks):
             loss = mean_loss(found.model, choosing)
             if loss < least:
@@ -1029,7 +1021,7 @@ def prune_command(a) -> str:
     if best is None:
         raise Failed(f"--arms={','.join(a.arms)} --distil_lr={a.distil_lr:g}: no finite loss")
     write_pruned(out, best, tokenizer)
-    heading = ("order", "arm", "blocks", "held-out nats", "perplexity", "parameters", "of all")
+    heading = ("order", "arm", "blocks", "held-out nats", "perplexity", "parameters")
     return (f"{table(heading, *rows)}\n\n{out}: {best.order}, {best.arm}, blocks {best.blocks}, "
             f"chosen by {least:.4f} nats on other tokens")
 
@@ -1052,15 +1044,14 @@ def curvature_command(a) -> str:
         ids = torch.tensor(read_ids(a, enc), device=a.device)
         n = (len(ids) - 1) // T * T
         need(n, f"--text={a.text}: {len(ids) - 1} tokens; a context of {T} is needed")
-        parts = (part.view(-1, T).split(a.micro_batch) for part in (ids[:n], ids[1:n + 1]))
-        found[name] = spectrum(model, [*zip(*parts)], a.steps, a.probes, a.seed, a.top)
+        parts = (part.view(-1, T).split(8) for part in (ids[:n], ids[1:n + 1]))
+        found[name] = spectrum(model, [*zip(*parts)], a.steps, a.probes)
     if a.plot:
         plot_spectra(found, a.plot)
-    rows = [(name, f"{s['tokens']:,}", f"{s['loss']:.4f}", ", ".join(f"{v:.4g}" for v in s["top"]),
+    rows = [(name, ", ".join(f"{value:.4g}" for value in s["top"]),
              *(f"{s[key]:.4g}" for key in ("least", "residual", "trace", "rms")))
             for name, s in found.items()]
-    heading = ("checkpoint", "tokens", "loss", "largest eigenvalues", "most negative",
-               "error below", "trace", "rms")
+    heading = ("checkpoint", "largest eigenvalues", "most negative", "error below", "trace", "rms")
     return table(heading, *rows)
 
 
@@ -1150,36 +1141,51 @@ def positive(kind):
     return parse
 
 
-def add_numbers(to, **flags):
-    """Add flags of positive numbers to a command: name=(default, help)."""
-    for name, (default, text) in flags.items():
-        to.add_argument(f"--{name}", default=default, help=text, type=positive(type(default)))
-
-
-def add_command(commands, function, files: str, text: str = ""):
-    """Add a command. files: the name of what it measures, more than one if it ends in s; text: what
-    its flag --text is for, without which it has no such flag, nor --tokens and --device."""
-    name, what = function.__name__.removesuffix("_command"), function.__doc__.split("\n")[0]
-    new = commands.add_parser(name, help=what, description=what)
+def add_command(commands, function, files: str, **numbers):
+    """Add a command. files: the name of what it measures, one or more if it ends in s. numbers:
+    flags of positive numbers, name=(default, help)."""
+    what = function.__doc__.split("\n")[0]
+    new = commands.add_parser(function.__name__.removesuffix("_command"), help=what)
     new.set_defaults(function=function)
     new.add_argument(files, nargs="+" if files.endswith("s") else None)
-    if text:
-        new.add_argument("--text", help=text, required=function is not eval_command)
-        new.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name, (default, text) in numbers.items():
+        new.add_argument(f"--{name}", default=default, help=text, type=positive(type(default)))
     return new
 
 
 def main(argv):
     parser = Parser(prog="probes.py", description="Measure models; compare runs.")
     commands = parser.add_subparsers(required=True)
-
-    linear = add_command(commands, linearity_command, "checkpoint", "a text file to read")
-    add_numbers(linear, tokens=(40_000, "how many of its tokens"))
-
-    prune = add_command(commands, prune_command, "checkpoint", "a text file: 3/4 of it to fit, 1/8 "
-                        "to choose the model to save, 1/8 to report")
-    add_numbers(prune, tokens=(80_000, "how many of its tokens"),
-                distil_steps=(200, "steps of distillation"), distil_lr=(1e-3, "its learning rate"))
+    context = (0, "tokens in a context; the model's, at most 512")
+    linear = add_command(commands, linearity_command, "checkpoint", context=context,
+                         tokens=(40_000, "how many of the text's tokens"))
+    prune = add_command(commands, prune_command, "checkpoint", context=context,
+                        tokens=(80_000, "how many of the text's tokens"),
+                        distil_steps=(200, "steps of distillation"),
+                        distil_lr=(1e-3, "its learning rate"))
+    curvature = add_command(commands, curvature_command, "checkpoints",
+                            tokens=(2048, "how many of the text's tokens"),
+                            steps=(32, "Hessian-vector products from each random vector"),
+                            probes=(2, "random vectors"))
+    evaluate = add_command(commands, eval_command, "checkpoint",
+                           items=(0, "how many items of a task; all, but 2,000 of `python`"),
+                           tokens=(0, "how many of the text's tokens; all"),
+                           stride=(0, "tokens from window to window; a context, no overlap"),
+                           batch_tokens=(1024, "tokens in one forward pass; a GPU takes 32,768"))
+    evaluate.add_argument("--task", nargs="+", default=(), help="`python`, or files of JSON lines: "
+                          "see read_task")
+    add_command(commands, compare_command, "runs")
+    plot = add_command(commands, plot_command, "runs")
+    for one in (linear, prune, curvature, evaluate):
+        one.add_argument("--text", default="", help="a text file to read")
+        one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for one in (linear, prune):
+        one.add_argument("--skip_first", action="store_true",
+                         help="leave the first position of each context out")
+    for one in (curvature, evaluate):
+        one.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights")
+    for one, default in ((linear, ""), (curvature, ""), (plot, "runs.png")):
+        one.add_argument("--plot", default=default, help="file to draw a picture to")
     prune.add_argument("--blocks", nargs="+", type=positive(int), default=[1],
                        help="how many blocks go, such as 1 2 3")
     prune.add_argument("--orders", nargs="+", choices=ORDERS, default=["full"],
@@ -1187,33 +1193,6 @@ def main(argv):
     prune.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS[:3])
     prune.add_argument("--seed", type=int, default=0, help="of the random order")
     prune.add_argument("--out_dir", help="folder of the new checkpoint; `pruned` beside the old")
-    for one in (linear, prune):
-        add_numbers(one, context=(0, "tokens in a context; the model's, at most 512"))
-        one.add_argument("--skip_first", action="store_true",
-                         help="leave the first position of each context out")
-
-    curvature = add_command(commands, curvature_command, "checkpoints",
-                            "a text file to take the loss on")
-    add_numbers(curvature, tokens=(2048, "how many of its tokens"),
-                steps=(32, "Hessian-vector products from each random vector"),
-                probes=(2, "random vectors"), top=(3, "how many of the largest eigenvalues"),
-                micro_batch=(8, "sequences differentiated at a time"))
-    curvature.add_argument("--seed", type=int, default=0, help="of the random vectors")
-
-    evaluate = add_command(commands, eval_command, "checkpoint", "a text file, for perplexity")
-    evaluate.add_argument("--task", nargs="+", default=(), help="`python`, or files of JSON lines: "
-                          "see read_task")
-    add_numbers(evaluate, items=(0, "how many items of each task; all, or 2,000 of `python`"),
-                tokens=(0, "how many tokens of the text; all"),
-                stride=(0, "tokens from window to window; a context, no overlap"),
-                batch_tokens=(1024, "tokens in one forward pass; a GPU takes 32,768"))
-    for one in (curvature, evaluate):
-        one.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights")
-
-    add_command(commands, compare_command, "runs")
-    plot = add_command(commands, plot_command, "runs")
-    for one, default in ((linear, ""), (curvature, ""), (plot, "runs.png")):
-        one.add_argument("--plot", default=default, help="file to draw a picture to")
     a = parser.parse_args(argv)
     if getattr(a, "plot", ""):
         plotting(a.plot)  # a wrong name is refused before the work

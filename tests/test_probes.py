@@ -115,8 +115,8 @@ def test_full_and_free_are_tied_by_the_centred_ratio():
     x = randn(300, 8) + 3
     y = block(x, 0.2)
     got, d = score(x, y), y - x
-    assert 1 - got["full"] == pytest.approx((1 - got["free"]) * got["ratio"] ** 2, rel=1e-9)
-    assert got["ratio"] == pytest.approx(((d - d.mean(0)).norm() / (y - y.mean(0)).norm()).item())
+    ratio = ((d - d.mean(0)).norm() / (y - y.mean(0)).norm()).item()
+    assert 1 - got["full"] == pytest.approx((1 - got["free"]) * ratio ** 2, rel=1e-9)
     assert got["ratio_mean"] == pytest.approx((d.norm(dim=1) / y.norm(dim=1)).mean().item())
     assert got["cosine"] == pytest.approx(F.cosine_similarity(x, y, dim=1).mean().item())
 
@@ -445,7 +445,8 @@ def test_the_model_saved_is_chosen_on_other_tokens_than_reported(folder, text, c
     (["--tokens=100"], "--text=.*text.txt --tokens=100"), (["--context=33"], "--context=33"),
     (["--tokens=-1"], "--tokens.*-1"), (["--tokens=many"], "--tokens.*many"),
     (["--distil_lr=inf"], "--distil_lr.*inf"), (["--device=abacus"], "--device=abacus"),
-    (["--text=nowhere.txt"], "--text=nowhere.txt"), (["--out_dir=HERE"], "--out_dir=")])
+    (["--text=nowhere.txt"], "--text=nowhere.txt"), (["--text="], "--text="),
+    (["--out_dir=HERE"], "--out_dir=")])
 def test_what_cannot_be_pruned_is_refused_with_nothing_written(folder, text, flags, named):
     flags = [flag.replace("HERE", str(folder)) for flag in flags]
     with pytest.raises(BadInput, match=named):
@@ -582,8 +583,6 @@ def test_extreme_eigenvalues_trace_and_rms_are_those_of_the_dense_hessian(dense)
     torch.testing.assert_close(top, exact.flip(0)[:4], rtol=1e-6, atol=0)
     assert got["least"] == pytest.approx(exact[0].item(), rel=1e-6)
     assert got["residual"] < 1e-6 * exact[-1].item()
-    loss = model.loss(model(data[0][0])[0], data[0][1]).item()
-    assert got["loss"] == pytest.approx(loss, rel=1e-12)
     got, probes = spectrum(model, data, steps=6, probes=10), 10
     deviation = (2 / probes * (H.square().sum() - H.diag().square().sum())).sqrt().item()
     assert got["trace"] == pytest.approx(H.trace().item(), abs=3 * deviation)
@@ -631,7 +630,7 @@ def test_curvature_is_a_row_a_checkpoint(folder, tmp_path, capsys, text):
     flags = [str(folder), str(folder / "ckpt.pt"), f"--text={text}", "--device=cpu"]
     probes.main(["curvature", *flags, "--tokens=96", "--steps=6", f"--plot={tmp_path / 'a.png'}"])
     _, first, second = table_cells(capsys.readouterr().out)
-    assert first[0] == str(folder) and first[1:] == second[1:] and first[1] == "96"
+    assert first[0] == str(folder) and first[1:] == second[1:] and len(first[1].split(",")) == 3
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(BadInput, match="--text=.*text.txt"):
         probes.main(["curvature", *flags, "--tokens=9"])
@@ -895,6 +894,8 @@ def test_compare_finds_where_a_run_reaches_the_reference(tmp_path):
 
 def test_a_run_that_did_not_finish_is_not_taken_for_a_final_loss(tmp_path):
     runs = [write_run(tmp_path / f"{name}-0", [8, 5, 4]) for name in ("plain", "wild")]
+    with open(tmp_path / "plain-0" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 20, "val_l')  # a line cut short by a kill is left out
     for name, steps in (("plain", 20), ("wild", 30)):
         (tmp_path / f"{name}-0" / "config.json").write_text(json.dumps({"steps": steps}))
     _, plain, wild = table_cells(compare(runs))
@@ -905,29 +906,16 @@ def test_a_run_that_did_not_finish_is_not_taken_for_a_final_loss(tmp_path):
 
 @pytest.mark.parametrize("name, text, named", [
     ("let", None, "let"), ("let-1", None, "let-1"), ("x/plain-0", None, "x/plain-0"),
-    *(("let-0", text, "let-0/metrics.jsonl") for text in (
-        '{"step": 1}', "{", "", "[1]", '{"val_loss": 1}'))])
+    *(("let-0/metrics.jsonl", text, "let-0/metrics.jsonl") for text in (
+        '{"step": 1}', "{", "", "[1]", '{"val_loss": 1}')),
+    *(("let-0/config.json", text, "let-0/config.json") for text in ("{", "[]", '{"steps": "x"}'))])
 def test_folders_that_are_no_runs_of_the_table_are_refused_by_name(tmp_path, name, text, named):
-    runs = [write_run(tmp_path / "plain-0", [8, 5]), write_run(tmp_path / name, [8, 5])]
+    folder = tmp_path / name.removesuffix(Path(name).name if text is not None else "")
+    runs = [write_run(tmp_path / "plain-0", [8, 5]), write_run(folder, [8, 5])]
     if text is not None:
-        (tmp_path / name / "metrics.jsonl").write_text(text)
+        (tmp_path / name).write_text(text)
     with pytest.raises(BadInput, match=named):
         compare(runs)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"steps": "x"}'])
-def test_settings_that_are_none_are_refused_by_name(tmp_path, text):
-    run = write_run(tmp_path / "a-0", [8, 5])
-    (tmp_path / "a-0" / "config.json").write_text(text)
-    with pytest.raises(BadInput, match="a-0/config.json"):
-        compare([run])
-
-
-def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
-    run = write_run(tmp_path / "plain-0", [8, 5])
-    with open(tmp_path / "plain-0" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 20, "val_l')
-    assert table_cells(compare([run]))[1][2] == "5.0000"
 
 
 def test_means_over_seeds_by_hand():
@@ -997,40 +985,26 @@ def pairs():
     return python_pairs(DOCUMENTS, 0, 50)
 
 
-def test_the_right_side_parses_and_the_wrong_one_breaks_the_rule_of_its_kind(pairs):
+def test_the_right_side_parses_and_the_wrong_one_breaks_the_rule_of_its_kind_by_one_token(pairs):
     for kind, context, right, wrong in pairs:
         assert compiles(context + right) and context.endswith("\n") and wrong != right
-        assert any(context + right in document for document in DOCUMENTS)
+        document = next(document for document in DOCUMENTS if context + right in document)
         if kind == "name":
-            new = globals_read(context + wrong) - globals_read(context + right)
-            assert len(new) == 1
-            document = next(d for d in DOCUMENTS if context + right in d)
-            assert new.pop() not in document
-        else:
-            assert not compiles(context + wrong)
-
-
-def test_the_two_sides_differ_in_one_token(pairs):
-    for kind, _, right, wrong in pairs:
+            (new,) = globals_read(context + wrong) - globals_read(context + right)
+            assert new not in document
+            assert sum(a != b for a, b in zip(words(right), words(wrong), strict=True)) == 1
+            continue
+        assert not compiles(context + wrong)
         if kind == "indent":
             assert right.lstrip() == wrong.lstrip()
         elif kind == "bracket":  # an unbalanced line has no tokens
             assert sum(a != b for a, b in zip(right, wrong, strict=True)) == 1
-        elif kind == "name":
-            assert sum(a != b for a, b in zip(words(right), words(wrong), strict=True)) == 1
 
 
 def test_kinds_are_equally_many_and_a_seed_gives_the_same_pairs(pairs):
     counts = [sum(kind == one for one, *_ in pairs) for kind in PYTHON_KINDS]
     assert max(counts) == 10 and min(counts) >= 6
     assert pairs == python_pairs(DOCUMENTS, 0, 50) != python_pairs(DOCUMENTS, 1, 50)
-
-
-def test_with_a_length_both_sides_are_equally_long():
-    def length(text):
-        return len(text.split(" "))
-
-    found = python_pairs(DOCUMENTS, 0, 40, length=length)
-    assert len(found) >= 30
-    assert all(length(context + right) == length(context + wrong)
-               for _, context, right, wrong in found)
+    equal = python_pairs(DOCUMENTS, 0, 40, length=lambda text: len(text.split(" ")))
+    assert len(equal) >= 30
+    assert all(right.count(" ") == wrong.count(" ") for _, _, right, wrong in equal)
