@@ -802,8 +802,8 @@ def compare(runs) -> str:
     two runs of a seed share their initial weights and the order of their data."""
     groups = grouped(runs, read_evaluations)
     reference = next(iter(groups.values()))
-    heading = ("run", "seeds", "held-out nats", "minus the first", "bits per byte", "seeds that "
-               "reach the first", "% of its steps", "% of its FLOPs", "% of its seconds")
+    heading = ("run", "seeds", "held-out nats", "minus the first", "bits per byte",
+               "seeds that reach the first", "steps to it, %", "FLOPs, %", "seconds, %")
     return table(heading, *(compare_row(name, group, reference) for name, group in groups.items()))
 
 
@@ -862,6 +862,8 @@ def plot_runs(runs, path: str) -> str:
             axis.fill_between(xs, means - deviations, means + deviations, alpha=0.2)
         axis.set(title=key, xlabel=x)
         axis.legend(fontsize="small")
+    for axis in axes.flat[len(panels):]:
+        axis.remove()
     figure.savefig(path, dpi=120)
     return path
 
@@ -1013,7 +1015,7 @@ def prune_command(a) -> str:
                                  pruned_models(whole, fitted, a)):
         loss = mean_loss(found.model, reported)
         rows.append([found.order, found.arm, ", ".join(map(str, found.blocks)), f"{loss:.4f}",
-                     f"{math.exp(loss):.2f}", f"{found.model.num_params():,}"])
+                     f"{torch.tensor(loss).exp():.2f}", f"{found.model.num_params():,}"])
         if len(found.blocks) == max(a.blocks):
             loss = mean_loss(found.model, choosing)
             if loss < least:
@@ -1129,34 +1131,35 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
-def positive(kind):
-    """A number above 0, for argparse. A default may be 0."""
+def positive(default):
+    """For argparse: a number of the type of the default that is above 0, or is the default."""
     def parse(text):
-        value = kind(text)
-        if not 0 < value < math.inf:
+        value = type(default)(text)
+        if value != default and not 0 < value < math.inf:
             raise ValueError(text)
         return value
 
-    parse.__name__ = f"positive {kind.__name__}"
+    parse.__name__ = f"positive {type(default).__name__}"
     return parse
 
 
 def add_command(commands, function, files: str, **numbers):
     """Add a command. files: the name of what it measures, one or more if it ends in s. numbers:
     flags of positive numbers, name=(default, help)."""
-    what = function.__doc__.split("\n")[0]
-    new = commands.add_parser(function.__name__.removesuffix("_command"), help=what)
+    new = commands.add_parser(function.__name__.removesuffix("_command"),
+                              help=function.__doc__.split("\n")[0],
+                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     new.set_defaults(function=function)
     new.add_argument(files, nargs="+" if files.endswith("s") else None)
     for name, (default, text) in numbers.items():
-        new.add_argument(f"--{name}", default=default, help=text, type=positive(type(default)))
+        new.add_argument(f"--{name}", default=default, help=text, type=positive(default))
     return new
 
 
 def main(argv):
     parser = Parser(prog="probes.py", description="Measure models; compare runs.")
     commands = parser.add_subparsers(required=True)
-    context = (0, "tokens in a context; the model's, at most 512")
+    context = (0, "tokens in a context; 0: the model's, at most 512")
     linear = add_command(commands, linearity_command, "checkpoint", context=context,
                          tokens=(40_000, "how many of the text's tokens"))
     prune = add_command(commands, prune_command, "checkpoint", context=context,
@@ -1168,9 +1171,9 @@ def main(argv):
                             steps=(32, "Hessian-vector products from each random vector"),
                             probes=(2, "random vectors"))
     evaluate = add_command(commands, eval_command, "checkpoint",
-                           items=(0, "how many items of a task; all, but 2,000 of `python`"),
-                           tokens=(0, "how many of the text's tokens; all"),
-                           stride=(0, "tokens from window to window; a context, no overlap"),
+                           items=(0, "how many items of a task; 0: all, 2,000 of `python`"),
+                           tokens=(0, "how many of the text's tokens; 0: all"),
+                           stride=(0, "tokens from window to window; 0: no overlap"),
                            batch_tokens=(1024, "tokens in one forward pass; a GPU takes 32,768"))
     evaluate.add_argument("--task", nargs="+", default=(), help="`python`, or files of JSON lines: "
                           "see read_task")
@@ -1178,7 +1181,8 @@ def main(argv):
     plot = add_command(commands, plot_command, "runs")
     for one in (linear, prune, curvature, evaluate):
         one.add_argument("--text", default="", help="a text file to read")
-        one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                         help="such as cpu or cuda:1")
     for one in (linear, prune):
         one.add_argument("--skip_first", action="store_true",
                          help="leave the first position of each context out")
@@ -1186,13 +1190,15 @@ def main(argv):
         one.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights")
     for one, default in ((linear, ""), (curvature, ""), (plot, "runs.png")):
         one.add_argument("--plot", default=default, help="file to draw a picture to")
-    prune.add_argument("--blocks", nargs="+", type=positive(int), default=[1],
+    prune.add_argument("--blocks", nargs="+", type=positive(1), default=[1],
                        help="how many blocks go, such as 1 2 3")
     prune.add_argument("--orders", nargs="+", choices=ORDERS, default=["full"],
                        help="which go first")
-    prune.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS[:3])
+    prune.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS[:3],
+                       help="what happens to them; distil_all trains all parameters")
     prune.add_argument("--seed", type=int, default=0, help="of the random order")
-    prune.add_argument("--out_dir", help="folder of the new checkpoint; `pruned` beside the old")
+    prune.add_argument("--out_dir", default="", help="folder of the new "
+                       "checkpoint; empty: `pruned` beside the old")
     a = parser.parse_args(argv)
     if getattr(a, "plot", ""):
         plotting(a.plot)  # a wrong name is refused before the work
