@@ -234,14 +234,14 @@ class Linearity(Term):
 # replaces the residual connection too. Maps are fitted from the first block to the last, each on
 # the output of those before it, to the states of the whole model.
 
-ORDERS = ("full", "free", "cosine", "random")
-ARMS = ("remove", "replace", "distil", "distil_all")
+ORDERS = ("full", "free", "cosine", "random")  # which blocks are removed first: see prune_order
+ARMS = ("remove", "replace", "distil", "distil_all")  # what is done; distil_all: everything=True
 
 
 def prune_order(profile, order: str, seed=0) -> list[int]:
-    """Numbers of blocks in the order in which they go: by falling score `full` or `free`, by
+    """Numbers of the blocks in the order of their removal: by falling score `full` or `free`, by
     falling `cosine` of the states before and after (ShortGPT's Block Influence, arXiv 2403.03853),
-    or `random`. profile: from linearity_profile. A block that adds nothing goes first."""
+    or `random`. profile: from linearity_profile. A block that adds nothing is removed first."""
     if order == "random":
         blocks = [p["block"] for p in profile]
         random.Random(seed).shuffle(blocks)
@@ -383,8 +383,8 @@ def hessian_product(model, batches):
         for idx, targets in batches:
             loss = plain_loss(model, idx, targets) * idx.numel() / tokens
             gradient = torch.autograd.grad(loss, params, create_graph=True)
-            along = sum((g * part.view_as(g)).sum() for g, part in zip(gradient, v.split(sizes)))
-            second = torch.autograd.grad(along, params, materialize_grads=True)
+            slope = sum((g * part.view_as(g)).sum() for g, part in zip(gradient, v.split(sizes)))
+            second = torch.autograd.grad(slope, params, materialize_grads=True)
             total += torch.cat([h.flatten() for h in second])
         return total
 
@@ -555,7 +555,7 @@ def evaluate_text(model, ids, n_bytes: int, stride: int, batch_tokens=1024) -> d
     found = log_likelihoods(model, windows, batch_tokens * model.config.vocab_size)
     total = -sum(value for value, _ in found)
     nats = total / (len(ids) - 1)
-    return {"tokens": len(ids) - 1, "nats": nats, "perplexity": math.exp(nats),
+    return {"nats": nats, "perplexity": math.exp(nats),
             "bits_per_byte": total / math.log(2) / n_bytes}
 
 
@@ -578,7 +578,7 @@ class Pair(NamedTuple):
     wrong: str
 
 
-def python_pairs(documents, seed: int, n: int, length=None, longest=900) -> list[Pair]:
+def python_pairs(documents, seed: int, n: int, length=lambda text: 0, longest=900) -> list[Pair]:
     """n minimal pairs from the texts of Python files.
 
     context is the beginning of a function or class of the file, up to the end of a line; right is
@@ -618,8 +618,8 @@ def python_pairs(documents, seed: int, n: int, length=None, longest=900) -> list
         candidates = (found for kind in kinds
                       for found in spoiled(kind, context, right, foreign, counts, rng))
         for pair, old, new in candidates:
-            same = length is None or length(context + right) == length(context + pair.wrong)
-            if same and changes[old, new] <= changes[new, old]:
+            balanced = changes[old, new] <= changes[new, old]
+            if balanced and length(context + right) == length(context + pair.wrong):
                 pairs.append(pair)
                 changes[old, new] += 1
                 of_kind[pair.kind] += 1
@@ -1079,20 +1079,20 @@ def eval_command(a) -> str:
     for path in a.task:
         tasks = python_tasks(enc, a.items or 2000) if path == "python" else {path: read_task(path)}
         for name, task in tasks.items():
-            r = evaluate_task(model, enc, task[:a.items or None], a.batch_tokens)
-            rows.append((name, r["items"], f"{100 * r['sum']:.2f} ± {100 * r['sum_se']:.2f}",
-                         f"{100 * r['per_character']:.2f} ± {100 * r['per_character_se']:.2f}",
-                         f"{100 * r['chance']:.1f}", r["cut"]))
+            result = evaluate_task(model, enc, task[:a.items or None], a.batch_tokens)
+            percent = (f"{100 * result[key]:.2f}" for key in (
+                "sum", "sum_se", "per_character", "per_character_se", "chance"))
+            rows.append((name, result["items"], *percent, result["cut"]))
     if rows:
-        lines.append(table(("task", "items", "accuracy by sum, %", "per character, %", "chance",
-                            "context cut"), *rows))
+        lines.append(table(("task", "items", "accuracy by sum, %", "±", "per character, %", "±",
+                            "chance, %", "context cut"), *rows))
     if a.text:
         ids = read_ids(a, enc)
         need(len(ids) > 1, f"--text={a.text}: no text in it")
         n_bytes = len(enc.decode_bytes(ids[1:]))
-        r = evaluate_text(model, ids, n_bytes, a.stride or limit, a.batch_tokens)
-        lines.append(f"{a.text}: {r['nats']:.4f} nats per token, perplexity {r['perplexity']:.3f}, "
-                     f"{r['bits_per_byte']:.4f} bits per byte, over {r['tokens']:,} tokens")
+        result = evaluate_text(model, ids, n_bytes, a.stride or limit, a.batch_tokens)
+        values = (f"{value:.4f} {key.replace('_', ' ')}" for key, value in result.items())
+        lines.append(f"{a.text}: {len(ids) - 1:,} tokens, {', '.join(values)}")
     return "\n".join(lines)
 
 
