@@ -49,6 +49,9 @@ from probes import (
 
 torch.set_num_threads(1)
 SSM = dict(d_state=8, ssm_head_dim=16)
+MIXERS = {"attention": dict(n_kv_head=1), "swiglu": dict(mlp="swiglu", qk_norm=True),
+          "mamba2": dict(mixer="mamba2"), "hybrid": dict(mixer="hybrid", n_groups=2),
+          "experts": dict(n_experts=3, mlp="gelu")}
 KINDS = {"attention": {}, "mamba2": dict(SSM, mixer="mamba2"), "hybrid": dict(SSM, mixer="hybrid"),
          "letters": dict(SSM, mixer="MALH", n_layer=4), "experts": dict(n_experts=4)}
 
@@ -507,11 +510,6 @@ def test_linearity_from_the_command_line(folder, tmp_path, text):
 
 # --------------------------------------------------------------------------------------------------
 # Curvature
-
-MIXERS = {"attention": dict(n_kv_head=1), "swiglu": dict(mlp="swiglu", qk_norm=True),
-          "mamba2": dict(mixer="mamba2"), "hybrid": dict(mixer="hybrid", n_groups=2),
-          "experts": dict(n_experts=3, mlp="gelu")}
-
 
 def small(**kw):
     """About 400 parameters in float64, none of them 0."""
