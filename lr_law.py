@@ -7,7 +7,7 @@
     python lr_law.py predict --law=law.json --n_params=4e9 --tokens=1.2e11
     python lr_law.py predict --law=step --n_params=4e9 --tokens=1.2e11       # a published law
     python lr_law.py transfer runs.csv --proxy=2x64 --target=8x256           # muTransfer
-    python lr_law.py coordcheck --plot=check.png
+    python lr_law.py coordcheck
 
 Flags of train.py follow after `--`, for example `sweep ... runs.csv -- --vocab_size=1024`.
 
@@ -36,7 +36,6 @@ import math
 import os
 import secrets
 import shlex
-import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -46,7 +45,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from model import GPT, BadInput, command, load_checkpoint, written_whole
+from model import (
+    GPT,
+    BadInput,
+    command,
+    load_checkpoint,
+    tokenizer_from_dict,
+    written_whole,
+)
 
 # --------------------------------------------------------------------------------------------------
 # The three fits
@@ -153,7 +159,7 @@ def student_t(level: float, dof: int) -> float:
 def half_width(law: dict, x, level: float = 0.9) -> float:
     """Half the t-interval of x . (a, b, c), whose variance is x^T covariance x."""
     variance = x @ np.array(law["covariance"]) @ x
-    return student_t(level, law["dof"]) * math.sqrt(max(0.0, variance))
+    return student_t(level, law["dof"]) * math.sqrt(max(variance, 0.0))
 
 
 def law_rate(law: dict, N: float, D: float) -> float:
@@ -184,34 +190,19 @@ LAW_VERSION = "nanolet-law-2"
 UNITS = "parameters, tokens"
 
 
-# The shape of each value. b and c may be null: see fit_law.
-SHAPES = {"a": (), "b": (), "c": (), "dof": (), "N": (2,), "D": (2,), "covariance": (3, 3)}
-
-
 def load_law(path, flag: str) -> dict:
-    """Reads a law that `fit` wrote. Raises BadInput if it is none or damaged."""
+    """Reads a law that `fit` wrote. Raises BadInput unless it gives finite learning rates and
+    intervals at the sizes and horizons of its own data."""
     try:
         law = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise BadInput(f"{flag}={path}: not a law file ({e})") from None
-    found = [law.get(k) for k in ("version", "units")] if isinstance(law, dict) else law
-    if found != [LAW_VERSION, UNITS]:
-        raise BadInput(f"{flag}={path}: is {found!r:.60}; {LAW_VERSION} in {UNITS} is needed")
-    for name, shape in SHAPES.items():
-        known = 0.0 if name in ("b", "c") and law.get(name, 0) is None else law.get(name)
-        try:
-            value = np.array(known)
-        except ValueError:
-            value = np.array(None)
-        sound = value.shape == shape and value.dtype.kind in "if" and np.isfinite(value).all()
-        if sound and name == "covariance":
-            sound = value.diagonal().min() >= 0
-        elif sound and name in ("dof", "N", "D"):
-            sound = value.min() > 0
-        if not sound:
-            raise BadInput(f"{flag}={path}: damaged: {name} is {known!r:.60}")
-    if abs(law["a"]) + 35 * abs(law["b"] or 0) + 42 * abs(law["c"] or 0) > 700:
-        raise BadInput(f"{flag}={path}: damaged: a, b, c are {law['a']}, {law['b']}, {law['c']}")
+        if [law["version"], law["units"]] != [LAW_VERSION, UNITS]:
+            raise ValueError(f"{LAW_VERSION} in {UNITS} is needed")
+        for N, D in itertools.product(law["N"], law["D"]):
+            found = predict_law(law, N, D)
+            if law["dof"] < 1 or not np.isfinite([found["lr"], *found["interval"]]).all():
+                raise ValueError(f"no finite learning rate at N = {N:g}, D = {D:g}")
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as e:
+        raise BadInput(f"{flag}={path}: not a sound law file ({e!r:.200})") from None
     return law
 
 
@@ -305,15 +296,13 @@ def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
     if not table:
         raise BadInput(f"{path}: no runs in it")
     names = [columns[k] for k in ("N", "D", "lr", "loss")]
-    groups = [g for g in columns["group"].split(",") if g and (g != "group" or g in table[0])]
+    groups = list(filter(None, columns["group"].split(",")))
     if missing := [name for name in names + groups if name not in table[0]]:
         raise BadInput(f"{path}: no such column: {', '.join(missing)}; there are "
                        f"{', '.join(filter(None, table[0]))}")
-    mixed = [name for name in ("method", "flags")
-             if len({row.get(name) for row in table}) > 1 and name not in groups]
-    if mixed:
-        raise BadInput(f"{path}: runs of several kinds ({', '.join(mixed)}), which do not compare; "
-                       f"--group={','.join(mixed)} keeps them apart")
+    if len({row.get("flags") for row in table}) > 1 and "flags" not in groups:
+        raise BadInput(f"{path}: runs with different flags, which do not compare; --group=flags "
+                       "keeps them apart")
     runs, diverged = [], set()
     for line, row in enumerate(table, start=2):
         try:
@@ -370,11 +359,12 @@ def extrapolate(runs, D: float) -> list[dict]:
             if horizon < D:
                 curves[N, group].append((lr, horizon, loss))
     for (N, group), points in curves.items():
-        at, known = defaultdict(list), 0.0
+        by_lr, previous = defaultdict(list), 0.0
         for lr, horizon, loss in sorted(points):
-            known = lr if lr > 1.01 * known else known
-            at[known].append((horizon, loss))
-        for lr, curve in at.items():
+            if lr > 1.01 * previous:
+                previous = lr
+            by_lr[previous].append((horizon, loss))
+        for lr, curve in by_lr.items():
             horizons, losses = np.array(curve).T
             if len(np.unique(horizons)) >= 3:
                 fit = fit_horizon(horizons, losses)
@@ -479,17 +469,16 @@ def check_horizon(fitted, runs, D: float, tolerance: float = 0.05) -> dict[str, 
 # --------------------------------------------------------------------------------------------------
 # Plan and sweep: the runs that make such a table
 
-COLUMNS = ("N", "D", "lr", "loss", "seed", "n_layer", "n_embd", "flops", "seconds", "method",
-           "flags")
+COLUMNS = ("N", "D", "lr", "loss", "seed", "n_layer", "n_embd", "flops", "seconds", "flags")
 # Flags that a row states itself, that `sweep` sets, or that do not change the loss.
-NOT_SETTINGS = {"n_layer", "n_embd", "lr", "seed", "steps", "micro_batch", "device", "compile",
-                "out_dir", "resume", "decay_now", "sample_tokens", "eval_every", "log_every",
+NOT_SETTINGS = {"n_layer", "n_embd", "lr", "seed", "steps", "schedule", "micro_batch", "device",
+                "compile", "out_dir", "resume", "sample_tokens", "eval_every", "log_every",
                 "save_every", "keep_checkpoints"}
 
 
 @dataclass
 class Run:
-    """A training run of a sweep. c: its train.Config; steps: those at which it is read."""
+    """A training run of a sweep. c: its train.Config; steps: those at which its loss is read."""
 
     c: object
     N: int
@@ -497,17 +486,20 @@ class Run:
     flops: float
 
 
-def settings(c, share: float = 0.0) -> str:
-    """The flags behind a row of a table that are not at train.py's defaults, as on a command line.
-    share: the decay's share of the steps; 0 without decays."""
-    words = [f"--{f.name}={getattr(c, f.name)}" for f in fields(c)
-             if f.name not in NOT_SETTINGS and getattr(c, f.name) != f.default]
-    return shlex.join(words + ([f"--decay_share={share:g}"] if share else []))
+def changed_flags(c, ignored=()) -> str:
+    """The flags that are not at train.py's defaults, as on a command line."""
+    return shlex.join(f"--{f.name}={getattr(c, f.name)}" for f in fields(c)
+                      if f.name not in ignored and getattr(c, f.name) != f.default)
 
 
-def refuse_settings(where: str, there: str, here: str, ignored=()):
-    """Raises BadInput, with their names, if two lists of settings differ."""
-    a, b = (dict(w.partition("=")[::2] for w in shlex.split(text)) for text in (there, here))
+def settings(c) -> str:
+    """What a row of a table says about the flags of its run."""
+    return changed_flags(c, NOT_SETTINGS)
+
+
+def refuse_settings(where: str, stored: str, current: str, ignored=()):
+    """Raises BadInput, with the names of the flags, if two lists of settings differ."""
+    a, b = (dict(w.partition("=")[::2] for w in shlex.split(text)) for text in (stored, current))
     differ = [f"{name}={a.get(name, 'default')} there, {b.get(name, 'default')} here"
               for name in sorted({*a, *b} - {*ignored}) if a.get(name) != b.get(name)]
     if differ:
@@ -522,11 +514,11 @@ def numbers(flag: str, text: str, kind=float) -> list:
             values = np.geomspace(float(low), float(high), min(int(count), 1000)).tolist()
         else:
             values = [kind(v) for v in text.split(",")]
-        if not values or not all(0 < v < math.inf or v == 0 and kind is int for v in values):
+        if not all(0 < v < math.inf for v in values):
             raise ValueError
     except ValueError:
-        raise BadInput(f"{flag}={text}: {'whole' if kind is int else 'positive'} numbers, as 1,2,3 "
-                       "or LOW:HIGH:COUNT, are needed") from None
+        raise BadInput(f"{flag}={text}: positive numbers of type {kind.__name__} are needed, as "
+                       "1,2,3 or LOW:HIGH:COUNT") from None
     return list(dict.fromkeys(values))
 
 
@@ -543,53 +535,64 @@ def train_config(flags: list[str]):
     """train.Config from flags. Those that a command here sets itself are refused."""
     import train
     c = train.parse_flags(flags)
-    default = {f.name: f.default for f in fields(c)}
-    for name in ("lr_law", "resume", "decay_now", "decay_fraction", "dry_run", "schedule"):
-        value = getattr(c, name)
-        if value != default[name] and not str(value).startswith("wsd"):
-            raise BadInput(f"--{name}={value}: cannot be used here")
+    for f in fields(c):
+        if f.name in ("lr_law", "resume", "decay_now", "decay_fraction", "dry_run", "schedule"):
+            if getattr(c, f.name) != f.default:
+                raise BadInput(f"--{f.name}={getattr(c, f.name)}: cannot be used here")
     return c
 
 
-def planned_runs(sizes: str, lrs: str, tokens: str, seeds: str, flags: list[str]) -> list[Run]:
+def vocabulary_size(c) -> int:
+    """Tokens of a run's tokenizer. Only that of --tokenizer=bpe is made from the data; it gets
+    --vocab_size tokens."""
+    import train
+    if c.tokenizer == "bpe":
+        return c.vocab_size
+    return tokenizer_from_dict(train.make_tokenizer_for(c, ())).n_vocab
+
+
+def planned_runs(sizes: str, lrs: str, tokens: str, seeds: int, flags: list[str]) -> list[Run]:
     """The runs of a sweep, cheapest first: one for each size, learning rate and seed.
 
-    Each is read at every number of tokens on its way. With n sizes and C_eta rates these are
-    n C_eta runs, where a full grid has a run for each horizon too (the paper's saving)."""
+    A run keeps its learning rate after warm-up, and its loss is read at every number of tokens on
+    its way. A full grid has a run for each horizon instead (the paper's saving)."""
     import train
     base, runs = train_config(flags), []
     if base.teacher == "auto":
         raise BadInput("--teacher=auto: depends on the length of a run, and these are read at "
                        "several; name a checkpoint")
+    V = vocabulary_size(base)
     steps = sorted({max(1, round(D / base.batch_tokens)) for D in numbers("--tokens", tokens)})
     for size, lr, seed in itertools.product(dict.fromkeys(sizes.split(",")), numbers("--lrs", lrs),
-                                            numbers("--seeds", seeds, int)):
+                                            range(seeds)):
         n_layer, n_embd = parse_size("--sizes", size)
         c = replace(base, n_layer=n_layer, n_embd=n_embd, lr=lr, seed=seed, steps=steps[-1],
-                    warmup_steps=min(base.warmup_steps, steps[0]), sample_tokens=0)
+                    warmup_steps=min(base.warmup_steps, steps[0]), sample_tokens=0,
+                    schedule="constant")
         train.check(c)
         c = train.with_stop_in_steps(c, c.steps)
         with torch.device("meta"):
-            model = GPT(train.model_config(c, c.vocab_size))
+            model = GPT(train.model_config(c, V))
         N = model.num_params() - model.embed.weight.numel()
         runs.append(Run(c, N, steps, model.flops_per_token() * steps[-1] * c.batch_tokens))
+    if not runs:
+        raise BadInput(f"--seeds={seeds}: one seed is needed at least")
     return sorted(runs, key=lambda run: (run.flops, run.c.seed, run.c.lr))
 
 
-def plan(runs: list[Run], share: float, speed: float) -> str:
+def plan(runs: list[Run], speed: float) -> str:
     """The cost of a sweep on a machine of `speed` FLOP/s, beside that of a full grid, which trains
-    a run of its own for each horizon. share: as in `settings`."""
-    sizes, lines, total, full, points = defaultdict(list), [], 0.0, 0.0, 0
+    a run of its own for each horizon."""
+    by_size = defaultdict(list)
     for run in runs:
-        sizes[run.N, f"{run.c.n_layer} x {run.c.n_embd}"].append(run)
-    for (N, size), (run, *others) in sorted(sizes.items()):
-        n = 1 + len(others)
-        every = sum(run.flops * steps / run.steps[-1] for steps in run.steps)
-        cost = n * (run.flops + share * (every - run.flops))  # a run contains its longest decay
-        total, full, points = total + cost, full + n * every, points + n * len(run.steps)
-        horizons = ", ".join(f"{steps * run.c.batch_tokens:,}" for steps in run.steps)
-        lines.append(f"  N {N:>12,} ({size})  {n} runs, read at {horizons} tokens: {cost:.3g} "
-                     "FLOPs")
+        by_size[run.N, f"{run.c.n_layer} x {run.c.n_embd}"].append(run)
+    steps, batch = runs[0].steps, runs[0].c.batch_tokens  # the same for all runs
+    horizons = ", ".join(f"{n * batch:,}" for n in steps)
+    lines = [f"  N {N:>12,} ({size})  {len(alike)} runs, read at {horizons} tokens: "
+             f"{len(alike) * alike[0].flops:.3g} FLOPs"
+             for (N, size), alike in sorted(by_size.items())]
+    total, points = sum(run.flops for run in runs), len(runs) * len(steps)
+    full = total * sum(steps) / steps[-1]
     return "\n".join([*lines, f"{len(runs)} runs, {points} points, {total:.3g} FLOPs, "
                       f"{total / speed / 3600:.2f} hours at {speed:.3g} FLOP/s; the full grid: "
                       f"{points} runs, {full:.3g} FLOPs, {full / speed / 3600:.2f} hours"])
@@ -602,9 +605,11 @@ def csv_line(values) -> bytes:
 
 
 def open_table(path) -> dict[tuple, str]:
-    """(N, D, lr, seed, method) -> flags, for each row of a table of `sweep`. A new table gets its
-    name only with its header in it, by a link, which fails if another process was faster. A last
-    row without a line end, from an interrupted write, is cut off."""
+    """Opens or begins a table of `sweep`. Returns (N, D, lr, seed) -> flags of each row.
+
+    Several processes may begin a table at once: each writes the header to a file of its own, and
+    links the table's name to that file, which fails if the name exists. A last row without a line
+    end comes from an interrupted write; it is cut off."""
     path, header = Path(path), csv_line(COLUMNS)
     if not path.exists():
         new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
@@ -617,7 +622,7 @@ def open_table(path) -> dict[tuple, str]:
     try:
         if not whole.startswith(header):
             raise ValueError
-        rows = {(int(row["N"]), int(row["D"]), float(row["lr"]), int(row["seed"]), row["method"]):
+        rows = {(int(row["N"]), int(row["D"]), float(row["lr"]), int(row["seed"])):
                 row["flags"] or "" for row in csv.DictReader(whole.decode().splitlines())}
     except (TypeError, ValueError, csv.Error):
         raise BadInput(f"{path}: not a table of this `sweep`, whose columns are "
@@ -634,72 +639,63 @@ def append_row(path, row: dict):
         os.fsync(file.fileno())
 
 
-def sweep(runs: list[Run], path, folder="", share: float = 0.0, shard: str = "1/1"):
+def sweep(runs: list[Run], path, folder="", shard: str = "1/1"):
     """Trains those runs of this shard (I/N: every N-th from the I-th) that the table lacks. Their
     folders lie in `folder`, by default the table's name without its suffix."""
     i, slash, n = shard.partition("/")
     if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
         raise BadInput(f"--shard={shard}: I/N with 1 <= I <= N is needed")
     try:
-        rows, method = open_table(path), "decay" if share else "stable"
+        rows = open_table(path)
     except OSError as e:
         raise BadInput(f"{path}: cannot be written to ({e.strerror})") from None
-    for key, there in rows.items():
-        if key[-1] == method:
-            refuse_settings(path, there, settings(runs[0].c, share))
+    for flags in rows.values():
+        refuse_settings(path, flags, settings(runs[0].c))
     for run in runs[int(i) - 1::int(n)]:
-        run_one(run, path, folder or Path(path).with_suffix(""), share, rows)
+        run_one(run, path, folder or Path(path).with_suffix(""), rows)
 
 
-def run_one(run: Run, path, folder, share: float, rows):
+def run_one(run: Run, path, folder, rows):
     """Trains one run of a sweep from reading to reading, and appends a row at each that is not
-    among `rows`. An interrupted run continues from its checkpoint. A run that diverges has the loss
-    inf there and at all later readings."""
+    among `rows`. A run that diverges has the loss inf there and at all later readings."""
     import train
-    c, method, diverged = run.c, "decay" if share else "stable", False
-    name = f"{c.n_layer}x{c.n_embd}-{c.lr:.3e}-{c.seed}"
-    out = Path(folder, name + ("-decay" if share else ""))
+    c, diverged = run.c, False
+    out = Path(folder, f"{c.n_layer}x{c.n_embd}-{c.lr:.3e}-{c.seed}")
     for steps in run.steps:
         D = steps * c.batch_tokens
-        if (run.N, D, c.lr, c.seed, method) in rows:
+        if (run.N, D, c.lr, c.seed) in rows:
             continue
-        point = {"val_loss": math.inf, "flops": 0, "seconds": 0}
+        result = {"val_loss": math.inf, "flops": 0, "seconds": 0}
         try:
             if not diverged:
-                point = reading(c, steps, share, out)
+                result = train_until(c, steps, out)
         except train.NonFinite:
             pass
-        diverged = not math.isfinite(point["val_loss"])
+        diverged = not math.isfinite(result["val_loss"])
         append_row(path, {
-            "N": run.N, "D": D, "lr": c.lr, "loss": math.inf if diverged else point["val_loss"],
-            "seed": c.seed, "n_layer": c.n_layer, "n_embd": c.n_embd, "flops": point["flops"],
-            "seconds": round(point["seconds"], 1), "method": method, "flags": settings(c, share)})
+            "N": run.N, "D": D, "lr": c.lr, "loss": math.inf if diverged else result["val_loss"],
+            "seed": c.seed, "n_layer": c.n_layer, "n_embd": c.n_embd, "flops": result["flops"],
+            "seconds": round(result["seconds"], 1), "flags": settings(c)})
 
 
-def reading(c, steps: int, share: float, out: Path) -> dict:
-    """Trains a run up to its reading at `steps`. Returns train.train's result there: of the run
-    with its constant learning rate, or of a decay that ends at `steps` and branches off before."""
+def train_until(c, steps: int, out: Path) -> dict:
+    """Trains a run up to this step, from its checkpoint in the folder `out` if there is one.
+    Returns train.train's result."""
     import train
-    until = max(c.warmup_steps, round((1 - share) * steps)) if share else steps
-    trunk, branch = out / "ckpt.pt", out / f"decay-{steps}"
-    if trunk.exists():
-        there = load_checkpoint(trunk)
-        if there["step"] > until:
+    checkpoint = out / "ckpt.pt"
+    resume = str(checkpoint) if checkpoint.exists() else ""
+    if resume:
+        stored = load_checkpoint(checkpoint)
+        if stored["step"] > steps:
             raise BadInput(f"--tokens={steps * c.batch_tokens}: the run in {out} is past step "
-                           f"{until}, where that is read; name another --folder")
-        stored = replace(c, **{k: v for k, v in there["config"].items() if hasattr(c, k)})
-        refuse_settings(f"--folder={out.parent}", settings(stored), settings(c), ["--schedule"])
-    constant = replace(c, schedule="constant", steps=until, eval_every=until, save_every=until,
-                       out_dir=str(out), resume=str(trunk) if trunk.exists() else "")
-    point = train.train(constant)
-    if share and not point["interrupted"]:
-        shutil.rmtree(branch, ignore_errors=True)  # what an interrupted decay left
-        point = train.train(replace(constant, schedule=c.schedule, steps=steps, eval_every=steps,
-                                    resume=point["checkpoint"], decay_now=True,
-                                    out_dir=str(branch)))
-    if point["interrupted"]:
+                           f"{steps}, where its loss is to be read; name another --folder")
+        known = {k: v for k, v in stored["config"].items() if hasattr(c, k)}
+        refuse_settings(f"--folder={out.parent}", settings(replace(c, **known)), settings(c))
+    result = train.train(replace(c, steps=steps, eval_every=steps, save_every=steps,
+                                 out_dir=str(out), resume=resume))
+    if result["interrupted"]:
         raise KeyboardInterrupt
-    return point
+    return result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -733,33 +729,22 @@ def target_flags(c, lr: float, factors: dict) -> dict:
     return flags
 
 
-def peak_rates(c) -> list[str]:
-    """A line for each group of parameters of a run: its optimizer, learning rate, weight decay."""
-    import train
-    with torch.device("meta"):
-        optimizers = make_optimizers(GPT(train.model_config(c, c.vocab_size)), c).optimizers
-    return [f"  {name:<12} lr {group['lr']:<10.4g} weight decay {group['weight_decay']:<8.4g} "
-            f"{len(group['params'])} tensors, such as {group['param_names'][0]}"
-            for name, optimizer in optimizers.items() for group in optimizer.param_groups]
-
-
-def proxy_optimum(a, c) -> tuple[SimpleNamespace, int]:
+def proxy_optimum(path, proxy: str, c) -> tuple[SimpleNamespace, int]:
     """The parabola of the proxy's runs at their longest horizon, and how many runs diverged."""
-    layers, width = parse_size("--proxy", a.proxy)
-    columns = {"N": "N", "D": "D", "lr": "lr", "loss": "loss",
-               "group": "n_layer,n_embd,method,flags"}
-    table, diverged = read_runs(a.csv, columns)
-    prefix = f"{layers},{width},{a.method},"
-    runs = [run for run in table if run["group"].startswith(prefix)]
+    layers, width = parse_size("--proxy", proxy)
+    columns = {"N": "N", "D": "D", "lr": "lr", "loss": "loss", "group": "n_layer,n_embd,flags"}
+    table, diverged = read_runs(path, columns)
+    size = f"{layers},{width},"
+    runs = [run for run in table if run["group"].startswith(size)]
     if not runs:
-        raise BadInput(f"{a.csv}: no runs of --proxy={a.proxy} by --method={a.method} in it")
+        raise BadInput(f"{path}: no runs of --proxy={proxy} in it")
     for group in {run["group"] for run in runs}:  # a sweep shortens warm-ups, counts stops in steps
-        refuse_settings(a.csv, group.removeprefix(prefix), settings(c), [
-            "--warmup_steps", "--let_stop", "--distill_stop", "--decay_share"])
+        refuse_settings(path, group.removeprefix(size), settings(c),
+                        ["--warmup_steps", "--let_stop", "--distill_stop"])
     D = max(run["D"] for run in runs)
     found = fit_slices([run for run in runs if run["D"] == D])
     if not found or not found[0].inside:
-        raise BadInput(f"{a.csv}: at {D:,.0f} tokens the best learning rate of --proxy={a.proxy} "
+        raise BadInput(f"{path}: at {D:,.0f} tokens the best learning rate of --proxy={proxy} "
                        "is not inside the swept ones; at least 3 around it are needed")
     return found[0], diverged
 
@@ -773,12 +758,7 @@ def transfer_command(a, flags) -> str:
         parse_size(f"--{name}", getattr(a, name)) for name in ("proxy", "target"))
     if c.param != "standard":
         raise BadInput(f"--param={c.param}: goes before the --, as the proxy is the standard model")
-    if bool(a.lrs) != bool(a.tokens):
-        raise BadInput(f"--lrs={a.lrs} --tokens={a.tokens}: a sweep of the proxy needs both")
-    if a.lrs:
-        runs = planned_runs(a.proxy, a.lrs, a.tokens, a.seeds, flags)
-        sweep(runs, a.csv, a.folder, a.share)
-    best, diverged = proxy_optimum(a, c)
+    best, diverged = proxy_optimum(a.csv, a.proxy, c)
     D = best.D
     tokens, batch = a.target_tokens or D, a.target_batch_tokens or c.batch_tokens
     if not math.inf > tokens >= batch > 0:
@@ -794,8 +774,6 @@ def transfer_command(a, flags) -> str:
         target = replace(target, base_n_layer=layers)
     train.check(target)
     config = train.model_config(target, target.vocab_size)
-    words = [f"--{f.name}={getattr(target, f.name)}" for f in fields(target)
-             if getattr(target, f.name) != f.default]
     changes = ", ".join(f"{name} {value:.3g}" for name, value in factors.items())
     return "\n".join([
         f"proxy {a.proxy}, {D:,.0f} tokens: lr* {best.lr:.4g}, loss {best.L_min:.4f}, R^2 "
@@ -803,7 +781,7 @@ def transfer_command(a, flags) -> str:
         f"target {a.target}, {tokens:,.0f} tokens: {a.param} with m_N {config.width_ratio:g}, m_L "
         f"{config.depth_ratio:g}, m_D {config.head_ratio:g}",
         f"factors by horizon and batch ({a.horizon}): {changes} (beta: on 1 - beta; eps: no flag)",
-        *peak_rates(target), f"python train.py {shlex.join(words)}"])
+        f"python train.py {changed_flags(target)}"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -829,21 +807,6 @@ def activations(model: GPT, idx) -> dict[str, list[torch.Tensor]]:
     return {**seen, "stream": [stream], "logits": [logits]}
 
 
-def make_optimizers(model: GPT, c):
-    """The optimizers of a run with the flags c, at a constant learning rate, in fp32."""
-    from optim import Multipliers, Optimizers, module_factors
-    multipliers = None
-    if c.multipliers != "none":
-        multipliers = Multipliers(model, c.multipliers, c.multiplier_placement,
-                                  c.multiplier_modules.split(","))
-    return Optimizers(
-        model, lambda step: 1.0, optimizer=c.optimizer, lr=c.lr, weight_decay=c.weight_decay,
-        betas=(c.beta1, c.beta2), embedding_lr=c.embedding_lr, momentum=c.momentum,
-        module_lr=module_factors(c.module_lr), multipliers=multipliers,
-        multiplier_lr=c.multiplier_lr, multiplier_weight_decay=c.multiplier_weight_decay,
-        muon_scale=c.muon_scale, dtype=torch.float32)
-
-
 def coordinate_check(c, steps: int = 5, seeds: int = 1) -> dict[str, float]:
     """RMS over all elements of the change of each kind of activation after `steps` steps at the
     constant learning rate c.lr, mean over seeds.
@@ -852,13 +815,14 @@ def coordinate_check(c, steps: int = 5, seeds: int = 1) -> dict[str, float]:
     D.1). The text is 4 sequences of 32 random tokens out of 256, the same at every step and size.
     Matrices that write into the stream start at 0: all of the model moves from step 3 on."""
     import train
+    c = replace(c, block_size=32, schedule="constant", warmup_steps=0)
     moved = defaultdict(float)
     for seed in range(seeds):
         torch.manual_seed(seed)
         tokens = torch.randint(256, (4, 33))
         idx, targets = tokens[:, :-1], tokens[:, 1:]
-        model = GPT(train.model_config(replace(c, block_size=32), 256))
-        optimizers = make_optimizers(model, c)
+        model = GPT(train.model_config(c, 256))
+        optimizers = train.make_optimizers(c, model, [], train.Devices(torch.device("cpu")))
         before = activations(model, idx)
         for step in range(steps):
             x, _ = model(idx)
@@ -893,7 +857,6 @@ def at_size(c, param: str, size: tuple[int, int], base: tuple[int, int]):
 
 def coordcheck_command(a, flags) -> str:
     """The table of coordinate_check over widths and over depths, for each parametrisation."""
-    import train
     c, params = train_config(flags), a.params.split(",")
     widths = numbers("--widths", a.widths, int)
     depths = numbers("--depths", a.depths, int) if a.depths else [c.n_layer]
@@ -907,11 +870,8 @@ def coordcheck_command(a, flags) -> str:
     sizes = list(itertools.chain(*(sizes.values() for sizes in axes.values())))
     configs = {(param, size): at_size(c, param, size, base)
                for param, size in itertools.product(params, sizes)}
-    moved, done, lines, curves = {}, {}, [], {}
-    for key, config in configs.items():  # at the base size all parametrisations are one model
-        model = str(train.model_config(config, 256))
-        moved[key] = done.get(model) or coordinate_check(config, a.steps, a.seeds)
-        done[model] = moved[key]
+    moved = {key: coordinate_check(config, a.steps, a.seeds) for key, config in configs.items()}
+    lines = []
     for title, sizes in axes.items():
         lines.append(f"RMS of the change after {a.steps} steps with {c.optimizer} at lr {c.lr:g}, "
                      f"over {title}")
@@ -920,25 +880,7 @@ def coordcheck_command(a, flags) -> str:
             values = [moved[param, size][kind] for size in sizes.values()]
             lines.append(f"  {param:<10} {kind:<10}" + "".join(f"{v:>10.3g}" for v in values)
                          + f"{slope([*sizes], values):>+10.2f}")
-            curves.setdefault(f"{param}, {title}", {})[kind] = [*sizes], values
-    if a.plot:
-        plot_check(curves, len(params), a.plot)
     return "\n".join(lines)
-
-
-def plot_check(curves: dict, columns: int, path):
-    """A panel for each title of curves: {title: {kind: (sizes, RMS of the change)}}."""
-    from probes import plotting
-    rows = len(curves) // columns
-    figure, panels = plotting(path).subplots(rows, columns, figsize=(3.6 * columns, 3.2 * rows),
-                                             squeeze=False, layout="constrained", sharey="row")
-    for panel, (title, kinds) in zip(panels.flat, curves.items(), strict=True):
-        for kind, (x, values) in kinds.items():
-            panel.loglog(x, values, "o-", markersize=3, label=kind)
-        panel.set_title(title, fontsize="small")
-    panels[0, 0].legend(fontsize="x-small")
-    panels[0, 0].set_ylabel("RMS of the change")
-    figure.savefig(path, dpi=120)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1077,32 +1019,30 @@ def predict_command(a, _) -> str:
 def sweep_command(a, flags) -> str:
     runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, flags)
     if a.command == "plan":
-        return plan(runs, a.share, a.flops_per_second)
-    sweep(runs, a.csv, a.folder, a.share, a.shard)
+        if not 0 < a.flops_per_second < math.inf:
+            raise BadInput(f"--flops_per_second={a.flops_per_second}: must be positive")
+        return plan(runs, a.flops_per_second)
+    sweep(runs, a.csv, a.folder, a.shard)
     return f"written to {a.csv}"
 
 
 # A flag: (default, help). A type in place of the default: needed. A tuple: choices, the first is
 # the default.
-BRANCH = {
-    "--seeds": ("0", "separated by commas"),
-    "--method": (("stable", "decay"), "read the loss at a constant learning rate, or after a decay "
-                 "that branches off"),
-    "--decay_share": (0.2, "decay: its share of the steps"),
-    "--folder": ("", "of the runs; default: the table's name without .csv")}
 GRID = {
     "--sizes": (str, "LAYERSxWIDTH, separated by commas"),
     "--lrs": (str, "1e-3,3e-3 or LOW:HIGH:COUNT"),
-    "--tokens": (str, "horizons at which each run is read, likewise"), **BRANCH}
+    "--tokens": (str, "horizons at which each run is read, likewise"),
+    "--seeds": (1, "number of seeds: 0, 1, ...")}
 COMMANDS = {
     "fit": (fit_command, "parabolas and the law from a table of runs", {
         "runs": (str, "a CSV with a header"),
-        **{f"--{name}": (name, "name of the column") for name in ("N", "D", "lr", "loss", "group")},
+        **{f"--{name}": (name, "name of the column") for name in ("N", "D", "lr", "loss")},
+        "--group": ("", "names of columns that tell runs apart, such as the batch size"),
         "--basin": (0.05, "losses above (1 + this) times the lowest are left out, except the "
                     "neighbours of the lowest"),
         "--extrapolate": (0.0, "a number of tokens D: losses there are predicted by L(D) and join "
                           "those of shorter runs; runs from D on are left out"),
-        "--joint": (False, "take the best rate over all groups of an (N, D)"),
+        "--joint": (False, "take the best learning rate over all groups of an (N, D)"),
         "--fixed": (("", "N", "D"), "what is equal in all runs, and left out of the law"),
         "--hold_out": (False, "also fit without the largest N, and say what that costs there"),
         "-o --output": ("", "write the law to this file"),
@@ -1117,21 +1057,20 @@ COMMANDS = {
         **GRID, "--flops_per_second": (1e11, "that train.py reaches")}),
     "sweep": (sweep_command, "train the runs, one row of a CSV for each reading", {
         "csv": (str, "the table of runs, new or to be continued"), **GRID,
-        "--shard": ("1/1", "I/N: every N-th run from the I-th, for job arrays")}),
+        "--shard": ("1/1", "I/N: every N-th run from the I-th, for job arrays"),
+        "--folder": ("", "of the runs; default: the table's name without .csv")}),
     "transfer": (transfer_command, "muTransfer from a sweep of a small proxy", {
-        "csv": (str, "the proxy's table of runs, made by `sweep` or here"),
+        "csv": (str, "the proxy's table of runs, made by `sweep`"),
         "--proxy": (str, "LAYERSxWIDTH, the base size"), "--target": (str, "LAYERSxWIDTH"),
         "--param": (("completep", "mup"), "parametrisation of the target"),
-        "--lrs": ("", "tune the proxy first, at these learning rates"),
-        "--tokens": ("", "horizons of its runs; the longest counts"),
         "--target_tokens": (0.0, "0: the proxy's"), "--target_batch_tokens": (0, "0: the proxy's"),
         "--target_n_head": (0, "0: the proxy's number, of wider heads"),
-        "--horizon": (("sqrt", "bjorck", "none"), "rule for another number of steps"), **BRANCH}),
+        "--horizon": (("sqrt", "bjorck", "none"), "rule for another number of steps")}),
     "coordcheck": (coordcheck_command, "how far activations move at each size", {
         "--widths": ("64,128,256,512,1024", "the first is the base"),
         "--depths": ("2,4,8,16,32", "the first is the base; empty: only widths"),
         "--params": ("standard,mup,completep", "parametrisations"), "--steps": (5, "of training"),
-        "--seeds": (2, "to average over"), "--plot": ("", "write a picture to this file")})}
+        "--seeds": (2, "to average over")})}
 
 
 def add_flag(parser, names: str, default, text: str):
@@ -1157,11 +1096,6 @@ def main(argv):
             add_flag(one, names, default, text)
     at = argv.index("--") if "--" in argv else len(argv)
     a = parser.parse_args(argv[:at])
-    if not 0 < getattr(a, "decay_share", 0.5) < 1:
-        raise BadInput(f"--decay_share={a.decay_share}: above 0 and below 1 is needed")
-    if not 0 < getattr(a, "flops_per_second", 1) < math.inf:
-        raise BadInput(f"--flops_per_second={a.flops_per_second}: must be positive")
-    a.share = a.decay_share if getattr(a, "method", "") == "decay" else 0.0
     print(COMMANDS[a.command][0](a, argv[at + 1:]))
 
 
