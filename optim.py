@@ -1,32 +1,32 @@
 """optim.py: how weights change. Muon, learnable multipliers, schedules, clipping, and their use.
 
-A training loop needs class Optimizers, at the end of the file, and nothing else:
+A training loop uses only class Optimizers, at the end of the file:
 
     optimizers = Optimizers(model, make_schedule("wsd", steps, warmup, 0.4), lr=0.01)
     loss.backward()
     norm = optimizers.clip(1.0)
     optimizers.step(step)
 
-AdamW is torch's. Muon (Jordan et al. 2024) moves every weight matrix inside the blocks by about the
-nearest semi-orthogonal matrix to its momentum. Embedding, head and vectors stay with AdamW: a row
-of the embedding is the vector of one token, not a map between two spaces, so Muon's spectral
-argument does not apply to it.
+AdamW is torch's. Muon (Jordan et al. 2024) takes the momentum of each weight matrix inside the
+blocks, and moves the matrix by about the semi-orthogonal matrix that is nearest to this momentum.
+AdamW trains embedding, head and vectors: a row of the embedding is the vector of one token, not a
+map between two spaces, so Muon's spectral argument does not apply to it.
 
 Learnable multipliers (Velikanov et al. 2026, arXiv 2601.04890) give a matrix a scale of its own.
-With weight decay a matrix settles where the noise of its updates balances the decay, at RMS ||W|| ~
-sqrt(eta / lambda). Two settings fix its scale, the data does not. With W~ = diag(r) W diag(c) in
-its place W still settles there. The gradients of r and c are sums over rows and columns and carry
-little noise, so r and c can give W~ the scale that lowers the loss. The embedding gets r and c too,
-although no such balance holds it: it has no weight decay. The model holds W~ alone. W, r and c are
-held here.
+With weight decay, the RMS of a matrix W settles where the noise of its updates balances the decay,
+in proportion to sqrt(eta / lambda). So two settings fix the scale of W, not the data. Multipliers
+put W~ = diag(r) W diag(c) in the place of W in the forward pass. W still settles at that scale. The
+gradients of r and c are sums over rows and columns and carry little noise, so r and c can give W~
+the scale that lowers the loss. The embedding gets r and c too, although it has no weight decay and
+therefore no such balance. The model holds W~; the optimizer holds W, r and c.
 
 Symbols (those of the papers)
     W           a weight matrix (out, in) as the optimizer moves it
     W~, G       the matrix that the forward pass uses, and dL/dW~; without multipliers W~ is W
     r, c, s     multipliers of W's rows (out,), of its columns (in,), or of all of it (1,)
     g, m        dL/dW, and its exponential moving average with factor mu: the momentum
-    u, O        Nesterov's g + mu (m - g), or m itself; and u orthogonalised (`update` in the code):
-                about U V^T of the singular value decomposition u = U S V^T
+    u           Nesterov's g + mu (m - g), or m itself
+    O           u orthogonalised: about U V^T of the singular value decomposition u = U S V^T
     eta, lambda learning rate and weight decay; decay is decoupled: W <- (1 - eta lambda) W
     kappa       the factor on O that depends on the shape, see update_scale
     piece       a logical matrix within a stored one: q, k and v of the tensor qkv are three pieces
@@ -47,7 +47,7 @@ from model import BadInput, ModelConfig, logical_pieces, param_factor
 # Muon
 
 # Newton-Schulz maps a singular value s to a1 s + a3 s^3 + a5 s^5: one triple (a1, a3, a5) a step.
-# After the end of a table its last triple is repeated.
+# Steps beyond the end of a table repeat its last triple.
 NS_COEFFICIENTS = {
     # Jordan et al. 2024. Steep at 0 and not convergent by design: [0.01, 1] lands in [0.68, 1.13].
     "quintic": [(3.4445, -4.7750, 2.0315)],
@@ -64,11 +64,12 @@ NS_COEFFICIENTS = {
 
 
 def newton_schulz(G, coefficients="quintic", steps: int = 5, dtype=torch.bfloat16):
-    """About the nearest semi-orthogonal matrix: singular values go to about 1, vectors stay.
+    """About the nearest semi-orthogonal matrix: all singular values become about 1, and the
+    singular vectors stay.
 
     G: (..., m, n), one matrix or a stack. G is divided by its Frobenius norm; then each step maps
-    its singular values by products alone: with A = X X^T, X <- a1 X + (a3 A + a5 A A) X. For m <= n
-    a step takes 4 m^2 n + 2 m^3 FLOPs. Returns the same shape in `dtype`; 0 stays 0."""
+    its singular values, by matrix products only: with A = X X^T, X <- a1 X + (a3 A + a5 A A) X. A
+    step takes 4 m^2 n + 2 m^3 FLOPs for m <= n. Returns the same shape in `dtype`; 0 stays 0."""
     table = NS_COEFFICIENTS[coefficients]
     X = G.to(dtype).view(-1, *G.shape[-2:])
     tall = G.shape[-2] > G.shape[-1]
@@ -84,7 +85,8 @@ def newton_schulz(G, coefficients="quintic", steps: int = 5, dtype=torch.bfloat1
 
 
 def update_scale(rows: int, columns: int, convention="match_rms_adamw") -> float:
-    """kappa, the factor on the orthogonalised update of a (rows = out, columns = in) matrix.
+    """kappa, the factor on the orthogonalised update O of a matrix of shape (rows, columns), which
+    is (out, in).
 
     match_rms_adamw  0.2 sqrt(max(out, in)): update RMS 0.2, about AdamW's, so that its
                      learning rate and decay carry over (Liu et al. 2025, arXiv 2502.16982)
@@ -132,8 +134,8 @@ class Muon(torch.optim.Optimizer):
     one shape and kappa go through Newton-Schulz as one stack, in `dtype`.
 
     With several ranks every rank keeps the whole momentum, so state_dict() is torch's own. The
-    ranks take the logical matrices in turn, compute their O, and send them in `dtype` to all others
-    while they compute the next ones. A stack holds matrices of one shape: the shares are even."""
+    work is shared: logical matrix k of a step belongs to rank k mod world, which computes its O
+    and sends it, in `dtype`, to the others. Meanwhile all compute the O of the next stack."""
 
     def __init__(self, params, lr=1e-2, weight_decay=0.1, momentum=0.95, nesterov=True,
                  coefficients="quintic", ns_steps=5, normuon=False, dtype=torch.bfloat16):
@@ -152,20 +154,21 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        moves, first = [], 0
+        count, move = 0, None
         for group in self.param_groups:
             for (*_, kappa), stack in self.stacks(group).items():
-                update, sending = self.orthogonalise(group, stack, first)
-                moves.append(partial(self.move, group, kappa, stack, update, sending))
-                first += len(update)
-                if self.world == 1:
-                    moves.pop()()
-        for move in moves:
+                O, sending = self.orthogonalise(group, stack, count)
+                count += len(O)
+                if move:  # that of the previous stack, whose O was being sent
+                    move()
+                move = partial(self.move, group, kappa, stack, O, sending)
+        if move:
             move()
 
     def stacks(self, group) -> dict[tuple, dict[str, list]]:
-        """By (rows, columns, kappa), the logical matrices that have a gradient: W, G and state."""
-        stacks = {}
+        """A group's logical matrices that have a gradient, by (rows, columns, kappa). A stack holds
+        lists of views, of equal length: "W", "G" = dL/dW, and the parts of torch's state."""
+        stacks = defaultdict(lambda: defaultdict(list))
         for p, matrices in zip(group["params"], group["matrices"], strict=True):
             if p.grad is None:
                 continue
@@ -174,48 +177,43 @@ class Muon(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(p)
             if group["normuon"] and "row_mean_square" not in state:
                 state["row_mean_square"] = torch.zeros_like(p[..., :1])
-            pieces = [rows for rows, _ in matrices]
-            tensors = {"W": p, "G": p.grad, **state}
-            parts = {key: flat(t).split(pieces) for key, t in tensors.items()}
-            for k, (rows, kappa) in enumerate(matrices):
-                stack = stacks.setdefault((rows, p.shape[-1], kappa), defaultdict(list))
-                for key, part in parts.items():
-                    stack[key].append(part[k])
+            for key, tensor in {"W": p, "G": p.grad, **state}.items():
+                parts = flat(tensor).split([rows for rows, _ in matrices])
+                for (rows, kappa), part in zip(matrices, parts, strict=True):
+                    stacks[rows, p.shape[-1], kappa][key].append(part)
         return stacks
 
-    def orthogonalise(self, group, stack, first: int):
-        """O (number, out, in) of a stack, and handles of what of it is still being sent.
+    def orthogonalise(self, group, stack, count: int):
+        """O (number, out, in) of a stack, and handles to wait for what is still being sent.
 
-        `first` logical matrices came before in this step. Number k belongs to rank k mod world."""
+        count: the logical matrices before this stack in this step."""
         G, m = stack["G"], stack["momentum_buffer"]
         torch._foreach_lerp_(m, G, 1 - group["momentum"])
-        own = slice((self.rank - first) % self.world, None, self.world)
-        update, u = None, m[own]
+        own = slice((self.rank - count) % self.world, None, self.world)  # those of this rank
+        u = m[own]
         if u and group["nesterov"]:
             u = torch._foreach_lerp(G[own], u, group["momentum"])
+        O = G[0].new_empty(len(G), *G[0].shape, dtype=self.dtype)
         if u:
-            update = newton_schulz(
+            O[own] = newton_schulz(
                 torch.stack(u), group["coefficients"], group["ns_steps"], self.dtype)
         if self.world == 1:
-            return update, []
-        every = G[0].new_empty(len(G), *G[0].shape, dtype=self.dtype)
-        if u:
-            every[own] = update
-        return every, [dist.broadcast(part, (first + i) % self.world, async_op=True)
-                       for i, part in enumerate(every)]
+            return O, []
+        return O, [dist.broadcast(part, (count + i) % self.world, async_op=True)
+                   for i, part in enumerate(O)]
 
-    def move(self, group, kappa, stack, update, sending):
+    def move(self, group, kappa, stack, O, sending):
         """W <- (1 - eta lambda) W - eta kappa O, once O is here."""
         for handle in sending:
             handle.wait()
-        W, v = stack["W"], stack["row_mean_square"]
-        update = update.to(W[0].dtype)
+        W = stack["W"]
+        O = O.to(W[0].dtype)
         if group["normuon"]:
-            mean_square = torch.stack(v)
-            update = normalize_rows(update, mean_square)
-            torch._foreach_copy_(v, list(mean_square))
+            mean_square = torch.stack(stack["row_mean_square"])
+            O = normalize_rows(O, mean_square)
+            torch._foreach_copy_(stack["row_mean_square"], list(mean_square))
         torch._foreach_mul_(W, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(W, list(update), alpha=-group["lr"] * kappa)
+        torch._foreach_add_(W, list(O), alpha=-group["lr"] * kappa)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -249,9 +247,9 @@ def multiplier_gradients(G, W, r=None, c=None, out=None):
     return effective_weight(G, r, c, out), dr, dc
 
 
-# The pieces that have row and column multipliers in the paper's Appendix C. Of two multipliers that
-# scale the same numbers one is kept: on q and not k, on o and not v, on down and not up. (With
-# qk_norm the gains of q and k scale the same numbers once more.)
+# The pieces that have row and column multipliers in the paper's Appendix C. Where two multipliers
+# scale the same numbers, only one is kept: on q and not k, on o and not v, on down and not up.
+# (With qk_norm the gains of q and k scale the same numbers too.)
 SYMMETRY_FREE = {
     "rows": ("embed", "q", "o", "gate", "down", "z", "dt", "out"),
     "columns": ("embed", "o", "down"),
@@ -259,23 +257,22 @@ SYMMETRY_FREE = {
 
 
 def place_multipliers(piece: str, placement: str, config: ModelConfig) -> tuple[bool, bool]:
-    """(row multiplier?, column multiplier?) of a logical matrix.
+    """Whether a logical matrix has a row multiplier, and whether it has a column multiplier.
 
-    What is known: the paper's runs had row and column multipliers on the matrices, redundant ones
-    too, kept the gains of all norms, and held the symmetries by weight decay on the multipliers.
-    The symmetry-free placement was slightly worse (Appendix C). What is not known: whether a matrix
-    that reads a norm's output (q, k, v, gate, up, Mamba-2's input projection) had columns of its
-    own beside the norm's gain, or whether the gain counted as its column multiplier; and whether
-    the pieces of a fused matrix shared their columns.
+    all            Both. Head and router get both as well, if Multipliers is asked for them. (The
+                   paper has none on the head: the final norm's gain is its column multiplier.)
+    symmetry_free  SYMMETRY_FREE. `up` gets rows if a GELU follows. (With SwiGLU or relu2 a scale of
+                   up's rows is a factor on the output, which down's columns give already.) `out`
+                   gets columns if no gated norm with a gain stands before it.
 
-    all            both. This is our reading: columns behind norms too, and a set for each piece.
-                   Head and router get both as well, if Multipliers is asked for them. The paper has
-                   none on the head, where the final norm's gain is the column multiplier.
-    symmetry_free  SYMMETRY_FREE. `up` gets rows if a GELU follows, as its input has a scale of its
-                   own (after relu2 that scale is a factor on the output, which down's columns
-                   give). `out` gets columns if no gated norm with a gain stands before it.
+    A tied embedding gets no rows: they would act on the logits. (The paper ties no embedding.)
 
-    A tied embedding gets no rows: they would act on the logits. (The paper ties no embedding.)"""
+    The paper's runs had multipliers on rows and columns, redundant ones too, and kept the gains of
+    all norms. Weight decay on the multipliers held the symmetries. The symmetry-free placement was
+    slightly worse (Appendix C). The paper leaves two things open: whether a matrix that reads a
+    norm's output (q, k, v, gate, up, Mamba-2's input projection) has column multipliers beside the
+    norm's gain; and whether the pieces of a fused matrix share their column multipliers. Here it
+    has them, and each piece has its own."""
     row = column = True
     if placement != "all":
         row = piece in SYMMETRY_FREE["rows"] or (piece == "up" and config.mlp == "gelu")
@@ -305,7 +302,8 @@ class Piece(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Neighbouring pieces that are alike: q, k and v of one size are worked on as one stack.
+    """Neighbouring pieces of one weight with equal rows and placement, such as q, k and v of one
+    size. One product of tensors then serves all of them.
 
     names; rows of each; r (number, rows) or (number, 1) or None; c (number, in) or None."""
 
@@ -322,12 +320,14 @@ class Multipliers:
     start W = W~ and r = c = 1, so the function that the model computes is not changed.
 
     Before the optimizers' step, split_gradients() turns the gradients of W~ into those of W, r, c;
-    after it, fold() writes W~ into the model. By the parameter's name: p: W~; W: W; stacks:
-    [Stack]; pieces: [Piece], the same r and c for each logical matrix."""
+    after it, fold() writes W~ into the model.
+
+    Four dicts by the parameter's name: `effective`, W~, which is the model's parameter; `W`;
+    `stacks`, lists of Stack; and `pieces`, lists of Piece with views on the same r and c."""
 
     def __init__(self, model, kind="vector", placement="all",
                  modules=("embedding", "attention", "mlp", "ssm")):
-        self.p, self.W, self.stacks = {}, {}, {}
+        self.effective, self.W, self.stacks = {}, {}, {}
         params, config = dict(model.named_parameters()), model.config
         for name, pieces in logical_pieces(model).items():
             if name not in params or module_of(pieces[0][0]) not in modules:
@@ -336,13 +336,13 @@ class Multipliers:
             for (rows, row, column), alike in groupby(pieces, lambda piece: (
                     piece[1], *place_multipliers(piece[0], placement, config))):
                 names = [piece for piece, _ in alike]
-                lengths = (row * rows, column * p.shape[-1])
+                lengths = row * rows, column * p.shape[-1]  # of r and c; 0: there is none
                 if kind == "scalar":
-                    lengths = (int(row or column), 0)
+                    lengths = int(row or column), 0
                 r, c = (nn.Parameter(p.new_ones(len(names), n)) if n else None for n in lengths)
                 stacks.append(Stack(names, rows, r, c))
             if any(v is not None for stack in stacks for v in (stack.r, stack.c)):
-                self.p[name], self.stacks[name] = p, stacks
+                self.effective[name], self.stacks[name] = p, stacks
                 self.W[name] = nn.Parameter(p.detach().clone())
         if not self.W or {*modules} - {*MODULES}:
             raise BadInput(f"--multiplier_modules={','.join(modules)}: needs modules of this model "
@@ -363,16 +363,16 @@ class Multipliers:
                 for side, v in (("r", stack.r), ("c", stack.c)) if v is not None}
 
     def stacked(self, name: str, *tensors):
-        """For each stack of a weight: it, and of each tensor its part (number, rows, in)."""
+        """Yields each stack of a weight, with its part (number, rows, in) of each of `tensors`."""
         sizes = [len(stack.names) * stack.rows for stack in self.stacks[name]]
-        parts = (flat(t).split(sizes) for t in tensors)
-        for stack, *some in zip(self.stacks[name], *parts, strict=True):
-            yield stack, *(part.view(len(stack.names), stack.rows, -1) for part in some)
+        split = (flat(t).split(sizes) for t in tensors)
+        for stack, *parts in zip(self.stacks[name], *split, strict=True):
+            yield stack, *(part.view(len(stack.names), stack.rows, -1) for part in parts)
 
     @torch.no_grad()
     def split_gradients(self):
         """Turn the gradient of each W~ into those of its W, r and c. A second call does nothing."""
-        for name, p in self.p.items():
+        for name, p in self.effective.items():
             if p.grad is None:
                 continue
             for stack, G, W in self.stacked(name, p.grad, self.W[name]):
@@ -385,7 +385,7 @@ class Multipliers:
     @torch.no_grad()
     def fold(self):
         """Write W~ = diag(r) W diag(c) into the model."""
-        for name, p in self.p.items():
+        for name, p in self.effective.items():
             for stack, out, W in self.stacked(name, p.detach(), self.W[name]):
                 effective_weight(W, stack.r, stack.c, out)
 
@@ -416,8 +416,8 @@ def constant(step: int, steps: int, warmup: int, decay_fraction=0.0) -> float:
 def wsd(step: int, steps: int, warmup: int, decay_fraction: float, shape) -> float:
     """Warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395).
 
-    Linear up, 1, then `shape` over the last decay_fraction of the steps. shape: a function of the
-    part of the decay that is over, from 0 to 1."""
+    Linear up, 1, then `shape` over the last decay_fraction of the steps. shape: the factor as a
+    function of t, the part of the decay that is over, from 0 to 1."""
     decay = decay_fraction * steps
     t = min(1.0, max(0.0, 1 - (steps - step) / decay)) if decay > 0 else 0.0
     return min(constant(step, steps, warmup), shape(t))
@@ -449,27 +449,14 @@ def make_schedule(name: str, steps: int, warmup: int, decay_fraction: float):
 
 
 def stable_phase(name: str, steps: int, warmup: int, decay_fraction: float) -> range:
-    """Steps from which a decay may branch off: the learning rate is at its peak and stays there.
-
-    Empty for cosine, which has no such phase, and for every schedule that is not named here."""
+    """Steps at which the learning rate is at its peak and no decay has begun: a decay may branch
+    off there. Empty for every schedule that is not named here, such as cosine, which has none."""
     if name == "constant":
         decay_fraction = 0.0
     elif name not in ("wsd", "wsd_sqrt", "wsd_exponential"):
         return range(0)
-    return range(warmup, math.floor((1 - decay_fraction) * steps + 1e-6) + 1)
-
-
-# --------------------------------------------------------------------------------------------------
-# Clipping
-
-
-def clip_gradients(params, max_norm: float):
-    """Scale all gradients by max_norm / norm where their joint L2 norm is larger; 0 only measures.
-
-    Returns the norm before, a 0-d tensor. Multipliers are not among params by default: each of
-    their gradients sums over a row, a column or a whole matrix. Early on they alone would set the
-    norm, and shrink all other gradients. With them the paper's gain was gone (section 4.3)."""
-    return nn.utils.clip_grad_norm_(params, max_norm if max_norm > 0 else math.inf)
+    end = math.floor((1 - decay_fraction) * steps + 1e-6)  # 0.7 * 70 is below 49 in floats
+    return range(warmup, end + 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -508,11 +495,11 @@ def place_parameters(model: nn.Module) -> dict[str, list[str]]:
 def row_growth(config: ModelConfig, piece: str) -> float:
     """Rows of a logical matrix over its rows in the base model of --param=mup and completep.
 
-    The base is what the same settings give at the base's size. With grouped-query attention it has
-    as many heads of keys and values as this model, so that these grow as a head's channels do.
-    (If the base has fewer query heads than that, one for each of them, kappa comes out the same.)
-    Without, it has one for each query head, as here. MLPs and experts are taken to be as wide, over
-    n_embd, as the base's (see model.PARAM_RULES)."""
+    The base model is the one that the same settings give at the base's size. With grouped-query
+    attention it has as many heads of keys and values as this model, each with fewer channels.
+    (If it has fewer query heads than that, it has one for each of them; kappa comes out the same.)
+    Without, it has one for each query head, as this model does. Its MLPs and experts are as many
+    times n_embd wide as this model's (see model.PARAM_RULES)."""
     if piece in ("router", "B", "C"):  # as many rows at every width: experts, numbers of state
         return 1.0
     if piece in ("k", "v") and 0 < config.n_kv_head < config.n_head:
@@ -521,42 +508,45 @@ def row_growth(config: ModelConfig, piece: str) -> float:
 
 
 def grown_scale(config: ModelConfig, piece: str, rows: int, columns: int, convention: str) -> float:
-    """kappa of a logical matrix of this model; at the base's size that is update_scale.
+    """kappa of a logical matrix of this model; at the base's size it is update_scale.
 
-    Features move as much at every width if the spectral norm of the update goes as sqrt(out / in)
-    (Yang, Simon & Bernstein 2023, arXiv 2310.17813). So kappa is that of the base's matrix times
-    the growth of this root. A matrix that grows on both sides keeps the base's kappa: `original`
-    and `spectral` do so by themselves, match_rms_adamw is held back by m_N^-1/2. A matrix of fixed
-    rows gets m_N^-1/2. kappa is no factor on the learning rate, so weight decay stays as it is."""
-    down, across = row_growth(config, piece), config.width_ratio
-    return update_scale(rows / down, columns / across, convention) * math.sqrt(down / across)
+    Features move as much at every width if the spectral norm of the update is in proportion to
+    sqrt(out / in) (Yang, Simon & Bernstein 2023, arXiv 2310.17813). So kappa is that of the base's
+    matrix, times the factor by which sqrt(out / in) has grown. A matrix that grows on both sides
+    keeps the base's kappa. One with a fixed number of rows gets it times m_N^-1/2. kappa acts on
+    the update and not on the learning rate, so weight decay does not change."""
+    row_ratio, column_ratio = row_growth(config, piece), config.width_ratio
+    base = update_scale(rows / row_ratio, columns / column_ratio, convention)
+    return base * math.sqrt(row_ratio / column_ratio)
 
 
 def parameter_groups(model, muon_scale, weight_decay, eps, embedding_lr, module_lr, module_decay):
     """Groups for Muon (with "matrices") and AdamW; parameters of equal settings share one.
 
-    muon_scale: a convention of update_scale, or None: no Muon. lr_factor: the group's learning rate
-    over the run's. It is embedding_lr for an embedding that is not tied: its rows start at RMS 1
-    and get a gradient only when their token comes up (likewise in nanochat and modded-nanogpt).
-    AdamW's settings follow model.PARAM_RULES. Muon's do not depend on the size; its kappa does."""
+    muon_scale: a convention of update_scale, or None: no Muon. A group's "lr_factor" is its
+    learning rate over that of the run. It is embedding_lr for an embedding that is not tied: its
+    rows start at RMS 1 and get a gradient only when their token comes up (likewise in nanochat and
+    modded-nanogpt). AdamW's settings depend on the model's size by model.PARAM_RULES; of Muon's
+    only kappa does."""
     config, logical, groups = model.config, logical_pieces(model), {}
-    here = {module_of(pieces[0][0]) for name, pieces in logical.items()
-            if name in dict(model.named_parameters())}
-    if unknown := {*module_lr, *module_decay} - here:
-        raise BadInput(f"--module_lr={','.join(unknown)}: this model has {', '.join(sorted(here))}")
+    present = {module_of(pieces[0][0]) for name, pieces in logical.items()
+               if name in dict(model.named_parameters())}
+    if unknown := {*module_lr, *module_decay} - present:
+        raise BadInput(f"--module_lr={','.join(unknown)}: this model has "
+                       f"{', '.join(sorted(present))}")
     for kind, names in place_parameters(model).items():
         by_muon = muon_scale is not None and kind in ("hidden", "router")
         rule = "head" if kind == "tied" else kind
         lr_factor = embedding_lr if kind == "embedding" else 1.0
         decay = weight_decay if kind in ("hidden", "router", "head") else 0.0
-        by_size = [1.0 if by_muon else param_factor(config, rule, what)
-                   for what in ("lr", "decay", "eps")]
+        by_size = {what: 1.0 if by_muon else param_factor(config, rule, what)
+                   for what in ("lr", "decay", "eps")}
         for name in names:
             p, pieces = model.get_parameter(name), logical.get(name)
             module = module_of(pieces[0][0]) if pieces else ""
-            settings = {"lr_factor": lr_factor * module_lr.get(module, 1.0) * by_size[0],
-                        "weight_decay": decay * module_decay.get(module, 1.0) * by_size[1],
-                        "eps": eps * by_size[2]}
+            settings = {"lr_factor": lr_factor * module_lr.get(module, 1.0) * by_size["lr"],
+                        "weight_decay": decay * module_decay.get(module, 1.0) * by_size["decay"],
+                        "eps": eps * by_size["eps"]}
             group = groups.setdefault((by_muon, *settings.values()), settings | {"params": []})
             group["params"].append((name, p))
             if by_muon:
@@ -573,15 +563,15 @@ def parameter_groups(model, muon_scale, weight_decay, eps, embedding_lr, module_
 class Optimizers:
     """Everything that changes the weights of a run: clip(max_norm), then step(step).
 
-    The model must hold its first weights already, and multipliers must have been made of it.
+    The model must hold its first weights already. multipliers: Multipliers of this model, or None.
     schedule: step -> factor on every learning rate. lr: the peak learning rate. embedding_lr,
     module_lr and module_decay are factors on lr and weight_decay, the last two by keys of MODULES.
     multiplier_lr is a learning rate, under the same schedule. muon_scale: see update_scale. extra:
     parameters outside the model, of terms of the loss; they get AdamW without weight decay, the
     same schedule and the same clipping.
 
-    optimizers: the torch optimizers "muon", "adamw", "multipliers" and "extra", as far as they are
-    needed; their groups hold "param_names". lr: the learning rate of the last step."""
+    Attributes: optimizers, a dict of those of the torch optimizers "muon", "adamw", "multipliers"
+    and "extra" that are needed, whose groups hold "param_names"; lr, that of the last step."""
 
     def __init__(self, model, schedule, *, optimizer="muon", lr, weight_decay=0.1,
                  betas=(0.9, 0.95), eps=1e-10, embedding_lr=30.0, module_lr=None, module_decay=None,
@@ -589,7 +579,7 @@ class Optimizers:
                  clip_multipliers=False, momentum=0.95, momentum_warmup=0,
                  muon_scale="match_rms_adamw", coefficients="quintic", normuon=False,
                  dtype=torch.bfloat16, extra=()):
-        self.schedule, self.peak_lr, self.lr = schedule, lr, lr
+        self.schedule, self.peak_lr = schedule, lr
         self.momentum, self.momentum_warmup = momentum, momentum_warmup
         self.multipliers, self.extra = multipliers, list(extra)
         W = multipliers.W if multipliers else {}
@@ -617,21 +607,26 @@ class Optimizers:
         self.clipped = [W.get(name, p) for name, p in model.named_parameters()] + self.extra
         if multipliers and clip_multipliers:
             self.clipped += multipliers.named_multipliers().values()
-        self.set_rates(lr, momentum)
+        self.set_rates(0)
 
-    def set_rates(self, lr: float, momentum: float):
-        """The learning rate of every group, which is lr times its own factor, and Muon's mu."""
+    def set_rates(self, step: int):
+        """Set the learning rate of every group, lr times the group's own factor, and Muon's mu."""
+        self.lr = self.peak_lr * self.schedule(step)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_factor"]
+                group["lr"] = self.lr * group["lr_factor"]
                 if "momentum" in group:
-                    group["momentum"] = momentum
+                    group["momentum"] = momentum_at(step, self.momentum, self.momentum_warmup)
 
     def clip(self, max_norm: float):
-        """Clip the gradients of a step, see clip_gradients. Returns their norm before, 0-d.
+        """Scale all gradients by max_norm / norm if their joint L2 norm is larger; 0 only measures.
+        Returns the norm before, a 0-d tensor.
 
         First the gradients of W~ become those of W, r and c, and the gradients of `extra`, which is
-        outside DDP, are averaged over the ranks."""
+        outside DDP, are averaged over the ranks. Without clip_multipliers the gradients of r and c
+        do not count and are not scaled: each sums over a row, a column or a whole matrix. Early on
+        they alone would set the norm, and shrink all other gradients. With them the paper's gain
+        was gone (section 4.3)."""
         if self.multipliers:
             self.multipliers.split_gradients()
         if dist.is_initialized():
@@ -639,14 +634,13 @@ class Optimizers:
                 if p.grad is not None:
                     dist.all_reduce(p.grad)
                     p.grad /= dist.get_world_size()
-        return clip_gradients(self.clipped, max_norm)
+        return nn.utils.clip_grad_norm_(self.clipped, max_norm or math.inf)
 
     def step(self, step: int):
         """Change the weights, at the learning rate of this step; then drop the gradients."""
         if self.multipliers:
             self.multipliers.split_gradients()  # clip has done it already, if it was called
-        self.lr = self.peak_lr * self.schedule(step)
-        self.set_rates(self.lr, momentum_at(step, self.momentum, self.momentum_warmup))
+        self.set_rates(step)
         for optimizer in self.optimizers.values():
             optimizer.step()
         if self.multipliers:
@@ -655,9 +649,9 @@ class Optimizers:
             optimizer.zero_grad()
 
     def state_dict(self) -> dict:
-        """The state of each parameter by its name, for each optimizer; under "values" W, r and c.
+        """For each optimizer the state of its parameters by their names; under "values" W, r and c.
 
-        It is the same on every rank, and for any number of ranks."""
+        It is the same on every rank, and has the same form for any number of ranks."""
         state = {"values": self.multipliers.state_dict() if self.multipliers else None}
         for key, optimizer in self.optimizers.items():
             packed = optimizer.state_dict()
@@ -666,19 +660,20 @@ class Optimizers:
         return state
 
     def load_state_dict(self, state: dict) -> bool:
-        """Take over the state of each parameter that has one there. Settings stay those given here.
+        """Take over the stored state of each parameter of the same name. Settings, such as learning
+        rates, stay those of this object.
 
-        Returns False if there are multipliers here and none of their kind, placement and modules
-        there. They then begin at 1, with the model's weights as W."""
-        known = self.multipliers is None or self.multipliers.load_state_dict(state.get("values"))
+        Returns False if this object has multipliers and `state` has none of their kind, placement
+        and modules. They then begin at 1, with the model's weights as W."""
+        same = self.multipliers is None or self.multipliers.load_state_dict(state.get("values"))
         for key, optimizer in self.optimizers.items():
-            if key == "multipliers" and not known:
+            if key == "multipliers" and not same:
                 continue
-            packed, there = optimizer.state_dict(), state.get(key, {})
-            packed["state"] = {i: there[name] for i, name in enumerate(names_in(packed))
-                               if name in there}
+            packed, stored = optimizer.state_dict(), state.get(key, {})
+            packed["state"] = {i: stored[name] for i, name in enumerate(names_in(packed))
+                               if name in stored}
             optimizer.load_state_dict(packed)
-        return known
+        return same
 
 
 def names_in(packed: dict) -> list[str]:
@@ -688,16 +683,13 @@ def names_in(packed: dict) -> list[str]:
 
 def module_factors(text: str) -> dict[str, float]:
     """{"head": 0.5, "mlp": 2.0} of the text "head=0.5,mlp=2" of --module_lr. Raises BadInput."""
-    factors = {}
-    for part in filter(None, text.split(",")):
-        name, _, value = part.partition("=")
-        if name not in MODULES or name in factors:
-            raise BadInput(f"--module_lr={text}: needs modules, each once, out of "
-                           f"{', '.join(MODULES)}")
-        try:
-            factors[name] = float(value)
-        except ValueError:
-            factors[name] = math.nan
-        if not 0 < factors[name] < math.inf:
-            raise BadInput(f"--module_lr={text}: needs MODULE=NUMBER, with a positive number")
+    try:
+        pairs = [part.split("=") for part in text.split(",") if part]
+        factors = {name: float(value) for name, value in pairs}
+        sound = all(0 < value < math.inf for value in factors.values())
+    except ValueError:
+        sound = False
+    if not sound or len(factors) < len(pairs) or factors.keys() - MODULES.keys():
+        raise BadInput(f"--module_lr={text}: needs MODULE=NUMBER, separated by commas, each number "
+                       f"positive and each module once, out of {', '.join(MODULES)}")
     return factors

@@ -257,7 +257,7 @@ def test_multipliers_go_where_the_plain_form_goes(optimizer, kind, placement, mo
     train(model, ours, 50)
     for batch in tokens(50, seed=1):
         loss_of(twin, batch).backward()
-        optim.clip_gradients(own.values(), 0.5)
+        torch.nn.utils.clip_grad_norm_(own.values(), 0.5)
         for optimizer in theirs:
             optimizer.step()
             optimizer.zero_grad()
@@ -345,6 +345,23 @@ def test_multipliers_start_at_the_model_and_fold_to_diagonal_products(kind):
         for (_, rows, r, c), w, found in zip(pieces, W, folded, strict=True):
             right = torch.eye(w.shape[1]) if c is None else torch.diag(c)
             torch.testing.assert_close(found, torch.diag(r.expand(rows)) @ w @ right)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_noise_and_weight_decay_hold_a_matrix_at_the_root_of_their_ratio(optimizer):
+    """With random gradients the RMS of W settles at about sqrt(eta / lambda) times a constant."""
+    settled = {}
+    for lr in (0.01, 0.04):
+        optimizers = make(model := tiny_model(), optimizer=optimizer, lr=lr, weight_decay=1.0,
+                          momentum=0.0, betas=(0.0, 0.95))
+        W, squares = model.blocks[0].mlp.up.weight, []
+        W.data.zero_()
+        for step in range(600):
+            W.grad = randn(*W.shape, seed=step)
+            optimizers.step(step)
+            squares.append(W.detach().square().mean())
+        settled[lr] = torch.stack(squares[300:]).mean().sqrt().item()
+    assert settled[0.04] / settled[0.01] == pytest.approx(2, rel=0.04)
 
 
 def test_the_clip_norm_is_that_of_w_and_the_multipliers_are_not_scaled():
