@@ -18,12 +18,14 @@ The method is that of Zhou et al. 2026 (arXiv 2601.05049), in three fits:
 The paper itself was not available to us, only summaries of it. Docstrings say what they leave open.
 
 Symbols
-    N       parameters without the embedding
-    D       training tokens, the horizon
-    lr      peak learning rate; lr* is the one with the lowest loss
-    L       loss in nats per token
-    group   other settings that tell runs apart, such as the batch size
-    slice   the runs of one (N, D, group). They differ in lr alone.
+    N        parameters without the embedding
+    D        training tokens, the horizon
+    lr       peak learning rate; lr* is the one with the lowest loss
+    L        loss in nats per token
+    group    other settings that tell runs apart, such as the batch size
+    run      a dict of N, D, lr, loss and group: one point of the data, read from a table
+    slice    the runs of one (N, D, group), which differ in lr alone
+    optimum  an (N, D) and its lr*, most often of the parabola through a slice
 """
 import argparse
 import contextlib
@@ -33,6 +35,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import secrets
 import shlex
@@ -81,8 +84,8 @@ def fit_parabola(lr, loss) -> dict:
 def basin(loss, tolerance: float = 0.05) -> slice:
     """The points around the lowest loss that a parabola can describe. loss is in order of lr.
 
-    They are the unbroken stretch with loss <= (1 + tolerance) times the lowest, and at least one
-    neighbour on each side of the lowest. Further out runs begin to diverge."""
+    They are the unbroken stretch around the lowest with loss <= (1 + tolerance) times the lowest,
+    and at least one neighbour on each side of the lowest. Further out, runs begin to diverge."""
     loss = np.asarray(loss, float)
     best = int(np.argmin(loss))
     high = np.flatnonzero(loss > (1 + tolerance) * loss[best])
@@ -95,8 +98,7 @@ def fit_horizon(D, loss, gammas=(0.01, 3.0)) -> dict:
     """Fits L(D) = L_0 + A D^-gamma by least squares, L_0 >= 0, A >= 0, gamma in `gammas` (eq. 4).
 
     D, loss: (n,), 3 or more. For a given gamma, L_0 and A are a linear problem (linear_horizon).
-    The best gamma is bracketed by a grid, which is then refined between the neighbours of its best
-    point."""
+    gamma comes from a grid search, repeated 6 times between the neighbours of the best point."""
     D, y = np.asarray(D, float), np.asarray(loss, float)
     low, high = gammas
     for _ in range(6):
@@ -125,8 +127,9 @@ def fit_law(N, D, lr) -> dict:
     """Fits ln lr* = a + b ln N + c ln D by least squares (eq. 6). N, D, lr: (n,).
 
     Where all N (or all D) are equal, b (or c) cannot be known: it is None. Returns a, b, c, their
-    covariance s^2 (X^T X)^-1 (3, 3), with zeros for what is None, where s^2 is the residual sum of
-    squares over dof = n - constants; r2; n; and the ranges N and D of the data."""
+    covariance (3, 3), dof, r2, n, and the ranges N and D of the data. The covariance is
+    s^2 (X^T X)^-1, with s^2 the sum of squared residuals over dof, and dof = n minus the number of
+    constants. It is 0 for a constant that is None."""
     y = np.log(lr)
     X = np.stack([np.ones_like(y), np.log(N), np.log(D)], 1)
     used = [i for i in range(3) if i == 0 or len(y) and np.ptp(X[:, i]) > 1e-9]
@@ -146,7 +149,7 @@ def fit_law(N, D, lr) -> dict:
 
 @functools.cache
 def student_t(level: float, dof: int) -> float:
-    """t with P(|T| <= t) = level for Student's t with dof degrees of freedom.
+    """t with P(|T| <= t) = level, for T of Student's distribution with dof degrees of freedom.
 
     With T = sqrt(dof) tan(theta) the density of theta is proportional to cos(theta)^(dof - 1),
     which is integrated by the trapezoidal rule."""
@@ -157,7 +160,7 @@ def student_t(level: float, dof: int) -> float:
 
 
 def half_width(law: dict, x, level: float = 0.9) -> float:
-    """Half the t-interval of x . (a, b, c), whose variance is x^T covariance x."""
+    """Half the width of the t-interval of x . (a, b, c), whose variance is x^T covariance x."""
     variance = x @ np.array(law["covariance"]) @ x
     return student_t(level, law["dof"]) * math.sqrt(max(variance, 0.0))
 
@@ -170,8 +173,8 @@ def law_rate(law: dict, N: float, D: float) -> float:
 def predict_law(law: dict, N: float, D: float, level: float = 0.9) -> dict:
     """lr* at (N, D), its interval, and the distance of (N, D) from the data in decades.
 
-    The interval is that of the law's value, without the scatter of single optima. unknown: names
-    among N and D that have one value in the data and another here."""
+    The interval is for the value of the law. Single optima scatter more widely around it. unknown:
+    those of "N" and "D" whose exponent is unknown and whose value here is not that of the data."""
     lr, decades, unknown = law_rate(law, N, D), 0.0, []
     factor = math.exp(half_width(law, np.array([1.0, math.log(N), math.log(D)]), level))
     for name, exponent, value in (("N", "b", N), ("D", "c", D)):
@@ -279,15 +282,15 @@ def published(name: str, N: float, D: float, anchor=None, batch: float = 0.0) ->
 
 
 # --------------------------------------------------------------------------------------------------
-# From a table of runs to optima. A run is a dict of N, D, lr, loss and group.
+# From a table of runs to optima
 
 
 def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
-    """Reads runs from a CSV with a header. columns: the names of N, D, lr, loss and group (several
-    separated by commas) in the file.
+    """Reads runs from a CSV with a header. columns: the names of N, D, lr, loss and group in the
+    file; for group several, separated by commas, or none.
 
-    Returns the runs and the number of those left out: a loss that is inf or nan (diverged), and
-    other seeds of the same setting, which alone would flatter it."""
+    Returns the runs, and how many are left out: those that diverged (their loss is inf or nan), and
+    the other seeds of such a setting, whose mean would hide that it diverges."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             table = list(csv.DictReader(file))
@@ -295,34 +298,29 @@ def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
         raise BadInput(f"{path}: not a table of runs ({e})") from None
     if not table:
         raise BadInput(f"{path}: no runs in it")
-    names = [columns[k] for k in ("N", "D", "lr", "loss")]
-    groups = list(filter(None, columns["group"].split(",")))
-    if missing := [name for name in names + groups if name not in table[0]]:
-        raise BadInput(f"{path}: no such column: {', '.join(missing)}; there are "
-                       f"{', '.join(filter(None, table[0]))}")
+    runs, groups = [], list(filter(None, columns["group"].split(",")))
     if len({row.get("flags") for row in table}) > 1 and "flags" not in groups:
         raise BadInput(f"{path}: runs with different flags, which do not compare; --group=flags "
                        "keeps them apart")
-    runs, diverged = [], set()
     for line, row in enumerate(table, start=2):
         try:
-            N, D, lr, loss = (float(row[name]) for name in names)
+            run = {name: float(row[columns[name]]) for name in ("N", "D", "lr", "loss")}
+            run["group"] = ",".join(row[name] or "" for name in groups)
+        except KeyError as e:
+            raise BadInput(f"{path}: no column {e}; there are {', '.join(table[0])}") from None
         except (TypeError, ValueError):
-            N = math.nan
-        if not (0 < N < math.inf and 0 < D < math.inf and 0 < lr < math.inf):
-            raise BadInput(f"{path}, line {line}: {', '.join(names)} must be numbers, the first "
-                           "three positive")
-        setting = N, D, lr, ",".join(row[g] or "" for g in groups)
-        runs.append((setting, loss))
-        if not math.isfinite(loss):
-            diverged.add(setting)
-    kept = [dict(zip(("N", "D", "lr", "group", "loss"), (*setting, loss), strict=True))
-            for setting, loss in runs if setting not in diverged]
+            raise BadInput(f"{path}, line {line}: N, D, lr and loss must be numbers") from None
+        if not all(0 < run[name] < math.inf for name in ("N", "D", "lr")):
+            raise BadInput(f"{path}, line {line}: N, D and lr must be positive")
+        runs.append(run)
+    setting = operator.itemgetter("N", "D", "lr", "group")
+    diverged = {setting(run) for run in runs if not math.isfinite(run["loss"])}
+    kept = [run for run in runs if setting(run) not in diverged]
     return kept, len(runs) - len(kept)
 
 
 def slices_of(runs) -> dict[tuple, tuple[np.ndarray, np.ndarray]]:
-    """(N, D, group) -> (learning rates, losses) in order of the rates, means over seeds."""
+    """(N, D, group) -> (learning rates in order, their losses). Losses are means over seeds."""
     slices = defaultdict(lambda: defaultdict(list))
     for run in runs:
         slices[run["N"], run["D"], run["group"]][run["lr"]].append(run["loss"])
@@ -331,10 +329,11 @@ def slices_of(runs) -> dict[tuple, tuple[np.ndarray, np.ndarray]]:
 
 
 def fit_slices(runs, tolerance: float = 0.05) -> list[SimpleNamespace]:
-    """Fits a parabola to every slice with at least 3 rates in its basin.
+    """Fits a parabola to every slice with at least 3 learning rates in its basin.
 
-    Each has N, D, group; lr, L_min, C and r2 of fit_parabola; rates and losses, all of them; near,
-    the basin; n, its number of rates; and inside: a minimum, and between the rates of the basin."""
+    Each result has N, D, group; lr, L_min, C and r2 of fit_parabola; rates and losses, the whole
+    slice; near, the basin as a Python slice; n, the number of points in it; and inside: whether the
+    parabola has a minimum, within the learning rates of the basin."""
     fitted = []
     for (N, D, group), (rates, losses) in slices_of(runs).items():
         near = basin(losses, tolerance)
@@ -348,11 +347,11 @@ def fit_slices(runs, tolerance: float = 0.05) -> list[SimpleNamespace]:
 
 
 def extrapolate(runs, D: float) -> list[dict]:
-    """Runs at a horizon D that nobody has run: their losses are predicted by fit_horizon.
+    """Predicts runs at a horizon D from the losses of shorter ones, by fit_horizon.
 
-    One for each size, group and learning rate with at least 3 shorter horizons. Rates less than
-    1 % apart count as one, since tables round them. It is unknown whether the paper reads its
-    horizons in the stable phase or after a decay; either kind of table will do."""
+    One for each size, group and learning rate with at least 3 horizons below D. Learning rates less
+    than 1 % apart count as one, since tables round them. It is unknown whether the paper reads its
+    horizons at a constant learning rate or after a decay; tables of both kinds can be used."""
     curves, predicted = defaultdict(list), []
     for (N, horizon, group), (rates, losses) in slices_of(runs).items():
         for lr, loss in zip(rates, losses, strict=True):
@@ -374,8 +373,8 @@ def extrapolate(runs, D: float) -> list[dict]:
 
 
 def near_optima(runs, within: float = 0.0025) -> list[SimpleNamespace]:
-    """The joint fit of learning rate and batch: for each (N, D) the mean ln lr of all runs, over
-    all groups, whose loss is within this share of the lowest."""
+    """Optima over all groups together, for the joint fit of learning rate and batch size: for each
+    (N, D), the mean ln lr of the runs with loss <= (1 + within) times the lowest."""
     optima, slices = [], defaultdict(list)
     for run in runs:
         slices[run["N"], run["D"]].append((run["loss"], math.log(run["lr"])))
@@ -390,7 +389,8 @@ def law_of(optima) -> dict:
 
 
 def group_laws(optima) -> dict[str, dict]:
-    """The law of each group that fixes every exponent that all groups together fix."""
+    """The law of each group. Left out are groups whose optima are too few, or do not determine an
+    exponent that the optima of all groups together determine."""
     everywhere, laws = law_of(optima), {}
     for group in sorted({o.group for o in optima}, key=lambda g: (len(g), g)):
         try:
@@ -403,7 +403,8 @@ def group_laws(optima) -> dict[str, dict]:
 
 
 def group_rate(optima) -> Callable:
-    """A slice's learning rate by the law of its group, or of all groups if that has too few."""
+    """A function of a slice: its learning rate by the law of its group, or of all groups together
+    where its group has none."""
     everywhere, laws = law_of(optima), group_laws(optima)
     return lambda f: law_rate(laws.get(f.group, everywhere), f.N, f.D)
 
@@ -412,15 +413,15 @@ def group_rate(optima) -> Callable:
 # What a fit costs on runs that it has not seen
 
 
-def costs(held, rest, more: dict) -> dict[str, np.ndarray]:
-    """What choices of the learning rate cost on the slices `held`: nats above a slice's own best,
-    (slices, 2): by its parabola, and by its losses interpolated in ln lr (beyond the swept rates:
-    their ends).
+def costs(held, rest, others: dict) -> dict[str, np.ndarray]:
+    """What ways of choosing the learning rate cost on the slices `held`, in nats above the lowest
+    loss of a slice. An array (slices, 2) for each way: the cost by the slice's parabola, and by its
+    losses, interpolated in ln lr (outside the swept learning rates: the loss at their end).
 
-    The choices: the law of a slice's group, and one constant rate, both from the optima `rest`;
-    Step Law as published; and `more`, name -> function of a slice."""
+    The ways: the law of a slice's group, and one learning rate for all, both fitted to the optima
+    `rest`; Step Law as published; and `others`, functions of a slice by their names."""
     constant = math.exp(np.average([math.log(f.lr) for f in rest], weights=[f.C for f in rest]))
-    rates = {"its group's law": group_rate(rest), **more,
+    rates = {"its group's law": group_rate(rest), **others,
              "Step Law, published": lambda f: published("step", f.N, f.D),
              f"always {constant:.3g}": lambda f: constant}
     table = defaultdict(list)
@@ -432,7 +433,8 @@ def costs(held, rest, more: dict) -> dict[str, np.ndarray]:
 
 
 def hold_out(runs, tolerance: float = 0.05) -> dict[str, np.ndarray]:
-    """The costs at the largest N of fits without it; with several groups also of the joint law."""
+    """The costs at the largest N of laws that are fitted without it; with several groups also that
+    of the joint law."""
     largest = max(run["N"] for run in runs)
     fitted = [f for f in fit_slices(runs, tolerance) if f.inside]
     held = [f for f in fitted if f.N == largest]
@@ -440,29 +442,29 @@ def hold_out(runs, tolerance: float = 0.05) -> dict[str, np.ndarray]:
     if not held or len({f.N for f in rest}) < 2:
         raise BadInput(f"--hold_out: slices with their optimum inside are needed at N = {largest:g}"
                        " and at two smaller sizes")
-    more = {}
+    others = {}
     if len({f.group for f in fitted}) > 1:
         joint = law_of(near_optima([run for run in runs if run["N"] != largest]))
-        more["the joint law"] = lambda f: law_rate(joint, f.N, f.D)
-    return costs(held, rest, more)
+        others["the joint law"] = lambda f: law_rate(joint, f.N, f.D)
+    return costs(held, rest, others)
 
 
 def check_horizon(fitted, runs, D: float, tolerance: float = 0.05) -> dict[str, np.ndarray]:
-    """Where the table has real runs at the horizon of `extrapolate`: the costs there of choices
-    that know shorter runs only. Empty without such runs. fitted: slices of the shorter runs and of
-    the predicted losses; runs: the table."""
-    def by_curve(slices):
+    """Checks `extrapolate` where the table has real runs at its horizon D: the costs there of
+    learning rates that are chosen by shorter runs only. Empty without such runs. fitted: slices of
+    the shorter runs and of the predicted losses; runs: the table."""
+    def by_size(slices):
         return {(f.N, f.group): f for f in slices if f.inside}
 
     rest = [f for f in fitted if f.inside and f.D < D]
-    longest, ours = by_curve(rest), by_curve(f for f in fitted if f.D == D)
-    real = by_curve(fit_slices([run for run in runs if run["D"] == D], tolerance))
-    held = [f for key, f in real.items() if key in ours.keys() & longest.keys()]
+    longest, predicted = by_size(rest), by_size(f for f in fitted if f.D == D)
+    real = by_size(fit_slices([run for run in runs if run["D"] == D], tolerance))
+    held = [f for key, f in real.items() if key in predicted and key in longest]
     if not held:
         return {}
     return costs(held, rest, {
-        "that law with predictions": group_rate([*rest, *ours.values()]),
-        "the predicted losses": lambda f: ours[f.N, f.group].lr,
+        "that law with predictions": group_rate([*rest, *predicted.values()]),
+        "the predicted losses": lambda f: predicted[f.N, f.group].lr,
         "the longest run's lr*": lambda f: longest[f.N, f.group].lr})
 
 
@@ -498,12 +500,12 @@ def settings(c) -> str:
 
 
 def refuse_settings(where: str, stored: str, current: str, ignored=()):
-    """Raises BadInput, with the names of the flags, if two lists of settings differ."""
-    a, b = (dict(w.partition("=")[::2] for w in shlex.split(text)) for text in (stored, current))
-    differ = [f"{name}={a.get(name, 'default')} there, {b.get(name, 'default')} here"
-              for name in sorted({*a, *b} - {*ignored}) if a.get(name) != b.get(name)]
+    """Raises BadInput, with the flags that differ, if two lists of settings do."""
+    differ = {*shlex.split(stored)} ^ {*shlex.split(current)}
+    differ = sorted(flag for flag in differ if flag.partition("=")[0] not in ignored)
     if differ:
-        raise BadInput(f"{where}: holds runs with other flags ({'; '.join(differ)}); name another")
+        raise BadInput(f"{where}: holds runs with other flags (not in both: {' '.join(differ)}); "
+                       "name another")
 
 
 def numbers(flag: str, text: str, kind=float) -> list:
@@ -729,6 +731,19 @@ def target_flags(c, lr: float, factors: dict) -> dict:
     return flags
 
 
+def at_size(c, param: str, size: tuple[int, int], base: tuple[int, int]):
+    """c with this parametrisation, and with this size and base size, both (blocks, width)."""
+    import train
+    flags = {"param": param, "n_layer": size[0], "n_embd": size[1]}
+    if param != "standard":
+        flags["base_n_embd"] = base[1]
+    if param == "completep":
+        flags["base_n_layer"] = base[0]
+    c = replace(c, **flags)
+    train.check(c)
+    return c
+
+
 def proxy_optimum(path, proxy: str, c) -> tuple[SimpleNamespace, int]:
     """The parabola of the proxy's runs at their longest horizon, and how many runs diverged."""
     layers, width = parse_size("--proxy", proxy)
@@ -754,8 +769,7 @@ def transfer_command(a, flags) -> str:
     The proxy has the base size, where every parametrisation is the standard model."""
     import train
     c = train_config(flags)
-    (layers, width), (to_layers, to_width) = (
-        parse_size(f"--{name}", getattr(a, name)) for name in ("proxy", "target"))
+    proxy, size = parse_size("--proxy", a.proxy), parse_size("--target", a.target)
     if c.param != "standard":
         raise BadInput(f"--param={c.param}: goes before the --, as the proxy is the standard model")
     best, diverged = proxy_optimum(a.csv, a.proxy, c)
@@ -766,13 +780,10 @@ def transfer_command(a, flags) -> str:
                        "step of at least one token is needed")
     factors = horizon_factors(tokens / D * c.batch_tokens / batch, tokens / D, a.horizon)
     heads = a.target_n_head or c.n_head
-    target = replace(c, param=a.param, base_n_embd=width, n_layer=to_layers, n_embd=to_width,
-                     base_n_head=c.n_head if heads != c.n_head else 0, n_head=heads,
+    target = replace(c, n_head=heads, base_n_head=c.n_head if heads != c.n_head else 0,
                      batch_tokens=batch, steps=round(tokens / batch),
                      **target_flags(c, best.lr, factors))
-    if a.param == "completep":
-        target = replace(target, base_n_layer=layers)
-    train.check(target)
+    target = at_size(target, a.param, size, proxy)
     config = train.model_config(target, target.vocab_size)
     changes = ", ".join(f"{name} {value:.3g}" for name, value in factors.items())
     return "\n".join([
@@ -842,19 +853,6 @@ def slope(sizes, values) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def at_size(c, param: str, size: tuple[int, int], base: tuple[int, int]):
-    """c with this parametrisation, size and base size, both (blocks, width)."""
-    import train
-    flags = {"param": param, "n_layer": size[0], "n_embd": size[1]}
-    if param != "standard":
-        flags["base_n_embd"] = base[1]
-    if param == "completep":
-        flags["base_n_layer"] = base[0]
-    c = replace(c, **flags)
-    train.check(c)
-    return c
-
-
 def coordcheck_command(a, flags) -> str:
     """The table of coordinate_check over widths and over depths, for each parametrisation."""
     c, params = train_config(flags), a.params.split(",")
@@ -864,22 +862,20 @@ def coordcheck_command(a, flags) -> str:
         raise BadInput(f"--widths={a.widths} --depths={a.depths} --steps={a.steps} --seeds="
                        f"{a.seeds}: two widths or depths, 3 steps and 1 seed are needed at least")
     base = depths[0], widths[0]
-    axes = {f"width ({base[0]} blocks)": {width: (base[0], width) for width in widths},
-            f"depth (width {base[1]})": {depth: (depth, base[1]) for depth in depths}}
-    axes = {title: sizes for title, sizes in axes.items() if len(sizes) > 1}
-    sizes = list(itertools.chain(*(sizes.values() for sizes in axes.values())))
+    by_width, by_depth = [(base[0], width) for width in widths], [(n, base[1]) for n in depths]
     configs = {(param, size): at_size(c, param, size, base)
-               for param, size in itertools.product(params, sizes)}
+               for param, size in itertools.product(params, by_width + by_depth)}
     moved = {key: coordinate_check(config, a.steps, a.seeds) for key, config in configs.items()}
-    lines = []
-    for title, sizes in axes.items():
-        lines.append(f"RMS of the change after {a.steps} steps with {c.optimizer} at lr {c.lr:g}, "
-                     f"over {title}")
-        lines.append(f"{'':<23}" + "".join(f"{x:>10}" for x in sizes) + "     slope")
+    lines = [f"RMS of the change after {a.steps} steps with {c.optimizer} at lr {c.lr:g}"]
+    for title, x, sizes in ((f"over width ({base[0]} blocks)", widths, by_width),
+                            (f"over depth (width {base[1]})", depths, by_depth)):
+        if len(sizes) < 2:
+            continue
+        lines.append(f"{title:<23}" + "".join(f"{value:>10}" for value in x) + "     slope")
         for param, kind in itertools.product(params, moved[params[0], base]):
-            values = [moved[param, size][kind] for size in sizes.values()]
+            values = [moved[param, size][kind] for size in sizes]
             lines.append(f"  {param:<10} {kind:<10}" + "".join(f"{v:>10.3g}" for v in values)
-                         + f"{slope([*sizes], values):>+10.2f}")
+                         + f"{slope(x, values):>+10.2f}")
     return "\n".join(lines)
 
 
@@ -900,7 +896,9 @@ def report(law: dict, fitted: list[dict], diverged: int) -> list[str]:
                      f"  C {f.C:.4f}  R^2 {f.r2:.3f}  {f.n} rates{note}")
     text = f"lr* = {math.exp(law['a']):.4g}"
     for axis, name, k in ((1, "N", "b"), (2, "D", "c")):
-        if law[k] is not None:
+        if law[k] is None:
+            lines.append(f"all optima have {name} = {law[name][0]:g}: the law leaves {name} out")
+        else:
             half = half_width(law, np.eye(3)[axis])
             text += f" * {name}^{law[k]:.3f} [{law[k] - half:.3f}, {law[k] + half:.3f}]"
     lines.append(f"{text}   R^2 {law['r2']:.3f}, {law['n']} optima; 90 % t-intervals")
@@ -964,10 +962,6 @@ def fit_command(a, _) -> str:
         law = law_of(optima)
     except BadInput as e:
         raise BadInput(f"{a.runs}: {e}; each needs at least 3 swept rates around it") from None
-    for name, k in (("N", "b"), ("D", "c")):
-        if (law[k] is None) != (a.fixed == name):
-            raise BadInput(f"{a.runs}: --fixed={a.fixed}, and {name} is {law[name][0]:g} to "
-                           f"{law[name][1]:g} in the optima; --fixed={name} is for a single {name}")
     lines = report(law, fitted, diverged)
     if a.extrapolate:
         lines.append(f"{len(predicted)} losses at D = {a.extrapolate:g} are predicted by L(D)")
@@ -1043,7 +1037,6 @@ COMMANDS = {
         "--extrapolate": (0.0, "a number of tokens D: losses there are predicted by L(D) and join "
                           "those of shorter runs; runs from D on are left out"),
         "--joint": (False, "take the best learning rate over all groups of an (N, D)"),
-        "--fixed": (("", "N", "D"), "what is equal in all runs, and left out of the law"),
         "--hold_out": (False, "also fit without the largest N, and say what that costs there"),
         "-o --output": ("", "write the law to this file"),
         "--plot": ("", "write a picture to this file")}),
