@@ -109,14 +109,6 @@ def normalize_rows(update, v, beta2: float = 0.95):
     return even * (update.norm(dim=(-2, -1), keepdim=True) / norm)
 
 
-def momentum_at(step: int, momentum: float, warmup: int, start: float = 0.85) -> float:
-    """mu rises from `start` to `momentum` over the first `warmup` steps (modded-nanogpt).
-
-    Early gradients come from weights that moved fast. A small mu forgets them sooner."""
-    start = min(start, momentum)
-    return momentum if step >= warmup else start + step / warmup * (momentum - start)
-
-
 def flat(p):
     """A weight as (rows, in), a stack of experts one below the other: a view."""
     return p.view(-1, p.shape[-1])
@@ -576,11 +568,9 @@ class Optimizers:
     def __init__(self, model, schedule, *, optimizer="muon", lr, weight_decay=0.1,
                  betas=(0.9, 0.95), eps=1e-10, embedding_lr=30.0, module_lr=None, module_decay=None,
                  multipliers=None, multiplier_lr=1e-2, multiplier_weight_decay=2e-3,
-                 clip_multipliers=False, momentum=0.95, momentum_warmup=0,
-                 muon_scale="match_rms_adamw", coefficients="quintic", normuon=False,
-                 dtype=torch.bfloat16, extra=()):
+                 clip_multipliers=False, momentum=0.95, muon_scale="match_rms_adamw",
+                 coefficients="quintic", normuon=False, dtype=torch.bfloat16, extra=()):
         self.schedule, self.peak_lr = schedule, lr
-        self.momentum, self.momentum_warmup = momentum, momentum_warmup
         self.multipliers, self.extra = multipliers, list(extra)
         W = multipliers.W if multipliers else {}
         groups = parameter_groups(model, muon_scale if optimizer == "muon" else None, weight_decay,
@@ -607,16 +597,14 @@ class Optimizers:
         self.clipped = [W.get(name, p) for name, p in model.named_parameters()] + self.extra
         if multipliers and clip_multipliers:
             self.clipped += multipliers.named_multipliers().values()
-        self.set_rates(0)
+        self.set_learning_rates(0)
 
-    def set_rates(self, step: int):
-        """Set the learning rate of every group, lr times the group's own factor, and Muon's mu."""
+    def set_learning_rates(self, step: int):
+        """Set the learning rate of every group: that of the run times the group's own factor."""
         self.lr = self.peak_lr * self.schedule(step)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * group["lr_factor"]
-                if "momentum" in group:
-                    group["momentum"] = momentum_at(step, self.momentum, self.momentum_warmup)
 
     def clip(self, max_norm: float):
         """Scale all gradients by max_norm / norm if their joint L2 norm is larger; 0 only measures.
@@ -640,7 +628,7 @@ class Optimizers:
         """Change the weights, at the learning rate of this step; then drop the gradients."""
         if self.multipliers:
             self.multipliers.split_gradients()  # clip has done it already, if it was called
-        self.set_rates(step)
+        self.set_learning_rates(step)
         for optimizer in self.optimizers.values():
             optimizer.step()
         if self.multipliers:
