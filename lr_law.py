@@ -187,29 +187,6 @@ def predict_law(law: dict, N: float, D: float, level: float = 0.9) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
-# The law as a file
-
-LAW_VERSION = "nanolet-law-2"
-UNITS = "parameters, tokens"
-
-
-def load_law(path, flag: str) -> dict:
-    """Reads a law that `fit` wrote. Raises BadInput unless it gives finite learning rates and
-    intervals at the sizes and horizons of its own data."""
-    try:
-        law = json.loads(Path(path).read_text(encoding="utf-8"))
-        if [law["version"], law["units"]] != [LAW_VERSION, UNITS]:
-            raise ValueError(f"{LAW_VERSION} in {UNITS} is needed")
-        for N, D in itertools.product(law["N"], law["D"]):
-            found = predict_law(law, N, D)
-            if law["dof"] < 1 or not np.isfinite([found["lr"], *found["interval"]]).all():
-                raise ValueError(f"no finite learning rate at N = {N:g}, D = {D:g}")
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as e:
-        raise BadInput(f"{flag}={path}: not a sound law file ({e!r:.200})") from None
-    return law
-
-
-# --------------------------------------------------------------------------------------------------
 # Published laws
 
 
@@ -220,7 +197,7 @@ class Published:
 
     source: str
     counts: str
-    policy: str
+    batch_rule: str
     lr: Callable
     batch: Callable | None = None
 
@@ -261,7 +238,7 @@ def published(name: str, N: float, D: float, anchor=None, batch: float = 0.0) ->
     """The learning rate of a published law at (N, D).
 
     anchor = (N, D, lr): a known optimum; the law then gives the ratio to it. batch: tokens per
-    step, to which the rate is scaled from the law's own batch by the square-root rule."""
+    step, to which the learning rate is scaled from the law's own batch by the square-root rule."""
     if name not in LAWS:
         raise BadInput(f"--law={name}: no file and no published law; those are {', '.join(LAWS)}")
     law = LAWS[name]
@@ -283,40 +260,6 @@ def published(name: str, N: float, D: float, anchor=None, batch: float = 0.0) ->
 
 # --------------------------------------------------------------------------------------------------
 # From a table of runs to optima
-
-
-def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
-    """Reads runs from a CSV with a header. columns: the names of N, D, lr, loss and group in the
-    file; for group several, separated by commas, or none.
-
-    Returns the runs, and how many are left out: those that diverged (their loss is inf or nan), and
-    the other seeds of such a setting, whose mean would hide that it diverges."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            table = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise BadInput(f"{path}: not a table of runs ({e})") from None
-    if not table:
-        raise BadInput(f"{path}: no runs in it")
-    runs, groups = [], list(filter(None, columns["group"].split(",")))
-    if len({row.get("flags") for row in table}) > 1 and "flags" not in groups:
-        raise BadInput(f"{path}: runs with different flags, which do not compare; --group=flags "
-                       "keeps them apart")
-    for line, row in enumerate(table, start=2):
-        try:
-            run = {name: float(row[columns[name]]) for name in ("N", "D", "lr", "loss")}
-            run["group"] = ",".join(row[name] or "" for name in groups)
-        except KeyError as e:
-            raise BadInput(f"{path}: no column {e}; there are {', '.join(table[0])}") from None
-        except (TypeError, ValueError):
-            raise BadInput(f"{path}, line {line}: N, D, lr and loss must be numbers") from None
-        if not all(0 < run[name] < math.inf for name in ("N", "D", "lr")):
-            raise BadInput(f"{path}, line {line}: N, D and lr must be positive")
-        runs.append(run)
-    setting = operator.itemgetter("N", "D", "lr", "group")
-    diverged = {setting(run) for run in runs if not math.isfinite(run["loss"])}
-    kept = [run for run in runs if setting(run) not in diverged]
-    return kept, len(runs) - len(kept)
 
 
 def slices_of(runs) -> dict[tuple, tuple[np.ndarray, np.ndarray]]:
@@ -471,12 +414,6 @@ def check_horizon(fitted, runs, D: float, tolerance: float = 0.05) -> dict[str, 
 # --------------------------------------------------------------------------------------------------
 # Plan and sweep: the runs that make such a table
 
-COLUMNS = ("N", "D", "lr", "loss", "seed", "n_layer", "n_embd", "flops", "seconds", "flags")
-# Flags that a row states itself, that `sweep` sets, or that do not change the loss.
-NOT_SETTINGS = {"n_layer", "n_embd", "lr", "seed", "steps", "schedule", "micro_batch", "device",
-                "compile", "out_dir", "resume", "sample_tokens", "eval_every", "log_every",
-                "save_every", "keep_checkpoints"}
-
 
 @dataclass
 class Run:
@@ -486,62 +423,6 @@ class Run:
     N: int
     steps: list[int]
     flops: float
-
-
-def changed_flags(c, ignored=()) -> str:
-    """The flags that are not at train.py's defaults, as on a command line."""
-    return shlex.join(f"--{f.name}={getattr(c, f.name)}" for f in fields(c)
-                      if f.name not in ignored and getattr(c, f.name) != f.default)
-
-
-def settings(c) -> str:
-    """What a row of a table says about the flags of its run."""
-    return changed_flags(c, NOT_SETTINGS)
-
-
-def refuse_settings(where: str, stored: str, current: str, ignored=()):
-    """Raises BadInput, with the flags that differ, if two lists of settings do."""
-    differ = {*shlex.split(stored)} ^ {*shlex.split(current)}
-    differ = sorted(flag for flag in differ if flag.partition("=")[0] not in ignored)
-    if differ:
-        raise BadInput(f"{where}: holds runs with other flags (not in both: {' '.join(differ)}); "
-                       "name another")
-
-
-def numbers(flag: str, text: str, kind=float) -> list:
-    """Positive numbers from "1,2,3", or from "low:high:count", evenly spaced in the logarithm."""
-    try:
-        if ":" in text:
-            low, high, count = text.split(":")
-            values = np.geomspace(float(low), float(high), min(int(count), 1000)).tolist()
-        else:
-            values = [kind(v) for v in text.split(",")]
-        if not all(0 < v < math.inf for v in values):
-            raise ValueError
-    except ValueError:
-        raise BadInput(f"{flag}={text}: positive numbers of type {kind.__name__} are needed, as "
-                       "1,2,3 or LOW:HIGH:COUNT") from None
-    return list(dict.fromkeys(values))
-
-
-def parse_size(flag: str, text: str) -> tuple[int, int]:
-    """(blocks, width) of "4x128"."""
-    try:
-        n_layer, n_embd = map(int, text.split("x"))
-    except ValueError:
-        raise BadInput(f"{flag}={text}: LAYERSxWIDTH is needed, such as 4x128") from None
-    return n_layer, n_embd
-
-
-def train_config(flags: list[str]):
-    """train.Config from flags. Those that a command here sets itself are refused."""
-    import train
-    c = train.parse_flags(flags)
-    for f in fields(c):
-        if f.name in ("lr_law", "resume", "decay_now", "decay_fraction", "dry_run", "schedule"):
-            if getattr(c, f.name) != f.default:
-                raise BadInput(f"--{f.name}={getattr(c, f.name)}: cannot be used here")
-    return c
 
 
 def vocabulary_size(c) -> int:
@@ -598,47 +479,6 @@ def plan(runs: list[Run], speed: float) -> str:
     return "\n".join([*lines, f"{len(runs)} runs, {points} points, {total:.3g} FLOPs, "
                       f"{total / speed / 3600:.2f} hours at {speed:.3g} FLOP/s; the full grid: "
                       f"{points} runs, {full:.3g} FLOPs, {full / speed / 3600:.2f} hours"])
-
-
-def csv_line(values) -> bytes:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(values)
-    return line.getvalue().encode()
-
-
-def open_table(path) -> dict[tuple, str]:
-    """Opens or begins a table of `sweep`. Returns (N, D, lr, seed) -> flags of each row.
-
-    Several processes may begin a table at once: each writes the header to a file of its own, and
-    links the table's name to that file, which fails if the name exists. A last row without a line
-    end comes from an interrupted write; it is cut off."""
-    path, header = Path(path), csv_line(COLUMNS)
-    if not path.exists():
-        new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        new.write_bytes(header)
-        with contextlib.suppress(FileExistsError):
-            os.link(new, path)
-        new.unlink()
-    data = path.read_bytes()
-    whole = data[:data.rfind(b"\n") + 1]
-    try:
-        if not whole.startswith(header):
-            raise ValueError
-        rows = {(int(row["N"]), int(row["D"]), float(row["lr"]), int(row["seed"])):
-                row["flags"] or "" for row in csv.DictReader(whole.decode().splitlines())}
-    except (TypeError, ValueError, csv.Error):
-        raise BadInput(f"{path}: not a table of this `sweep`, whose columns are "
-                       f"{', '.join(COLUMNS)}") from None
-    if whole != data:
-        os.truncate(path, len(whole))
-    return rows
-
-
-def append_row(path, row: dict):
-    """Appends one row by a single write, so that several processes may do so at once."""
-    with open(path, "ab", buffering=0) as file:
-        file.write(csv_line(row[name] for name in COLUMNS))
-        os.fsync(file.fileno())
 
 
 def sweep(runs: list[Run], path, folder="", shard: str = "1/1"):
@@ -880,6 +720,173 @@ def coordcheck_command(a, flags) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
+# The flags of runs
+
+# Flags that a row states itself, that `sweep` sets, or that do not change the loss.
+NOT_SETTINGS = {"n_layer", "n_embd", "lr", "seed", "steps", "schedule", "micro_batch", "device",
+                "compile", "out_dir", "resume", "sample_tokens", "eval_every", "log_every",
+                "save_every", "keep_checkpoints"}
+
+
+def changed_flags(c, ignored=()) -> str:
+    """The flags that are not at train.py's defaults, as on a command line."""
+    return shlex.join(f"--{f.name}={getattr(c, f.name)}" for f in fields(c)
+                      if f.name not in ignored and getattr(c, f.name) != f.default)
+
+
+def settings(c) -> str:
+    """What a row of a table says about the flags of its run."""
+    return changed_flags(c, NOT_SETTINGS)
+
+
+def refuse_settings(where: str, stored: str, current: str, ignored=()):
+    """Raises BadInput, with the flags that differ, if two lists of settings do."""
+    differ = {*shlex.split(stored)} ^ {*shlex.split(current)}
+    differ = sorted(flag for flag in differ if flag.partition("=")[0] not in ignored)
+    if differ:
+        raise BadInput(f"{where}: holds runs with other flags (not in both: {' '.join(differ)}); "
+                       "name another")
+
+
+def numbers(flag: str, text: str, kind=float) -> list:
+    """Positive numbers from "1,2,3", or from "low:high:count", evenly spaced in the logarithm."""
+    try:
+        if ":" in text:
+            low, high, count = text.split(":")
+            values = np.geomspace(float(low), float(high), int(count)).tolist()
+        else:
+            values = [kind(v) for v in text.split(",")]
+        if not all(0 < v < math.inf for v in values):
+            raise ValueError
+    except ValueError:
+        raise BadInput(f"{flag}={text}: positive numbers of type {kind.__name__} are needed, as "
+                       "1,2,3 or LOW:HIGH:COUNT") from None
+    return list(dict.fromkeys(values))
+
+
+def parse_size(flag: str, text: str) -> tuple[int, int]:
+    """(blocks, width) of "4x128"."""
+    try:
+        n_layer, n_embd = map(int, text.split("x"))
+    except ValueError:
+        raise BadInput(f"{flag}={text}: LAYERSxWIDTH is needed, such as 4x128") from None
+    return n_layer, n_embd
+
+
+def train_config(flags: list[str]):
+    """train.Config from flags. Those that a command here sets itself are refused."""
+    import train
+    c = train.parse_flags(flags)
+    for f in fields(c):
+        if f.name in ("lr_law", "resume", "decay_now", "decay_fraction", "dry_run", "schedule"):
+            if getattr(c, f.name) != f.default:
+                raise BadInput(f"--{f.name}={getattr(c, f.name)}: cannot be used here")
+    return c
+
+
+# --------------------------------------------------------------------------------------------------
+# Files: tables of runs, and the law
+
+
+def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
+    """Reads runs from a CSV with a header. columns: the names of N, D, lr, loss and group in the
+    file; for group several, separated by commas, or none.
+
+    Returns the runs, and how many are left out: those that diverged (their loss is inf or nan), and
+    the other seeds of such a setting, whose mean would hide that it diverges."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            table = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise BadInput(f"{path}: not a table of runs ({e})") from None
+    if not table:
+        raise BadInput(f"{path}: no runs in it")
+    runs, groups = [], list(filter(None, columns["group"].split(",")))
+    if len({row.get("flags") for row in table}) > 1 and "flags" not in groups:
+        raise BadInput(f"{path}: runs with different flags, which do not compare; --group=flags "
+                       "keeps them apart")
+    for line, row in enumerate(table, start=2):
+        try:
+            run = {name: float(row[columns[name]]) for name in ("N", "D", "lr", "loss")}
+            run["group"] = ",".join(row[name] or "" for name in groups)
+        except KeyError as e:
+            raise BadInput(f"{path}: no column {e}; there are {', '.join(table[0])}") from None
+        except (TypeError, ValueError):
+            raise BadInput(f"{path}, line {line}: N, D, lr and loss must be numbers") from None
+        if not all(0 < run[name] < math.inf for name in ("N", "D", "lr")):
+            raise BadInput(f"{path}, line {line}: N, D and lr must be positive")
+        runs.append(run)
+    setting = operator.itemgetter("N", "D", "lr", "group")
+    diverged = {setting(run) for run in runs if not math.isfinite(run["loss"])}
+    kept = [run for run in runs if setting(run) not in diverged]
+    return kept, len(runs) - len(kept)
+
+
+COLUMNS = ("N", "D", "lr", "loss", "seed", "n_layer", "n_embd", "flops", "seconds", "flags")
+
+
+def csv_line(values) -> bytes:
+    """One line of a CSV file, with values quoted where they contain commas."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(values)
+    return line.getvalue().encode()
+
+
+def open_table(path) -> dict[tuple, str]:
+    """Opens or begins a table of `sweep`. Returns (N, D, lr, seed) -> flags of each row.
+
+    Several processes may begin a table at once: each writes the header to a file of its own, and
+    links the table's name to that file, which fails if the name exists. A last row without a line
+    end comes from an interrupted write; it is cut off."""
+    path, header = Path(path), csv_line(COLUMNS)
+    if not path.exists():
+        new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        new.write_bytes(header)
+        with contextlib.suppress(FileExistsError):
+            os.link(new, path)
+        new.unlink()
+    data = path.read_bytes()
+    whole = data[:data.rfind(b"\n") + 1]
+    try:
+        if not whole.startswith(header):
+            raise ValueError
+        rows = {(int(row["N"]), int(row["D"]), float(row["lr"]), int(row["seed"])):
+                row["flags"] or "" for row in csv.DictReader(whole.decode().splitlines())}
+    except (TypeError, ValueError, csv.Error):
+        raise BadInput(f"{path}: not a table of this `sweep`, whose columns are "
+                       f"{', '.join(COLUMNS)}") from None
+    if whole != data:
+        os.truncate(path, len(whole))
+    return rows
+
+
+def append_row(path, row: dict):
+    """Appends one row by a single write, so that several processes may do so at once."""
+    with open(path, "ab", buffering=0) as file:
+        file.write(csv_line(row[name] for name in COLUMNS))
+        os.fsync(file.fileno())
+
+
+LAW_VERSION = "nanolet-law-2"  # of the file's format
+
+
+def load_law(path, flag: str) -> dict:
+    """Reads a law that `fit` wrote. Raises BadInput unless it gives finite learning rates and
+    intervals at the sizes and horizons of its own data."""
+    try:
+        law = json.loads(Path(path).read_text(encoding="utf-8"))
+        if law["version"] != LAW_VERSION:
+            raise ValueError(f"{LAW_VERSION} is needed")
+        for N, D in itertools.product(law["N"], law["D"]):
+            found = predict_law(law, N, D)
+            if law["dof"] < 1 or not np.isfinite([found["lr"], *found["interval"]]).all():
+                raise ValueError(f"no finite learning rate at N = {N:g}, D = {D:g}")
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as e:
+        raise BadInput(f"{flag}={path}: not a sound law file ({e!r:.200})") from None
+    return law
+
+
+# --------------------------------------------------------------------------------------------------
 # Fit and predict: reports and the plot
 
 
@@ -893,7 +900,7 @@ def report(law: dict, fitted: list[dict], diverged: int) -> list[str]:
     for f in fitted if len(fitted) <= 40 else []:
         note = "" if f.inside else "   <- no minimum inside the sweep: widen it"
         lines.append(f"  N {f.N:.3g}  D {f.D:.3g}  {f.group:>8}  lr* {f.lr:.3g}  loss {f.L_min:.4f}"
-                     f"  C {f.C:.4f}  R^2 {f.r2:.3f}  {f.n} rates{note}")
+                     f"  C {f.C:.4f}  R^2 {f.r2:.3f}  {f.n} points{note}")
     text = f"lr* = {math.exp(law['a']):.4g}"
     for axis, name, k in ((1, "N", "b"), (2, "D", "c")):
         if law[k] is None:
@@ -912,8 +919,9 @@ def report(law: dict, fitted: list[dict], diverged: int) -> list[str]:
 
 
 def cost_lines(title: str, found: dict) -> list[str]:
+    """What `costs` found, as a table."""
     slices = len(next(iter(found.values())))
-    lines = [f"{title}: nats above the own best of {slices} slices, by their parabolas, and by "
+    lines = [f"{title}: nats above the lowest loss of {slices} slices, by their parabolas, and by "
              "their losses interpolated",
              f"{'':<26}{'median':>9}{'max':>9}{'median':>11}{'max':>9}"]
     for name, values in found.items():
@@ -924,22 +932,24 @@ def cost_lines(title: str, found: dict) -> list[str]:
 
 
 def plot_fit(fitted, law, path):
-    """Left: losses over lr with their parabolas. Right: optima over D with the law, by N."""
+    """Left: losses over lr with their parabolas. Right: optima and the law over D. A color for
+    each N."""
     from probes import plotting
     figure, (left, right) = plotting(path).subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     horizons = [f.D for f in fitted]
     D = np.geomspace(min(horizons), 3 * max(horizons), 30)
-    for i, N in enumerate(sorted({f.N for f in fitted})):
-        for f in (f for f in fitted if f.N == N):
-            lr = f.rates[f.near]
-            left.semilogx(lr, f.losses[f.near], ".", color=f"C{i}")
-            lr = np.geomspace(lr[0], lr[-1], 50)
-            left.semilogx(lr, f.L_min + f.C * np.log(lr / f.lr) ** 2, color=f"C{i}", linewidth=0.8)
-            if f.inside:
-                right.loglog(f.D, f.lr, "o", color=f"C{i}")
-        at = [predict_law(law, N, d) for d in D]
-        right.loglog(D, [p["lr"] for p in at], color=f"C{i}", label=f"N = {N:.3g}")
-        right.fill_between(D, *np.array([p["interval"] for p in at]).T, color=f"C{i}", alpha=0.15)
+    colors = {N: f"C{i}" for i, N in enumerate(sorted({f.N for f in fitted}))}
+    for f in fitted:
+        lr = f.rates[f.near]
+        left.semilogx(lr, f.losses[f.near], ".", color=colors[f.N])
+        lr = np.geomspace(lr[0], lr[-1], 50)
+        left.semilogx(lr, f.L_min + f.C * np.log(lr / f.lr) ** 2, color=colors[f.N], linewidth=0.8)
+        if f.inside:
+            right.loglog(f.D, f.lr, "o", color=colors[f.N])
+    for N, color in colors.items():
+        found = [predict_law(law, N, d) for d in D]
+        right.loglog(D, [p["lr"] for p in found], color=color, label=f"N = {N:.3g}")
+        right.fill_between(D, *zip(*[p["interval"] for p in found]), color=color, alpha=0.15)
     left.set(xlabel="learning rate", ylabel="loss, nats", title="slices and their parabolas")
     right.set(xlabel="D, tokens", ylabel="lr*", title="optima and the law, 90 % interval")
     right.legend(fontsize="small")
@@ -947,7 +957,7 @@ def plot_fit(fitted, law, path):
 
 
 def fit_command(a, _) -> str:
-    if not 0 < a.basin < math.inf or not 0 <= a.extrapolate < math.inf:
+    if not (a.basin > 0 and a.extrapolate >= 0):
         raise BadInput(f"--basin={a.basin} --extrapolate={a.extrapolate}: must be positive")
     columns = {name: getattr(a, name) for name in ("N", "D", "lr", "loss", "group")}
     table, diverged = read_runs(a.runs, columns)
@@ -974,7 +984,8 @@ def fit_command(a, _) -> str:
         plot_fit(fitted, law, a.plot)
     if a.output:
         with written_whole(a.output) as new:
-            new.write_text(json.dumps({"version": LAW_VERSION, "units": UNITS, **law}, indent=1))
+            new.write_text(json.dumps(
+                {"version": LAW_VERSION, "units": "parameters, tokens", **law}, indent=1))
         lines.append(f"written to {a.output}")
     return "\n".join(lines)
 
@@ -989,7 +1000,7 @@ def predict_command(a, _) -> str:
         raise BadInput(f"--anchor={a.anchor}: N,D,LR, three positive numbers, are needed")
     if a.law in LAWS or not Path(a.law).exists():
         rate, law = published(a.law, N, D, anchor, batch), LAWS[a.law]
-        text = f"lr {rate:.4g}   ({a.law}: {law.source}; N: {law.counts}; batch: {law.policy}"
+        text = f"lr {rate:.4g}   ({a.law}: {law.source}; N: {law.counts}; batch: {law.batch_rule}"
         if batch:
             text += f"; scaled from {law.batch(N, D):,.0f} tokens to yours by the square-root rule"
         return text + ("; as a ratio to the anchor)" if anchor else ")")
