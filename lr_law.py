@@ -453,7 +453,7 @@ def planned_runs(sizes: str, lrs: str, tokens: str, seeds: int, flags: list[str]
                     warmup_steps=min(base.warmup_steps, steps[0]), sample_tokens=0,
                     schedule="constant")
         train.check(c)
-        c = train.with_stop_in_steps(c, c.steps)
+        c = train.with_stop_in_steps(c)
         with torch.device("meta"):
             model = GPT(train.model_config(c, V))
         N = model.num_params() - model.embed.weight.numel()

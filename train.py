@@ -72,6 +72,7 @@ from model import (
     device_exists,
     generate,
     load_checkpoint,
+    logical_pieces,
     tokenizer_from_dict,
     tokenizer_id,
     tokenizer_to_dict,
@@ -85,6 +86,7 @@ from optim import (
     Optimizers,
     make_schedule,
     module_factors,
+    module_of,
     stable_phase,
 )
 from probes import Linearity, weight_scales
@@ -293,6 +295,10 @@ class Config:
 
 
 FLAGS = {f.name: f for f in fields(Config)}
+ARCHITECTURE = [f.name for f in fields(ModelConfig)  # the flags that --init_from sets
+                if f.name in FLAGS and f.name not in ("vocab_size", "block_size")]
+FIXED = [*ARCHITECTURE, "block_size", "param", "base_n_embd", "base_n_layer", "base_n_head",
+         "optimizer", "init_from"]  # a resumed run must keep these flags
 HEADINGS = {"data": "data", "mixer": "model", "optimizer": "optimizer",  # first flag -> heading
             "multipliers": "multipliers", "teacher": "teacher", "linearity": "linearity",
             "steps": "run"}
@@ -309,23 +315,23 @@ class State:
     tokens: int = 0
     flops: int = 0  # of the model, and of the teacher and other terms
     seconds: float = 0.0  # of training, without evaluation and saving
-    best_val_loss: float = math.inf
     val_loss: float = math.nan
     bits_per_byte: float = math.nan
 
 
 def make_terms(c: Config, model: GPT, teacher=None) -> list:
     """The terms of the loss. A new one is a class in its own file and a line here."""
-    stop = teacher_stop(c, c.steps)
-    terms = [NextToken()]
-    if c.distill == "step_by_step":
+    stop = teacher_stop(c)
+    if learns_rationales(c):
         share = recipe_of(c).weight
-        terms = [Task(0, 1 - share), Task(1, share)] if share else [NextToken()]
+        terms = [Task(0, 1 - share), Task(1, share)]
     elif teacher is not None and c.distill != "let":
         distill = Distill(teacher, recipe_of(c), stop, seed=c.seed,
                           sampling_flops=model.flops_per_token(backward=False))
         terms = [distill, NextToken(begins=sys.maxsize if stop is None else stop)]
-    elif teacher is not None:
+    else:
+        terms = [NextToken()]
+    if teacher is not None and c.distill == "let":
         terms.append(LET(teacher, c.n_embd, c.let_teacher_layer, c.let_student_layer,
                          c.let_weight, stop, c.let_loss, c.let_resize))
     if c.linearity != "none":
@@ -460,7 +466,7 @@ def train(c: Config) -> dict:
     check(c, int(os.environ.get("WORLD_SIZE", 1)))
     devices = set_up_devices(c)
     data = load_data(c)
-    resumed = load_checkpoint(c.resume, flag="--resume=") if c.resume else None
+    resumed = load_run(c.resume) if c.resume else None
     if resumed is not None:
         refuse_changes(c, resumed, data.tokenizer)
         if c.decay_now:
@@ -522,23 +528,22 @@ class Run:
             "tokens")
 
     def load(self, checkpoint: dict):
-        """Continues from a checkpoint: weights, optimizers, terms, state and random numbers."""
+        """Continues from a checkpoint: weights, optimizers, terms and state. Nothing in a step
+        draws from a random number generator that would have to be restored too."""
         self.model.load_state_dict(checkpoint["model"])
         if not self.optimizers.load_state_dict(checkpoint["optimizers"]):
-            say("multipliers begin here, at 1: the checkpoint has none of this kind and placement")
+            say("the checkpoint has no multipliers of this kind and placement; they start at 1")
         for term in self.terms:
             if term.name in checkpoint["terms"]:
                 term.load_state_dict(checkpoint["terms"][term.name])
-        self.state = State(**{f.name: checkpoint.get(f.name, f.default) for f in fields(State)})
-        torch.set_rng_state(checkpoint["rng"])
+        self.state = State(**{f.name: checkpoint[f.name] for f in fields(State)})
 
     def save(self):
         checkpoint = {"format": "nanolet-2", "model": self.model.state_dict(),
                       "model_config": asdict(self.model.config), "config": asdict(self.c),
                       "tokenizer": self.data.tokenizer, "optimizers": self.optimizers.state_dict(),
                       "terms": {term.name: term.state_dict() for term in self.terms},
-                      **asdict(self.state), "rng": torch.get_rng_state(),
-                      "provenance": provenance(self.devices)}
+                      **asdict(self.state), "provenance": provenance(self.devices)}
         on_rank_0(lambda: save_checkpoint(self.checkpoint, checkpoint))
         if self.c.keep_checkpoints:
             kept = self.out_dir / f"step-{self.state.step:07}.pt"
@@ -602,7 +607,6 @@ class Run:
         self.read_clock()
         if evaluates:
             state.val_loss, state.bits_per_byte = evaluate(self)
-            state.best_val_loss = min(state.best_val_loss, state.val_loss)
             self.metrics.write(state, val_loss=state.val_loss, bits_per_byte=state.bits_per_byte,
                                peak_memory_bytes=self.devices.peak_memory(),
                                **weight_scales(self.model, self.optimizers.multipliers))
@@ -675,15 +679,15 @@ class Batch:
 def model_config(c: Config, vocab_size: int) -> ModelConfig:
     """The architecture that the flags describe; fields without a flag keep ModelConfig's
     defaults."""
-    shared = {f.name: getattr(c, f.name) for f in fields(ModelConfig) if f.name in FLAGS}
-    shared["vocab_size"] = vocab_size
-    if c.param != "standard":  # this model's size over the base model's
+    ratios = {}  # this model's sizes over the base model's
+    if c.param != "standard":
         width = c.n_embd / c.base_n_embd
-        shared["width_ratio"] = width
-        shared["head_ratio"] = width * (c.base_n_head or c.n_head) / c.n_head
+        ratios["width_ratio"] = width
+        ratios["head_ratio"] = width * (c.base_n_head or c.n_head) / c.n_head
     if c.param == "completep":
-        shared["depth_ratio"] = c.n_layer / c.base_n_layer
-    return ModelConfig(**shared)
+        ratios["depth_ratio"] = c.n_layer / c.base_n_layer
+    flags = {name: getattr(c, name) for name in ARCHITECTURE}
+    return ModelConfig(vocab_size, c.block_size, **flags, **ratios)
 
 
 def start_from(c: Config, tokenizer: dict) -> GPT:
@@ -702,8 +706,7 @@ def architecture_flags(model, where: str) -> dict:
     """The flags that describe a pretrained model; the length of the context is free."""
     if not isinstance(model, GPT):
         raise BadInput(f"{where}: model.py has no such architecture")
-    return {f.name: getattr(model.config, f.name) for f in fields(ModelConfig)
-            if f.name in FLAGS and f.name not in ("vocab_size", "block_size")}
+    return {name: getattr(model.config, name) for name in ARCHITECTURE}
 
 
 def refuse_others(c: Config, needed: dict, where: str):
@@ -713,25 +716,29 @@ def refuse_others(c: Config, needed: dict, where: str):
             raise BadInput(f"{where} --{name}={getattr(c, name)}: the model has {value}")
 
 
-# A run is resumed with these flags of its own; all others may change.
-FIXED = ("block_size", "mixer", "n_layer", "n_embd", "n_head", "n_kv_head", "mlp", "qk_norm",
-         "tie_embeddings", "d_state", "ssm_head_dim", "n_experts", "experts_per_token", "param",
-         "base_n_embd", "base_n_layer", "base_n_head", "optimizer", "init_from")
+def load_run(path: str) -> dict:
+    """The checkpoint of --resume, with its `config` as a Config."""
+    checkpoint = load_checkpoint(path, flag="--resume=")
+    needed = {"config", "optimizers", "terms", *(f.name for f in fields(State))}
+    if not (needed <= checkpoint.keys() and checkpoint["config"]):
+        raise BadInput(f"--resume={path}: holds a model without the state of a run; --init_from "
+                       "starts a new run from it")
+    flags = {name: value for name, value in checkpoint["config"].items() if name in FLAGS}
+    return {**checkpoint, "config": Config(**flags)}
 
 
 def refuse_changes(c: Config, resumed: dict, tokenizer: dict):
-    where, stored = f"--resume={c.resume}", resumed["config"]
+    where = f"--resume={c.resume}"
     if resumed["step"] > c.steps:
         raise BadInput(f"{where} --steps={c.steps}: the checkpoint is at step {resumed['step']}")
-    refuse_others(c, {name: stored[name] for name in FIXED}, where)
+    refuse_others(c, {name: getattr(resumed["config"], name) for name in FIXED}, where)
     if tokenizer_id(resumed["tokenizer"]) != tokenizer_id(tokenizer):
         raise BadInput(f"{where} --tokenizer={c.tokenizer}: the run has another tokenizer")
 
 
 def branch_decay(c: Config, resumed: dict) -> Config:
-    """--decay_now: c with a decay from the checkpoint's step to --steps; the teacher stops where it
-    would have."""
-    stored, step = Config(**resumed["config"]), resumed["step"]
+    """--decay_now: c with a decay from the checkpoint's step to --steps."""
+    stored, step = resumed["config"], resumed["step"]
     stable = stable_phase(stored.schedule, stored.steps, stored.warmup_steps, stored.decay_fraction)
     if step not in stable:
         phase = f"steps {stable.start} to {stable.stop - 1}" if stable else "it has none"
@@ -741,8 +748,7 @@ def branch_decay(c: Config, resumed: dict) -> Config:
         raise BadInput(f"--decay_now --schedule={c.schedule}: needs a wsd schedule")
     if c.steps <= step:
         raise BadInput(f"--decay_now --steps={c.steps}: the decay would begin at step {step}")
-    c = replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps)
-    return with_stop_in_steps(c, stored.steps)
+    return replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps)
 
 
 def recipe_of(c: Config):
@@ -751,24 +757,29 @@ def recipe_of(c: Config):
     return make_recipe(c.distill, given)
 
 
-def teacher_stop(c: Config, steps: int) -> int | None:
-    """The step from which the teacher is not called, in a run of `steps`; None for never."""
+def learns_rationales(c: Config) -> bool:
+    """Whether a record of the data is a pair of sequences, one with the label and one with the
+    rationale."""
+    return c.distill == "step_by_step" and recipe_of(c).weight > 0
+
+
+def teacher_stop(c: Config) -> int | None:
+    """The first step without the teacher; None if it teaches until the end."""
     stop = c.let_stop if c.distill == "let" else recipe_of(c).stop
-    return stop_step(stop, steps) if stop or c.distill == "let" else None
+    return stop_step(stop, c.steps) if stop else None
 
 
-def with_stop_in_steps(c: Config, steps: int) -> Config:
-    """c with its stop, where that is a fraction of a run of `steps`, as this number of steps: a run
-    of another length stops there too."""
-    stop = teacher_stop(c, steps)
-    if c.teacher == "none" or stop is None:
+def with_stop_in_steps(c: Config) -> Config:
+    """c with its stop as a number of steps, so that a run of another length has the same stop."""
+    stop = teacher_stop(c) if c.teacher != "none" else None
+    if stop is None:
         return c
     return replace(c, **{"let_stop" if c.distill == "let" else "distill_stop": float(max(1, stop))})
 
 
 def needs_teacher(c: Config, step: int) -> bool:
-    """Whether a teacher is called from this step on."""
-    if c.teacher == "none" or not teaches_at(step, teacher_stop(c, c.steps)):
+    """Whether a teacher is called at this step or later."""
+    if c.teacher == "none" or not teaches_at(step, teacher_stop(c)):
         return False
     return c.let_weight > 0 if c.distill == "let" else recipe_of(c).teaches()
 
@@ -841,8 +852,15 @@ def freeze_gains(model: GPT, which: str):
 def make_optimizers(c: Config, model: GPT, terms: list, devices: "Devices") -> Optimizers:
     multipliers = None
     if c.multipliers != "none":
-        multipliers = Multipliers(model, c.multipliers, c.multiplier_placement,
-                                  c.multiplier_modules.split(","))
+        modules = c.multiplier_modules.split(",")
+        multipliers = Multipliers(model, c.multipliers, c.multiplier_placement, modules)
+        params = dict(model.named_parameters())
+        found = {module_of(pieces[0][0]) for name, pieces in logical_pieces(model).items()
+                 if name in params}  # a tied head is the embedding's parameter
+        default = FLAGS["multiplier_modules"].default  # serves all architectures
+        if c.multiplier_modules != default and not found.issuperset(modules):
+            raise BadInput(f"--multiplier_modules={c.multiplier_modules}: this model has "
+                           f"{', '.join(sorted(found))}")
     schedule = make_schedule(c.schedule, c.steps, c.warmup_steps, c.decay_fraction)
     return Optimizers(
         model, schedule, optimizer=c.optimizer, lr=c.lr, weight_decay=c.weight_decay,
@@ -868,7 +886,7 @@ def print_plan(c: Config, data: "Data", devices: "Devices", teacher) -> dict:
         memory += 4 * (matrices + model.embed.weight.numel())  # W beside W~
     activations = activation_bytes(model, c, devices)
     flops = model.flops_per_token() * tokens
-    taught = min(teacher_stop(c, c.steps) or c.steps, c.steps)
+    taught = min(teacher_stop(c) or c.steps, c.steps)
     for term in terms:
         flops += term.flops_per_token(c.block_size, 0) * c.batch_tokens * taught
     plan = {"parameters": n, "steps": c.steps, "tokens": tokens, "flops": flops,
@@ -1350,10 +1368,9 @@ def load_records(c: Config) -> Data:
     order = sorted(range(len(records)),
                    key=lambda i: hashlib.sha256("".join(records[i]).encode()).digest())
     cut = math.ceil(HELD_OUT * len(order))
-    rationales = recipe_of(c).weight > 0
-    train, val = (Records([records[i] for i in sorted(part)], enc, c.block_size, with_rationale)
-                  for part, with_rationale in ((order[cut:], rationales), (order[:cut], False)))
-    return Data(train, val, tokenizer)
+    train, held_out = ([records[i] for i in sorted(part)] for part in (order[cut:], order[:cut]))
+    return Data(Records(train, enc, c.block_size, learns_rationales(c)),
+                Records(held_out, enc, c.block_size, False), tokenizer)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1426,23 +1443,16 @@ def parse_flags(argv) -> Config:
 
 
 def resumed_flags(given: dict) -> Config:
-    """The checkpoint's flags, with those that are given in their place; the run goes on in its
-    folder, or with --decay_now in a new one."""
-    checkpoint = load_checkpoint(given["resume"], flag="--resume=")
-    if not checkpoint.get("config"):
-        raise BadInput(f"--resume={given['resume']}: no run of train.py made it; --init_from "
-                       "starts from it")
-    stored = {name: value for name, value in checkpoint["config"].items() if name in FLAGS}
-    steps = stored["steps"]
-    stored["out_dir"] = str(Path(given["resume"]).parent)
-    if given.get("decay_now"):  # as long as a run with this share of decay would be
-        share = given.get("decay_fraction", stored["decay_fraction"])
-        length = round(checkpoint["step"] / (1 - share)) if share < 1 else 0
-        stored |= {"out_dir": "", "steps": length}
-    c = Config(**{**stored, **given})
-    if not c.decay_now and c.steps != steps and not {"let_stop", "distill_stop"} & given.keys():
-        c = with_stop_in_steps(c, steps)  # the teacher stops where it did
-    return c
+    """The checkpoint's flags, replaced by those that are given. The run continues in its own
+    folder; --decay_now makes a new one."""
+    checkpoint = load_run(given["resume"])
+    stored = with_stop_in_steps(checkpoint["config"])
+    defaults = {"out_dir": str(Path(given["resume"]).parent)}
+    if given.get("decay_now"):  # the decay is the last decay_fraction of all steps
+        share = given.get("decay_fraction", stored.decay_fraction)
+        steps = round(checkpoint["step"] / (1 - share)) if share < 1 else 0
+        defaults = {"out_dir": "", "steps": steps}
+    return replace(stored, **{**defaults, **given})
 
 
 def check(c: Config, world: int = 1):
@@ -1487,7 +1497,7 @@ def check_batches(c: Config, world: int):
     yield sequences % world == 0, "batch_tokens", f"{sequences} sequences for {world} ranks"
     yield per_rank % min(c.micro_batch, max(1, per_rank)) == 0, "micro_batch", (
         f"does not divide the {per_rank} sequences of a rank")
-    if c.distill == "step_by_step":
+    if learns_rationales(c):
         yield c.micro_batch % 2 == per_rank % 2 == 0, "micro_batch batch_tokens distill", (
             "a record is a pair of sequences")
     if c.let_loss == "logsum":

@@ -318,7 +318,8 @@ def test_changed_files_are_tokenized_again(change, folder, tiny, cache):
     data = t.load_data(c)
     enc = tokenizer_from_dict(data.tokenizer)
     expected = [p.read_bytes().decode() for p in folder.rglob("*.txt")]
-    assert sorted(texts_of(data.train, enc) + texts_of(data.val, enc)) == sorted(expected)
+    found = rejoined(texts_of(data.train, enc), texts_of(data.val, enc), expected)
+    assert sorted(found) == sorted(expected)
 
 
 def test_data_in_two_folders_share_no_tokens(tmp_path, tiny, cache):
@@ -1052,6 +1053,8 @@ REFUSED = [f"--{name}={value}" for value, names in VALUES.items() for name in na
     --lr_law=x | (--optimizer=adamw) --muon_scale=spectral | (--tie_embeddings) --embedding_lr=3.0
     (--schedule=cosine) --decay_fraction=0.5 | --linearity_weight=2.0 | --module_lr=heads=2
     --module_lr=head=-1 | (--multipliers=scalar) --multiplier_modules=all | --multiplier_lr=0.1
+    (--multipliers=scalar) --multiplier_modules=mlp,ssm
+    (--multipliers=scalar --tie_embeddings) --multiplier_modules=mlp,head
     (--multipliers=scalar) --clip_multipliers=True --clip=0.0 | --let_weight=2.0 | --distill=kd
     (--teacher=auto) --let_student_layer=3 | (--teacher=auto) --distill_temperature=2.0
     (--teacher=auto --distill=kd) --distill_weight=2.0 | TAUGHT --let_teacher_layer=2
@@ -1120,6 +1123,17 @@ def test_bad_data_is_refused_by_name_before_anything_is_written(name, folder, ti
         t.train(t.parse_flags([*flags_of(tiny()), f"--data={folder / data}", *flags]))
     assert all(part in str(error.value) for part in names), str(error.value)
     assert not Path(tiny().out_dir).exists()
+
+
+def test_a_model_without_a_run_is_not_resumed_by_a_direct_call_either(tiny, finished):
+    with pytest.raises(t.BadInput, match="--resume=.*bare.pt"):
+        t.train(tiny(resume=str(finished / "bare.pt")))
+
+
+def test_step_by_step_without_rationales_trains_with_a_micro_batch_of_one(tiny, records):
+    t.check(tiny(**step_by_step(records, distill_weight=0.0), micro_batch=1))
+    with pytest.raises(t.BadInput, match="--micro_batch=1"):
+        t.check(tiny(**step_by_step(records), micro_batch=1))
 
 
 def test_a_start_from_an_architecture_that_is_not_ours_is_refused(monkeypatch):
