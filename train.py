@@ -9,9 +9,9 @@
                                                         # the run's folder; the other is rank 1
 
 Read `loop` first: it is the training loop. The loss of a step is a sum of terms (`make_terms`).
-Each term is a small class in the file of its idea. The parts of a run follow: the model, the
-teacher, the optimizers. Then come the flags and their checks, tokenizers, tokens, devices and
-files.
+Each term is a small class in the file of its idea. `c` is the run's Config: its flags. After the
+loop come the parts of a run, then tokenizers, tokens, the flags and their checks, devices, files,
+and the command line.
 
 Names and symbols
     step            optimizer steps taken so far
@@ -112,7 +112,1069 @@ from teacher import (
 )
 
 # --------------------------------------------------------------------------------------------------
-# Flags
+# The loop
+
+
+@dataclass
+class State:
+    """The progress of a run, as checkpoints store it."""
+
+    step: int = 0
+    tokens: int = 0
+    flops: int = 0  # of the model, the teacher and the other terms
+    seconds: float = 0.0  # of training, without evaluation and saving
+    val_loss: float = math.nan  # at the last evaluation
+    bits_per_byte: float = math.nan
+
+
+def make_terms(c: "Config", model: GPT, teacher=None) -> list:
+    """The terms of the loss. To add one, write its class and append it here."""
+    stop = teacher_stop(c)
+    if learns_rationales(c):
+        share = recipe_of(c).weight
+        terms = [Task(0, 1 - share), Task(1, share)]
+    elif teacher is not None and c.distill != "let":
+        distill = Distill(teacher, recipe_of(c), stop, seed=c.seed,
+                          sampling_flops=model.flops_per_token(backward=False))
+        terms = [distill, NextToken(begins=sys.maxsize if stop is None else stop)]
+    else:
+        terms = [NextToken()]
+    if teacher is not None and c.distill == "let":
+        terms.append(LET(teacher, c.n_embd, c.let_teacher_layer, c.let_student_layer,
+                         c.let_weight, stop, c.let_loss, c.let_resize))
+    if c.linearity != "none":
+        terms.append(Linearity(c.linearity, c.linearity_weight, c.n_layer))
+    if c.n_experts:
+        terms.append(Router(model))
+    return terms
+
+
+def loop(run: "Run", stop_signals: "StopSignals") -> dict:
+    """Trains to --steps, or until a signal asks to stop. Returns the run's result."""
+    c, state, optimizers = run.c, run.state, run.optimizers
+    batches = run.batches()
+    batch = next(batches)
+    stopping = False
+    run.start_clock()
+    with progress_bar(c.steps, "", "step", initial=state.step) as progress:
+        while True:
+            run.evaluate_and_save(stopping)  # only at some steps; does not count as training time
+            if state.step == c.steps or stopping:
+                break
+            run.drop_finished_terms()
+            named = defaultdict(float)  # sums over the passes
+            for micro in range(run.accumulation):
+                last = micro == run.accumulation - 1
+                p = forward(run, batch, synchronize=last)
+                with run.devices.autocast():
+                    loss, values = total(run.terms, state.step, p)
+                (loss / run.accumulation).backward()
+                batch = next(batches)  # fetched while the device works
+                for name, value in {"loss": loss.detach(), **values}.items():
+                    named[name] += value
+            norm = optimizers.clip(c.clip)
+            means = {name: value / run.accumulation for name, value in named.items()}
+            means |= {"grad_norm": norm, "stop": bool(stop_signals.seen)}
+            means = mean_over_ranks(run.devices, means)
+            refuse_non_finite(run, means)
+            optimizers.step(state.step)
+            for term in run.terms:
+                term.after_step()
+            stopping = means.pop("stop") > 0
+            run.advance()
+            progress.update()
+            progress.set_postfix_str(f"loss {means['loss']:.3f}", refresh=False)
+            if state.step % c.log_every == 0:
+                run.log_step(means)
+    return run.result(stop_signals)
+
+
+def forward(run: "Run", batch: "Batch", synchronize: bool) -> Pass:
+    """The model's forward pass over a batch, with the residual states that the terms need.
+    synchronize: whether the backward pass averages gradients over the ranks."""
+    step = run.state.step
+    idx, targets, counted = batch.idx, batch.targets, batch.counted
+    with run.devices.autocast():  # apart from the one below: autocast caches
+        for term in run.terms:
+            idx, targets = term.batch(run.model, idx, targets, step, batch.first)
+    if targets is not batch.targets:
+        counted = [float((targets != IGNORE).sum())]
+    if dist.is_initialized():
+        run.net.require_backward_grad_sync = synchronize
+    hidden = tuple(sorted({k for term in run.terms if term.weight(step) for k in term.hidden}))
+    with run.devices.autocast():
+        x, states = run.net(idx, hidden=hidden)
+    return Pass(run.model, idx, targets, x, dict(zip(hidden, states)), counted, step)
+
+
+class NonFinite(Failed):
+    """The loss or the gradient norm is inf or nan. The step has not changed the weights."""
+
+
+def refuse_non_finite(run: "Run", means: dict):
+    """Raises NonFinite if the loss or the gradient norm is inf or nan."""
+    if math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]):
+        return
+    kept = "No checkpoint has been written"
+    if run.saved > 0:
+        kept = f"{run.checkpoint} holds step {run.saved}"
+    raise NonFinite(f"step {run.state.step}: loss {means['loss']}, gradient norm "
+                    f"{means['grad_norm']}; stopped before the weights were touched. {kept}. "
+                    "A lower --lr may help")
+
+
+def mean_over_ranks(devices: "Devices", values: dict) -> dict:
+    """The means over ranks of named numbers, as floats. They are read in one transfer, the only
+    point where a step waits for the device."""
+    packed = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=devices.device)
+                          for v in values.values()])
+    if dist.is_initialized():
+        dist.all_reduce(packed)
+        packed /= devices.world
+    return dict(zip(values, packed.tolist()))
+
+
+@torch.no_grad()
+def evaluate(run: "Run") -> tuple[float, float]:
+    """(nats per token, bits per byte) on eval_tokens held-out tokens: n blocks, evenly spaced, and
+    shared among the ranks. Every evaluation reads the same blocks, in batches of one shape."""
+    c, data, devices = run.c, run.data.val, run.devices
+    n = max(1, min(len(data), c.eval_tokens // c.block_size))
+    rows = run.records_per_pass
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    for first in range(devices.rank * rows, n, devices.world * rows):
+        numbers = [min(i, n - 1) * len(data) // n for i in range(first, first + rows)]
+        idx, targets = data.batch(numbers)
+        targets[n - first:] = IGNORE  # the last batch repeats a block to fill its shape
+        counted = targets[targets != IGNORE]
+        with devices.autocast():
+            x, _ = run.model(idx.to(devices.device))
+            loss = run.model.loss(x, targets.to(devices.device))
+        n_bytes = int(run.token_bytes[counted.numpy()].sum())
+        sums += torch.tensor([loss.item() * len(counted), len(counted), n_bytes])
+    if dist.is_initialized():
+        sums = sums.to(devices.device)
+        dist.all_reduce(sums)
+    nats, tokens, n_bytes = sums.tolist()
+    return nats / tokens, nats / math.log(2) / n_bytes
+
+
+# --------------------------------------------------------------------------------------------------
+# A run and its parts
+
+
+def train(c: "Config") -> dict:
+    """Trains the run that c describes. Returns a dict: out_dir, checkpoint, step, tokens, flops,
+    seconds, val_loss, bits_per_byte, interrupted (the number of the signal that stopped the run, or
+    0) and history (the lines of metrics.jsonl). With dry_run: see print_plan.
+
+    Raises BadInput for wrong flags or files, before the run's folder is made; NonFinite when the
+    run diverges; OSError when a file cannot be written."""
+    check(c, int(os.environ.get("WORLD_SIZE", 1)))
+    devices = set_up_devices(c)
+    data = load_data(c)
+    resumed = load_run(c.resume) if c.resume else None
+    if resumed is not None:
+        refuse_changes(c, resumed, data.tokenizer)
+        if c.decay_now:
+            c = branch_decay(c, resumed)
+    has_teacher = needs_teacher(c, resumed["step"] if resumed else 0)
+    with StopSignals() as stop_signals, clear_out_of_memory(c):
+        if has_teacher and c.teacher == "auto" and not c.dry_run:
+            result = train_teacher(automatic_teacher(c, data))
+            if result["interrupted"]:
+                return result
+        teacher = open_teacher(c, data, devices) if has_teacher else None
+        if c.dry_run:
+            return print_plan(c, data, devices, teacher)
+        run = Run(c, data, devices, teacher, resumed)
+        teacher = resumed = None  # frees the checkpoint, and lets the run free the teacher
+        return loop(run, stop_signals)
+
+
+class Run:
+    """The parts of a run: model, terms of the loss, optimizers, state and folder.
+
+    Each rank has records_per_rank records of a step, records_per_pass in each of its `accumulation`
+    passes."""
+
+    def __init__(self, c: "Config", data: "Data", devices: "Devices", teacher=None, resumed=None):
+        self.data, self.devices, self.state, self.saved = data, devices, State(), -1
+        self.tokenizer = tokenizer_from_dict(data.tokenizer)
+        self.token_bytes = token_lengths(self.tokenizer)
+        self.records_per_rank = c.batch_tokens // c.block_size // data.train.rows // devices.world
+        self.records_per_pass = min(c.micro_batch // data.train.rows, self.records_per_rank)
+        self.accumulation = self.records_per_rank // self.records_per_pass
+        torch.manual_seed(c.seed)
+        if resumed is not None:
+            self.model = GPT(ModelConfig(**resumed["model_config"]))
+        elif c.init_from:
+            self.model = start_from(c, data.tokenizer)
+        else:
+            self.model = GPT(model_config(c, self.tokenizer.n_vocab))
+        self.model.to(devices.device)
+        self.c = c = learning_rate_by_law(c, self.model)
+        torch.manual_seed(c.seed + 1)  # for LET's projection
+        self.terms = make_terms(c, self.model, teacher)
+        freeze_gains(self.model, c.frozen_gains)
+        self.optimizers = make_optimizers(c, self.model, self.terms, devices)
+        if resumed is not None:
+            self.load(resumed)
+        if c.compile == "true" or c.compile == "auto" and devices.device.type == "cuda":
+            self.model.compile(dynamic=False)
+            for term in self.terms:
+                term.compile()
+        self.net = self.model
+        if dist.is_initialized():
+            self.net = DistributedDataParallel(self.model, gradient_as_bucket_view=True,
+                                               broadcast_buffers=False)
+        self.out_dir = on_rank_0(lambda: make_run_folder(c))
+        self.c = c = replace(c, out_dir=str(self.out_dir))
+        self.checkpoint = self.out_dir / "ckpt.pt"
+        on_rank_0(lambda: write_config(c, devices))
+        self.metrics = Metrics(self.out_dir, self.state.step, writes=devices.rank == 0)
+        say(f"{self.out_dir}: {describe_size(self.model)}, {'bf16' if devices.bf16 else 'fp32'} on "
+            f"{devices.world} x {devices.name()}; {len(data.train) * c.block_size:,} training "
+            "tokens")
+
+    def load(self, checkpoint: dict):
+        """Continues from a checkpoint: weights, optimizers, terms and state. Nothing in a step
+        draws from a random number generator that would have to be restored too."""
+        self.model.load_state_dict(checkpoint["model"])
+        if not self.optimizers.load_state_dict(checkpoint["optimizers"]):
+            say("the checkpoint has no multipliers of this kind and placement; they start at 1")
+        for term in self.terms:
+            if term.name in checkpoint["terms"]:
+                term.load_state_dict(checkpoint["terms"][term.name])
+        self.state = State(**{f.name: checkpoint[f.name] for f in fields(State)})
+
+    def save(self):
+        checkpoint = {"format": "nanolet-2", "model": self.model.state_dict(),
+                      "model_config": asdict(self.model.config), "config": asdict(self.c),
+                      "tokenizer": self.data.tokenizer, "optimizers": self.optimizers.state_dict(),
+                      "terms": {term.name: term.state_dict() for term in self.terms},
+                      **asdict(self.state), "provenance": provenance(self.devices)}
+        on_rank_0(lambda: save_checkpoint(self.checkpoint, checkpoint))
+        if self.c.keep_checkpoints:
+            kept = self.out_dir / f"step-{self.state.step:07}.pt"
+            on_rank_0(lambda: save_checkpoint(kept, checkpoint))
+        self.saved = self.state.step
+
+    def batches(self):
+        """The endless stream of this rank's batches. The place in the data follows from the number
+        of tokens seen, so a run can be resumed with another batch size or number of ranks."""
+        c, data, device = self.c, self.data.train, self.devices.device
+        rank, world = self.devices.rank, self.devices.world
+        records = self.records_per_rank * world  # of a step
+        passes = self.accumulation * world  # of a step
+        place = self.state.tokens // (c.block_size * data.rows)  # of the step's first record
+        while True:
+            numbers = block_numbers(c.seed, place, records, len(data))
+            counted = [n / passes for n in data.counted(numbers)]
+            for i in range(0, self.records_per_rank, self.records_per_pass):
+                first = rank * self.records_per_rank + i
+                batch = data.batch(numbers[first:first + self.records_per_pass])
+                if device.type == "cuda":
+                    batch = [tensor.pin_memory() for tensor in batch]
+                idx, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
+                yield Batch(idx, targets, counted, (place + first) * data.rows)
+            place += records
+
+    def drop_finished_terms(self):
+        """Drops the terms whose weight stays 0; a teacher then leaves memory."""
+        kept = [term for term in self.terms if not term.over(self.state.step)]
+        if len(kept) < len(self.terms):
+            self.terms = kept
+            gc.collect()  # a compiled teacher refers to itself
+
+    def start_clock(self):
+        self.clock = time.perf_counter()
+        self.logged_tokens, self.logged_seconds = self.state.tokens, self.state.seconds
+
+    def read_clock(self):
+        now = time.perf_counter()
+        self.state.seconds += now - self.clock
+        self.clock = now
+
+    def advance(self):
+        """Adds the step that was just taken to the state."""
+        c, state = self.c, self.state
+        per_token = self.model.flops_per_token()
+        per_token += sum(term.flops_per_token(c.block_size, state.step) for term in self.terms)
+        state.step += 1
+        state.tokens += c.batch_tokens
+        state.flops += c.batch_tokens * per_token
+        self.read_clock()
+
+    def evaluate_and_save(self, stopping: bool):
+        c, state = self.c, self.state
+        last = state.step == c.steps
+        evaluates = state.step % c.eval_every == 0 or last
+        saves = state.step > 0 and (state.step % c.save_every == 0 or last or stopping)
+        if not (evaluates or saves):
+            return
+        self.devices.synchronize()
+        self.read_clock()
+        if evaluates:
+            state.val_loss, state.bits_per_byte = evaluate(self)
+            self.metrics.write(state, val_loss=state.val_loss, bits_per_byte=state.bits_per_byte,
+                               peak_memory_bytes=self.devices.peak_memory(),
+                               **weight_scales(self.model, self.optimizers.multipliers))
+            left = state.seconds / max(1, state.step) * (c.steps - state.step)
+            say(f"step {state.step:>6}  held-out {state.val_loss:.4f} nats, "
+                f"{state.bits_per_byte:.4f} bits per byte  {state.seconds:7.1f} s"
+                + (f", {left:.0f} s to go" if 0 < state.step < c.steps else ""))
+        if saves:
+            self.save()
+        self.clock = time.perf_counter()
+
+    def log_step(self, means: dict):
+        """Writes a line of metrics.jsonl."""
+        state = self.state
+        seconds = max(state.seconds - self.logged_seconds, 1e-9)
+        speed = (state.tokens - self.logged_tokens) / seconds
+        self.logged_tokens, self.logged_seconds = state.tokens, state.seconds
+        extra = {}
+        for term in self.terms:
+            extra |= term.logged(state.step - 1)
+        self.metrics.write(state, **means, lr=self.optimizers.lr, tokens_per_second=round(speed),
+                           mfu=self.mfu(speed), **extra)
+
+    def mfu(self, tokens_per_second: float):
+        """Model FLOPs utilization, or None on a device whose peak is not known."""
+        peak = self.devices.peak_flops()
+        return tokens_per_second * self.model.flops_per_token() / peak if peak else None
+
+    def result(self, stop_signals: "StopSignals") -> dict:
+        state = self.state
+        interrupted = 0
+        if state.step < self.c.steps:
+            interrupted = int(min(stop_signals.seen, default=signal.SIGTERM))  # or another rank's
+            say(f"stopped at step {state.step}; to continue: "
+                f"python train.py --resume={self.checkpoint}")
+        else:
+            self.say_done()
+        return {**asdict(state), "out_dir": str(self.out_dir), "checkpoint": str(self.checkpoint),
+                "interrupted": interrupted, "history": self.metrics.lines}
+
+    def say_done(self):
+        c, state = self.c, self.state
+        speed = state.tokens / max(state.seconds, 1e-9)
+        mfu = self.mfu(speed)
+        say(f"done: held-out {state.val_loss:.4f} nats per token, {state.bits_per_byte:.4f} bits "
+            f"per byte; {state.seconds:.0f} s, {state.tokens:,} tokens, {state.flops:.3g} FLOPs, "
+            f"{speed:,.0f} tokens/s, MFU {'n/a' if mfu is None else f'{100 * mfu:.1f} %'}, "
+            f"peak memory {self.devices.peak_memory() / 1e9:.2f} GB")
+        if self.devices.rank == 0 and c.sample_tokens:
+            enc = self.tokenizer
+            prompt = [enc.eot_token] + enc.encode_ordinary("def " if c.data == "stdlib" else "")
+            idx = torch.tensor([prompt], device=self.devices.device)
+            sample = generate(self.model, idx, c.sample_tokens, 0.8, seed=c.seed)
+            say(f"a sample:\n{'-' * 80}\n{enc.decode(sample[0, 1:].tolist())}\n{'-' * 80}\n"
+                f"checkpoint: {self.checkpoint}\n"
+                f'more:       python model.py {self.checkpoint} --prompt "def " --tokens 200')
+
+
+@dataclass
+class Batch:
+    """Inputs of one pass. idx, targets: (B, T); counted: see model.Pass; first: number of the first
+    sequence in the order of training, over all ranks."""
+
+    idx: torch.Tensor
+    targets: torch.Tensor
+    counted: list
+    first: int
+
+
+def model_config(c: "Config", vocab_size: int) -> ModelConfig:
+    """The architecture that the flags describe; fields without a flag keep ModelConfig's
+    defaults."""
+    ratios = {}  # this model's sizes over the base model's
+    if c.param != "standard":
+        width = c.n_embd / c.base_n_embd
+        ratios["width_ratio"] = width
+        ratios["head_ratio"] = width * (c.base_n_head or c.n_head) / c.n_head
+    if c.param == "completep":
+        ratios["depth_ratio"] = c.n_layer / c.base_n_layer
+    flags = {name: getattr(c, name) for name in ARCHITECTURE}
+    return ModelConfig(vocab_size, c.block_size, **flags, **ratios)
+
+
+def start_from(c: "Config", tokenizer: dict) -> GPT:
+    """A model with the weights of --init_from. Raises BadInput where the flags describe another
+    architecture or tokenizer."""
+    where = f"--init_from={c.init_from}"
+    source, source_tokenizer = load_pretrained(c.init_from, flag="--init_from=")
+    if tokenizer_id(source_tokenizer) != tokenizer_id(tokenizer):
+        raise BadInput(f"{where} --tokenizer={c.tokenizer}: the model has another tokenizer; "
+                       "--tokenizer=teacher uses it")
+    refuse_others(c, {**architecture_flags(source, where), "n_layer": c.n_layer}, where)
+    return init_from(source, c.n_layer, c.block_size, where)
+
+
+def architecture_flags(model, where: str) -> dict:
+    """The values of the ARCHITECTURE flags for a pretrained model."""
+    if not isinstance(model, GPT):
+        raise BadInput(f"{where}: model.py has no such architecture")
+    return {name: getattr(model.config, name) for name in ARCHITECTURE}
+
+
+def refuse_others(c: "Config", needed: dict, where: str):
+    """Raises BadInput if a flag's value is not the needed one."""
+    for name, value in needed.items():
+        if getattr(c, name) != value:
+            raise BadInput(f"{where} --{name}={getattr(c, name)}: the model has {value}")
+
+
+def load_run(path: str) -> dict:
+    """The checkpoint of --resume, with its `config` as a Config."""
+    checkpoint = load_checkpoint(path, flag="--resume=")
+    needed = {"config", "optimizers", "terms", *(f.name for f in fields(State))}
+    if not (needed <= checkpoint.keys() and checkpoint["config"]):
+        raise BadInput(f"--resume={path}: holds a model without the state of a run; --init_from "
+                       "starts a new run from it")
+    flags = {name: value for name, value in checkpoint["config"].items() if name in FLAGS}
+    return {**checkpoint, "config": Config(**flags)}
+
+
+def refuse_changes(c: "Config", resumed: dict, tokenizer: dict):
+    where = f"--resume={c.resume}"
+    if resumed["step"] > c.steps:
+        raise BadInput(f"{where} --steps={c.steps}: the checkpoint is at step {resumed['step']}")
+    refuse_others(c, {name: getattr(resumed["config"], name) for name in FIXED}, where)
+    if tokenizer_id(resumed["tokenizer"]) != tokenizer_id(tokenizer):
+        raise BadInput(f"{where} --tokenizer={c.tokenizer}: the run has another tokenizer")
+
+
+def branch_decay(c: "Config", resumed: dict) -> "Config":
+    """--decay_now: c with a decay from the checkpoint's step to --steps."""
+    stored, step = resumed["config"], resumed["step"]
+    stable = stable_phase(stored.schedule, stored.steps, stored.warmup_steps, stored.decay_fraction)
+    if step not in stable:
+        phase = f"steps {stable.start} to {stable.stop - 1}" if stable else "it has none"
+        raise BadInput(f"--decay_now --resume={c.resume}: step {step} of its {stored.schedule} "
+                       f"schedule is not in the stable phase ({phase})")
+    if not c.schedule.startswith("wsd"):
+        raise BadInput(f"--decay_now --schedule={c.schedule}: needs a wsd schedule")
+    if c.steps <= step:
+        raise BadInput(f"--decay_now --steps={c.steps}: the decay would begin at step {step}")
+    return replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps)
+
+
+def recipe_of(c: "Config"):
+    given = {name.removeprefix("distill_"): getattr(c, name) for name in FLAGS
+             if name.startswith("distill_")}
+    return make_recipe(c.distill, given)
+
+
+def learns_rationales(c: "Config") -> bool:
+    """Whether a record of the data is a pair of sequences, one with the label and one with the
+    rationale."""
+    return c.distill == "step_by_step" and recipe_of(c).weight > 0
+
+
+def teacher_stop(c: "Config") -> int | None:
+    """The first step without the teacher; None if it teaches until the end."""
+    stop = c.let_stop if c.distill == "let" else recipe_of(c).stop
+    return stop_step(stop, c.steps) if stop else None
+
+
+def with_stop_in_steps(c: "Config") -> "Config":
+    """c with its stop as a number of steps, so that a run of another length has the same stop."""
+    stop = teacher_stop(c) if c.teacher != "none" else None
+    if stop is None:
+        return c
+    return replace(c, **{"let_stop" if c.distill == "let" else "distill_stop": float(max(1, stop))})
+
+
+def needs_teacher(c: "Config", step: int) -> bool:
+    """Whether a teacher is called at this step or later."""
+    if c.teacher == "none" or not teaches_at(step, teacher_stop(c)):
+        return False
+    return c.let_weight > 0 if c.distill == "let" else recipe_of(c).teaches()
+
+
+def open_teacher(c: "Config", data: "Data", devices: "Devices"):
+    """The frozen teacher. With --dtype=bf16 a published model has bf16 weights. Ours keeps fp32
+    weights and runs under autocast."""
+    name = c.teacher
+    if name == "auto":
+        t = automatic_teacher(c, data)
+        name = str(Path(t.out_dir) / "ckpt.pt")
+        if c.dry_run and not Path(name).exists():  # an untrained one costs the same
+            return GPT(model_config(t, tokenizer_from_dict(data.tokenizer).n_vocab))
+    published = not Path(name).is_file()
+    dtype = torch.bfloat16 if devices.bf16 and published else torch.float32
+    return load_teacher(name, data.tokenizer, c.block_size, devices.device, dtype)
+
+
+def automatic_teacher(c: "Config", data: "Data") -> "Config":
+    """The flags of the run that trains the teacher of --teacher=auto. It has half of the student's
+    blocks, half its width, tied embeddings, and 1.25 times the student's tokens (all our choice).
+    All other flags have their defaults and the seed is fixed, so that students with any seed,
+    optimizer and learning rate share one teacher. Its folder is in the cache, named by a hash of
+    these flags and of the training data."""
+    shared = ("data", "tokenizer", "vocab_size", "block_size", "batch_tokens", "micro_batch",
+              "device", "dtype", "compile")
+    heads = max(1, c.n_head // 2)
+    t = Config(**{name: getattr(c, name) for name in shared}, n_layer=max(1, c.n_layer // 2),
+               n_embd=max(2 * heads, c.n_embd // 2 // (2 * heads) * 2 * heads), n_head=heads,
+               tie_embeddings=True, steps=math.ceil(1.25 * c.steps), seed=1_000_003,
+               warmup_steps=min(c.steps // 10, FLAGS["warmup_steps"].default), sample_tokens=0)
+    if c.distill == "let" and c.let_teacher_layer > t.n_layer:
+        raise BadInput(f"--let_teacher_layer={c.let_teacher_layer}: the automatic teacher has "
+                       f"{t.n_layer} blocks")
+    ignored = ("device", "compile", "dtype", "micro_batch")
+    flags = {name: value for name, value in asdict(t).items() if name not in ignored}
+    folder = key(flags, tokenizer_id(data.tokenizer), data.train.sample())
+    return replace(t, out_dir=str(cache_dir() / "teachers" / folder))
+
+
+def train_teacher(t: "Config") -> dict:
+    """Trains or resumes the teacher's run, unless it is finished. Returns its result."""
+    path = Path(t.out_dir) / "ckpt.pt"
+    step = load_checkpoint(path)["step"] if path.exists() else 0
+    if step >= t.steps:
+        return {"interrupted": 0}
+    say(f"teacher: {t.n_layer} blocks of width {t.n_embd}, trained once and kept in {t.out_dir}")
+    result = train(replace(t, resume=str(path) if step else ""))
+    say("student:")
+    return result
+
+
+def learning_rate_by_law(c: "Config", model: GPT) -> "Config":
+    """c with --lr as --lr_law predicts it for this model's N parameters (without the embedding)
+    and the run's D tokens."""
+    if not c.lr_law:
+        return c
+    N, D = model.num_params() - model.embed.weight.numel(), c.steps * c.batch_tokens
+    lr = law_rate(load_law(c.lr_law, "--lr_law"), N, D)
+    say(f"--lr={lr:.4g}, by {c.lr_law} at N = {N:,} and D = {D:,}")
+    return replace(c, lr=lr, lr_law="")
+
+
+def freeze_gains(model: GPT, which: str):
+    """--frozen_gains: the RMSNorm gains in the blocks, the final one, or all are not trained."""
+    for name, p in model.named_parameters():
+        position = "final" if name == "norm.weight" else "blocks"
+        if name.endswith("norm.weight") and which in ("all", position):
+            p.requires_grad_(False)
+
+
+def make_optimizers(c: "Config", model: GPT, terms: list, devices: "Devices") -> Optimizers:
+    multipliers = None
+    if c.multipliers != "none":
+        modules = c.multiplier_modules.split(",")
+        multipliers = Multipliers(model, c.multipliers, c.multiplier_placement, modules)
+        params = dict(model.named_parameters())
+        found = {module_of(pieces[0][0]) for name, pieces in logical_pieces(model).items()
+                 if name in params}  # a tied head is the embedding's parameter
+        default = FLAGS["multiplier_modules"].default  # serves all architectures
+        if c.multiplier_modules != default and not found.issuperset(modules):
+            raise BadInput(f"--multiplier_modules={c.multiplier_modules}: this model has "
+                           f"{', '.join(sorted(found))}")
+    schedule = make_schedule(c.schedule, c.steps, c.warmup_steps, c.decay_fraction)
+    return Optimizers(
+        model, schedule, optimizer=c.optimizer, lr=c.lr, weight_decay=c.weight_decay,
+        betas=(c.beta1, c.beta2), embedding_lr=c.embedding_lr,
+        module_lr=module_factors(c.module_lr), multipliers=multipliers,
+        multiplier_lr=c.multiplier_lr, multiplier_weight_decay=c.multiplier_weight_decay,
+        clip_multipliers=c.clip_multipliers, momentum=c.momentum, muon_scale=c.muon_scale,
+        dtype=torch.bfloat16 if devices.bf16 else torch.float32,
+        extra=[p for term in terms for p in term.parameters()])
+
+
+def print_plan(c: "Config", data: "Data", devices: "Devices", teacher) -> dict:
+    """--dry_run: prints and returns what the run would cost. The model is made on the meta device,
+    which needs no memory."""
+    with torch.device("meta"):
+        model = GPT(model_config(c, tokenizer_from_dict(data.tokenizer).n_vocab))
+        terms = make_terms(c, model, teacher)
+    n, tokens = model.num_params(), c.steps * c.batch_tokens
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
+    memory = 4 * 4 * n  # fp32: weights, gradients and AdamW's two buffers
+    if c.optimizer == "muon":
+        memory -= 4 * matrices  # Muon has one buffer
+    if c.multipliers != "none":
+        memory += 4 * (matrices + model.embed.weight.numel())  # W beside diag(r) W diag(c)
+    activations = activation_bytes(model, c, devices)
+    flops = model.flops_per_token() * tokens
+    taught = min(teacher_stop(c) or c.steps, c.steps)
+    for term in terms:
+        flops += term.flops_per_token(c.block_size, 0) * c.batch_tokens * taught
+    plan = {"parameters": n, "steps": c.steps, "tokens": tokens, "flops": flops,
+            "memory_bytes": memory, "activation_bytes": activations, "interrupted": 0}
+    train_tokens, held_out = len(data.train) * c.block_size, len(data.val) * c.block_size
+    say(f"plan\n  parameters      {describe_size(model)}\n"
+        f"  data            {train_tokens:,} training tokens, {held_out:,} held out\n"
+        f"  steps           {c.steps:,} of {c.batch_tokens:,} tokens: {tokens:,} tokens, "
+        f"{tokens / train_tokens:.2f} epochs\n"
+        f"  FLOPs           {flops:.3g} in all (the teacher's included)\n"
+        f"  memory          {memory / 1e6:,.0f} MB weights, gradients and optimizer, about "
+        f"{activations / 1e6:,.0f} MB activations")
+    return plan
+
+
+def describe_size(model: GPT) -> str:
+    n, active = model.num_params(), model.num_params(active=True)
+    some = f" ({active:,} active)" if active < n else ""
+    return f"{n:,} parameters{some}, {model.flops_per_token():,} FLOPs per token"
+
+
+def activation_bytes(model: GPT, c: "Config", devices: "Devices") -> int:
+    """Bytes that autograd saves in one forward pass, without torch.compile."""
+    seen = {}
+
+    def pack(t):
+        seen[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        idx = torch.zeros(c.micro_batch, c.block_size, dtype=torch.int64)
+        with torch.autocast("cpu", torch.bfloat16, enabled=devices.bf16):
+            model(idx)
+    return sum(seen.values()) - sum(p.numel() * 4 for p in model.parameters())
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers. `train_bpe` trains a byte-level BPE; tiktoken runs it (tiktoken.Encoding).
+
+# Splits text into words: letters, with one other character before them; up to three digits; signs,
+# with a space before them and line ends after them; line ends, with white space before them; other
+# white space. Every character is in a word. The pattern has no \p classes, because Python's `re`
+# has none and must find the same words in training as tiktoken later. (A few combining marks
+# differ, which affects the trained counts only.)
+PATTERN = (r"(?:[^\w\r\n]|_)?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+BYTES_PATTERN = r"[^\n]+|\n"
+
+
+def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
+    """Byte-level byte-pair encoding (Sennrich et al. 2016): start from the 256 bytes and merge the
+    most frequent pair of neighbours, vocab_size - 256 times. Returns {token bytes: rank}; rank is
+    the order of merging, as tiktoken wants it.
+
+    Pairs are counted once, over the distinct words. A merge then updates the counts in the words
+    that contain its pair. The heap can hold outdated counts: an entry that differs from `pairs` is
+    replaced when it is popped."""
+    words = Counter()
+    for text in texts:
+        words.update(re.findall(PATTERN, text))
+    tokens = [bytes([i]) for i in range(256)]
+    counts = list(words.values())
+    words = [list(word.encode()) for word in words]
+    pairs, where = Counter(), defaultdict(set)  # pair of ids -> its count, indices of its words
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pairs[pair] += counts[i]
+            where[pair].add(i)
+    heap = [(-n, pair) for pair, n in pairs.items()]  # ties: lowest ids first
+    heapq.heapify(heap)
+    while len(tokens) < vocab_size and heap:
+        n, pair = heapq.heappop(heap)
+        if -n != pairs[pair]:
+            if pairs[pair] > 0:
+                heapq.heappush(heap, (-pairs[pair], pair))
+            continue
+        new = len(tokens)
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        changed = set()
+        for i in where.pop(pair):
+            merged = merge(words[i], pair, new)
+            for p in zip(words[i], words[i][1:]):
+                pairs[p] -= counts[i]
+            for p in zip(merged, merged[1:]):
+                pairs[p] += counts[i]
+                where[p].add(i)
+                changed.add(p)
+            words[i] = merged
+        for p in changed:
+            heapq.heappush(heap, (-pairs[p], p))
+        if progress is not None:
+            progress.update()
+    # Two merges can make the same bytes. The first one counts; tiktoken needs ranks without a gap.
+    return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
+
+
+def merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """The word with each occurrence of the pair, from left to right, replaced by `new`."""
+    merged, j = [], 0
+    while j < len(word):
+        if j + 1 < len(word) and (word[j], word[j + 1]) == pair:
+            merged.append(new)
+            j += 2
+        else:
+            merged.append(word[j])
+            j += 1
+    return merged
+
+
+def make_tokenizer(name: str, ranks: dict[bytes, int], pattern: str) -> dict:
+    return tokenizer_to_dict(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                               special_tokens={END_OF_TEXT: len(ranks)}))
+
+
+def make_tokenizer_for(c: "Config", texts) -> dict:
+    """The tokenizer of --tokenizer as a dict (see model.tokenizer_to_dict). `bpe` is trained on the
+    texts."""
+    name = c.tokenizer
+    if name == "bpe":
+        with progress_bar(c.vocab_size - 257, "training the tokenizer", "merge") as progress:
+            ranks = train_bpe(texts, c.vocab_size - 1, progress)
+        if len(ranks) < c.vocab_size - 1:
+            raise BadInput(f"--vocab_size={c.vocab_size}: the text of --data={c.data} has pairs "
+                           f"for {len(ranks) + 1} tokens only")
+        return make_tokenizer("bpe", ranks, PATTERN)
+    if name == "teacher":
+        return load_tokenizer(*pretrained_name(c))
+    if name == "bytes":
+        return make_tokenizer("bytes", {bytes([i]): i for i in range(256)}, BYTES_PATTERN)
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        raise BadInput(f"--tokenizer={name}: bpe, bytes, teacher, or one of tiktoken's: "
+                       f"{', '.join(known)}")
+    try:
+        return tokenizer_to_dict(tiktoken.get_encoding(name))
+    except OSError as e:  # requests' errors are OSErrors
+        raise BadInput(f"--tokenizer={name}: tiktoken could not fetch its vocabulary "
+                       f"({type(e).__name__}); on a machine with a network run it once with "
+                       "TIKTOKEN_CACHE_DIR=FOLDER, and copy that folder here") from None
+
+
+def pretrained_name(c: "Config") -> tuple[str, str]:
+    """(name, flag) of the pretrained model that --tokenizer=teacher refers to."""
+    return (c.init_from, "--init_from=") if c.init_from else (c.teacher, "--teacher=")
+
+
+def token_lengths(enc) -> np.ndarray:
+    """The number of bytes of text for each token id, 0 for special tokens."""
+    lengths = np.zeros(enc.n_vocab, np.int64)
+    if isinstance(enc, HFEncoding):
+        pairs = enc.lengths()
+    else:
+        pairs = ((i, len(token)) for token, i in enc._mergeable_ranks.items())
+    for i, length in pairs:
+        lengths[i] = length
+    return lengths
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokens. --data becomes memory-mapped arrays of token ids (shards), for training and held out. The
+# order of the data depends only on the seed and on the number of records read so far.
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def block_numbers(seed: int, first: int, count: int, n: int) -> list[int]:
+    """The blocks at the places first .. first + count - 1 of an endless stream of epochs. An epoch
+    is a seeded permutation of the n blocks. Resuming needs only `first`, and so do the ranks."""
+    places = range(first, first + count)
+    return [int(permutation(seed, place // n, n)[place % n]) for place in places]
+
+
+class Blocks:
+    """Blocks of tokens, for training or held out. In each array a block of block_size + 1 tokens
+    begins every block_size tokens. teacher.Records has the same interface."""
+
+    rows = 1  # sequences in a record
+
+    def __init__(self, arrays, block_size: int):
+        self.arrays, self.block_size = arrays, block_size
+        self.ends = np.cumsum([max(0, (len(a) - 1) // block_size) for a in arrays])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def batch(self, numbers):
+        """(inputs, targets) of these blocks: int64 tensors (len(numbers), block_size)."""
+        rows = np.empty((len(numbers), self.block_size + 1), np.int64)
+        for row, i in zip(rows, numbers):
+            array = int(np.searchsorted(self.ends, i, side="right"))
+            start = (i - (self.ends[array - 1] if array else 0)) * self.block_size
+            row[:] = self.arrays[array][start:start + self.block_size + 1]
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1], rows[:, 1:].clone()
+
+    def counted(self, numbers) -> list[int]:
+        """The number of targets in these blocks, for each row of a record: here one number."""
+        return [len(numbers) * self.block_size]
+
+    def sample(self) -> list:
+        """The length and 64 of the blocks, which identify the data."""
+        numbers = np.linspace(0, len(self) - 1, 64).astype(int).tolist()
+        return [len(self), self.batch(numbers)[0].tolist()]
+
+
+@dataclass
+class Data:
+    train: Blocks | Records
+    val: Blocks | Records
+    tokenizer: dict
+
+
+def load_data(c: "Config") -> Data:
+    """The tokens of --data. Rank 0 prepares them, and all ranks open them."""
+    if c.distill == "step_by_step":
+        return on_rank_0(lambda: load_records(c))
+    train, val, tokenizer = on_rank_0(lambda: prepare_shards(c))
+    train = [open_shard(path, c.data) for path in train]
+    val = [open_shard(path, c.data) for path in val]
+    if not val:  # hold out the end of the only shard
+        cut = int(len(train[0]) * (1 - HELD_OUT))
+        train, val = [train[0][:cut]], [train[0][cut:]]
+    data = Data(Blocks(train, c.block_size), Blocks(val, c.block_size), tokenizer)
+    for what, part in (("training", data.train), ("held-out", data.val)):
+        if len(part) == 0:
+            raise BadInput(f"--data={c.data} --block_size={c.block_size}: the {what} part has "
+                           f"{sum(map(len, part.arrays))} tokens, fewer than a block and one")
+    return data
+
+
+def prepare_shards(c: "Config"):
+    """(paths of training shards, paths of held-out shards, tokenizer) of --data."""
+    root, files = find_files(c.data)
+    shards = [p for p in files if p.suffix in (".bin", ".npy")]
+    return find_shards(c, shards) if shards else tokenize_text(c, root, files)
+
+
+HELD_OUT = 0.1  # share of the text, and of a single shard
+CACHE_VERSION = 2  # part of every cache key; to be raised when the format of cached files changes
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+               "input.txt")
+DOWNLOADS = {  # name -> (dataset of the Hugging Face hub, its files)
+    "shakespeare": (None, ["input.txt"]),
+    "tinystories": ("roneneldan/TinyStories", ["TinyStoriesV2-GPT4-train.txt"]),
+    "fineweb": ("kjj0/fineweb10B-gpt2", ["fineweb_val_000000.bin"]
+                + [f"fineweb_train_{i:06d}.bin" for i in range(1, 10)]),
+}
+
+
+def cache_dir() -> Path:
+    """The folder of tokens, downloads and automatic teachers: NANOLET_CACHE, or `nanolet` in the
+    user's cache."""
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("NANOLET_CACHE") or Path(user) / "nanolet")
+
+
+def key(*parts) -> str:
+    """The name of a cached folder: a hash of what its contents depend on."""
+    return hashlib.sha256(json.dumps([CACHE_VERSION, *parts]).encode()).hexdigest()[:16]
+
+
+def download(name: str) -> list[Path]:
+    """The files of a named download, fetched at first use."""
+    dataset, names = DOWNLOADS[name]
+    folder = cache_dir() / "downloads" / name
+    for file in names:
+        path = folder / file
+        if path.exists():
+            continue
+        try:
+            if dataset is None:
+                with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
+                    text = response.read()
+                with written_whole(path) as tmp:
+                    tmp.write_bytes(text)
+            else:
+                from huggingface_hub import hf_hub_download  # the extra `hf`
+                hf_hub_download(dataset, file, repo_type="dataset", local_dir=folder)
+        except ImportError:
+            raise BadInput(f"--data={name}: needs huggingface_hub: pip install "
+                           "'nanolet[hf]'") from None
+        except Exception as e:  # without a network, the hub's client raises many kinds of errors
+            if getattr(e, "errno", None) == errno.ENOSPC:
+                raise
+            raise BadInput(f"--data={name}: no download ({type(e).__name__}); fetch {file} of "
+                           f"{dataset or SHAKESPEARE} elsewhere and put it at {path}") from None
+    return [folder / file for file in names]
+
+
+def find_files(data: str) -> tuple[Path, list[Path]]:
+    """(folder, sorted files) of --data. Names of documents are relative to the folder."""
+    if data in DOWNLOADS:
+        files = download(data)
+        return files[0].parent, files
+    if data == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__",
+                "encodings"}  # tables of codecs
+        files = [p for p in root.rglob("*.py") if not skip & {*p.relative_to(root).parts}]
+        return root, sorted(p for p in files if not p.name.startswith("_sysconfigdata"))
+    path, pattern = Path(data), data
+    if path.exists():
+        pattern = glob.escape(str(path)) + ("/**" if path.is_dir() else "")
+    found = map(Path, glob.glob(pattern, recursive=True))  # without hidden files and folders
+    files = sorted(p for p in found if p.is_file())
+    if not files:
+        raise BadInput(f"--data={data}: no such file or glob, or no file in this folder")
+    root = path if path.is_dir() else Path(os.path.commonpath([p.parent for p in files]))
+    return root, files
+
+
+def read_documents(root: Path, files: list[Path], data: str) -> list[tuple[str, str]]:
+    """(name, text) of every document. A line with nothing but the end-of-text string separates
+    documents in a file; elsewhere the string is ordinary text."""
+    documents = []
+    for path in files:
+        try:
+            text = path.read_bytes().decode()
+        except UnicodeDecodeError as e:
+            if data == "stdlib":  # a few of its files are in other encodings on purpose
+                continue
+            raise BadInput(f"--data={data}: {path} is not UTF-8 text (byte {e.start})") from None
+        separator = rf"\n?^{re.escape(END_OF_TEXT)}[ \t]*\r?$\n?"
+        parts = [part for part in re.split(separator, text, flags=re.M) if part.strip()]
+        name = path.relative_to(root).as_posix()
+        documents += [(f"{name}#{i}", part) for i, part in enumerate(parts)]
+    if not documents:
+        raise BadInput(f"--data={data}: no text in it")
+    return documents
+
+
+def split_documents(documents):
+    """(training, held-out) documents. In the order of a hash of their names, documents are held out
+    until these have 10 % of the characters. The last of them is cut, at a line end, and only its
+    end is held out."""
+    room = HELD_OUT * sum(len(text) for _, text in documents)  # characters still to be held out
+    train, held_out = [], []
+    for name, text in sorted(documents, key=lambda d: hashlib.sha256(d[0].encode()).digest()):
+        cut = max(0, len(text) - math.ceil(room))
+        if 0 < cut < len(text):
+            cut = text.rfind("\n", cut - int(room / 10), cut) + 1 or cut  # a line end, if near
+        room = max(0, room - (len(text) - cut))
+        train += [(name, text[:cut])] if cut > 0 else []
+        held_out += [(name, text[cut:])] if cut < len(text) else []
+    return sorted(train), sorted(held_out)
+
+
+def tokenize_text(c: "Config", root: Path, files: list[Path]):
+    """Tokenizes text files into two shards in the cache, unless they are there. The cache key has
+    the files' names, sizes and times, and the tokenizer. Returns as prepare_shards."""
+    stamp = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns)
+             for p in files]
+    name = c.tokenizer
+    if name == "teacher":
+        name = tokenizer_id(load_tokenizer(*pretrained_name(c)))
+    folder = cache_dir() / "tokens" / key(str(root.resolve()), stamp, name, c.vocab_size, PATTERN)
+    tokenizer_file = folder / "tokenizer.json"
+    if not tokenizer_file.exists():  # it is written last
+        train, held_out = split_documents(read_documents(root, files, c.data))
+        tokenizer = make_tokenizer_for(c, (text for _, text in train))
+        enc = tokenizer_from_dict(tokenizer)
+        for part, documents in (("train", train), ("val", held_out)):
+            with written_whole(folder / f"{part}.bin") as tmp:
+                write_shard(tmp, documents, enc, f"tokenizing, {part}")
+        with written_whole(tokenizer_file) as tmp:
+            tmp.write_text(json.dumps(tokenizer))
+    tokenizer = json.loads(tokenizer_file.read_text())
+    return [folder / "train.bin"], [folder / "val.bin"], tokenizer
+
+
+def write_shard(path: Path, documents, enc, what: str):
+    """Writes the documents' tokens, with an end-of-text token before each document, in llm.c's
+    format (see open_shard). The tokenizer's threads share 256 pieces of about 256 kB at a time.
+    what: the title of the progress bar."""
+    magic = 20240520 if enc.n_vocab <= 2**16 else 20240801
+    characters, count, pieces = sum(len(text) for _, text in documents), 0, pieces_of(documents)
+    with open(path, "wb") as f, progress_bar(characters, what, "char", unit_scale=True) as progress:
+        f.write(bytes(1024))  # the header, written at the end
+        while some := list(itertools.islice(pieces, 256)):
+            begins, texts = zip(*some)
+            tokens = []
+            for begin, ids in zip(begins, enc.encode_ordinary_batch(
+                    texts, num_threads=os.cpu_count() or 1)):
+                tokens += [enc.eot_token, *ids] if begin else ids
+            np.array(tokens, SHARD_DTYPES[magic]).tofile(f)
+            count += len(tokens)
+            progress.update(sum(map(len, texts)))
+        f.seek(0)
+        np.array([magic, 1, count], np.int32).tofile(f)
+
+
+def pieces_of(documents):
+    """Cuts the documents at line ends. Yields (whether a document begins, piece of text)."""
+    for _, text in documents:
+        start = 0
+        while start < len(text):
+            end = text.find("\n", start + (1 << 18)) + 1 or len(text)
+            yield start == 0, text[start:end]
+            start = end
+
+
+SHARD_DTYPES = {20240520: np.uint16, 20240801: np.uint32}  # llm.c's magic number -> dtype
+
+
+def open_shard(path: Path, data: str) -> np.ndarray:
+    """The tokens of a shard, memory-mapped. Formats: .npy; .bin with llm.c's header (256 int32:
+    magic number, version, number of tokens), as in our cache; .bin of bare uint16 (nanoGPT)."""
+    where, size = f"--data={data}: {path}", path.stat().st_size
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if array.ndim != 1 or array.dtype not in (np.uint16, np.uint32):
+                raise ValueError(f"{array.dtype} of shape {array.shape}")
+        except (ValueError, EOFError, OSError, AttributeError) as e:  # an .npz has no ndim
+            raise BadInput(f"{where} is no readable 1-D array of uint16 or uint32 ({e})") from None
+        return array
+    header = np.fromfile(path, np.int32, 256)
+    magic, version, count = (int(h) for h in header[:3]) if len(header) == 256 else (0, 0, 0)
+    if magic in SHARD_DTYPES:
+        dtype = np.dtype(SHARD_DTYPES[magic])
+        if size != 1024 + count * dtype.itemsize:
+            raise BadInput(f"{where} has {(size - 1024) / dtype.itemsize:g} tokens, and {count} "
+                           "according to its header; truncated?")
+        return np.memmap(path, dtype, mode="r", offset=1024)
+    if 0 < version < 100 and count > 0 and size in (1024 + 2 * count, 1024 + 4 * count):
+        raise BadInput(f"{where} has a shard's header with the unknown magic number {magic}; "
+                       f"known: {', '.join(map(str, SHARD_DTYPES))}")
+    if size == 0 or size % 2:
+        raise BadInput(f"{where} has {size} bytes, which are no uint16 tokens")
+    return np.memmap(path, np.uint16, mode="r")
+
+
+def find_shards(c: "Config", paths: list[Path]):
+    """Checks the shards of --data and returns as prepare_shards. The shards with `val` in their
+    name are held out, or else the first. A single shard has an empty held-out list: load_data
+    holds out its end."""
+    if c.tokenizer == "bpe":
+        raise BadInput(f"--tokenizer=bpe --data={c.data}: shards hold tokens already; name the "
+                       "tokenizer that made them, such as gpt2")
+    tokenizer = make_tokenizer_for(c, ())
+    n_vocab = tokenizer_from_dict(tokenizer).n_vocab
+    with progress_bar(len(paths), "checking shards", "shard") as progress:
+        for path in paths:
+            top = open_shard(path, c.data).max(initial=0)
+            if top >= n_vocab:
+                raise BadInput(f"--data={c.data} --tokenizer={c.tokenizer}: {path} holds the "
+                               f"token {top}; the tokenizer has {n_vocab}")
+            progress.update()
+    val = [p for p in paths if "val" in p.name]
+    if not val and len(paths) > 1:
+        val = paths[:1]
+    train = [p for p in paths if p not in val]
+    if not train:
+        raise BadInput(f"--data={c.data}: only held-out shards (`val` in the name)")
+    return train, val, tokenizer
+
+
+def load_records(c: "Config") -> Data:
+    """The records of --data for --distill=step_by_step, see teacher.Records. Held-out records have
+    no rationale, because only the label is evaluated."""
+    records = read_records(c.data)
+    tokenizer = make_tokenizer_for(c, (text for record in records for text in record))
+    enc = tokenizer_from_dict(tokenizer)
+    order = sorted(range(len(records)),
+                   key=lambda i: hashlib.sha256("".join(records[i]).encode()).digest())
+    cut = math.ceil(HELD_OUT * len(order))
+    train, held_out = ([records[i] for i in sorted(part)] for part in (order[cut:], order[:cut]))
+    return Data(Records(train, enc, c.block_size, learns_rationales(c)),
+                Records(held_out, enc, c.block_size, False), tokenizer)
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags and their checks
 
 
 def flag(default, help, choices=None, least=None, most=None, needs=None):
@@ -308,1149 +1370,6 @@ FIXED = [*ARCHITECTURE, "block_size", "param", "base_n_embd", "base_n_layer", "b
 HEADINGS = {"data": "data", "mixer": "model", "optimizer": "optimizer",  # first flag -> heading
             "multipliers": "multipliers", "teacher": "teacher", "linearity": "linearity",
             "steps": "run"}
-
-# --------------------------------------------------------------------------------------------------
-# The loop
-
-
-@dataclass
-class State:
-    """The progress of a run, as checkpoints store it."""
-
-    step: int = 0
-    tokens: int = 0
-    flops: int = 0  # of the model, the teacher and the other terms
-    seconds: float = 0.0  # of training, without evaluation and saving
-    val_loss: float = math.nan  # at the last evaluation
-    bits_per_byte: float = math.nan
-
-
-def make_terms(c: Config, model: GPT, teacher=None) -> list:
-    """The terms of the loss. To add one, write its class and append it here."""
-    stop = teacher_stop(c)
-    if learns_rationales(c):
-        share = recipe_of(c).weight
-        terms = [Task(0, 1 - share), Task(1, share)]
-    elif teacher is not None and c.distill != "let":
-        distill = Distill(teacher, recipe_of(c), stop, seed=c.seed,
-                          sampling_flops=model.flops_per_token(backward=False))
-        terms = [distill, NextToken(begins=sys.maxsize if stop is None else stop)]
-    else:
-        terms = [NextToken()]
-    if teacher is not None and c.distill == "let":
-        terms.append(LET(teacher, c.n_embd, c.let_teacher_layer, c.let_student_layer,
-                         c.let_weight, stop, c.let_loss, c.let_resize))
-    if c.linearity != "none":
-        terms.append(Linearity(c.linearity, c.linearity_weight, c.n_layer))
-    if c.n_experts:
-        terms.append(Router(model))
-    return terms
-
-
-def loop(run: "Run", stop_signals: "StopSignals") -> dict:
-    """Trains to --steps, or until a signal asks to stop. Returns the run's result."""
-    c, state, optimizers = run.c, run.state, run.optimizers
-    batches = run.batches()
-    batch = next(batches)
-    stopping = False
-    run.start_clock()
-    with progress_bar(c.steps, "", "step", initial=state.step) as progress:
-        while True:
-            run.evaluate_and_save(stopping)  # only at some steps; does not count as training time
-            if state.step == c.steps or stopping:
-                break
-            run.drop_finished_terms()
-            named = defaultdict(float)  # sums over the passes
-            for micro in range(run.accumulation):
-                last = micro == run.accumulation - 1
-                p = forward(run, batch, synchronize=last)
-                with run.devices.autocast():
-                    loss, values = total(run.terms, state.step, p)
-                (loss / run.accumulation).backward()
-                batch = next(batches)  # fetched while the device works
-                for name, value in {"loss": loss.detach(), **values}.items():
-                    named[name] += value
-            norm = optimizers.clip(c.clip)
-            means = {name: value / run.accumulation for name, value in named.items()}
-            means |= {"grad_norm": norm, "stop": bool(stop_signals.seen)}
-            means = mean_over_ranks(run.devices, means)
-            refuse_non_finite(run, means)
-            optimizers.step(state.step)
-            for term in run.terms:
-                term.after_step()
-            stopping = means.pop("stop") > 0
-            run.advance()
-            progress.update()
-            progress.set_postfix_str(f"loss {means['loss']:.3f}", refresh=False)
-            if state.step % c.log_every == 0:
-                run.log_step(means)
-    return run.result(stop_signals)
-
-
-def forward(run: "Run", batch: "Batch", synchronize: bool) -> Pass:
-    """The model's forward pass over a batch, with the residual states that the terms need.
-    synchronize: whether the backward pass averages gradients over the ranks."""
-    step = run.state.step
-    idx, targets, counted = batch.idx, batch.targets, batch.counted
-    with run.devices.autocast():  # apart from the one below: autocast caches
-        for term in run.terms:
-            idx, targets = term.batch(run.model, idx, targets, step, batch.first)
-    if targets is not batch.targets:
-        counted = [float((targets != IGNORE).sum())]
-    if dist.is_initialized():
-        run.net.require_backward_grad_sync = synchronize
-    hidden = tuple(sorted({k for term in run.terms if term.weight(step) for k in term.hidden}))
-    with run.devices.autocast():
-        x, states = run.net(idx, hidden=hidden)
-    return Pass(run.model, idx, targets, x, dict(zip(hidden, states)), counted, step)
-
-
-class NonFinite(Failed):
-    """The loss or the gradient norm is inf or nan. The step has not changed the weights."""
-
-
-def refuse_non_finite(run: "Run", means: dict):
-    """Raises NonFinite if the loss or the gradient norm is inf or nan."""
-    if math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]):
-        return
-    kept = "No checkpoint has been written"
-    if run.saved > 0:
-        kept = f"{run.checkpoint} holds step {run.saved}"
-    raise NonFinite(f"step {run.state.step}: loss {means['loss']}, gradient norm "
-                    f"{means['grad_norm']}; stopped before the weights were touched. {kept}. "
-                    "A lower --lr may help")
-
-
-def mean_over_ranks(devices: "Devices", values: dict) -> dict:
-    """The means over ranks of named numbers, as floats. They are read in one transfer, the only
-    point where a step waits for the device."""
-    packed = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=devices.device)
-                          for v in values.values()])
-    if dist.is_initialized():
-        dist.all_reduce(packed)
-        packed /= devices.world
-    return dict(zip(values, packed.tolist()))
-
-
-@torch.no_grad()
-def evaluate(run: "Run") -> tuple[float, float]:
-    """(nats per token, bits per byte) on eval_tokens held-out tokens: n blocks, evenly spaced, and
-    shared among the ranks. Every evaluation reads the same blocks, in batches of one shape."""
-    c, data, devices = run.c, run.data.val, run.devices
-    n = max(1, min(len(data), c.eval_tokens // c.block_size))
-    rows = run.records_per_pass
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    for first in range(devices.rank * rows, n, devices.world * rows):
-        numbers = [min(i, n - 1) * len(data) // n for i in range(first, first + rows)]
-        idx, targets = data.batch(numbers)
-        targets[n - first:] = IGNORE  # the last batch repeats a block to fill its shape
-        counted = targets[targets != IGNORE]
-        with devices.autocast():
-            x, _ = run.model(idx.to(devices.device))
-            loss = run.model.loss(x, targets.to(devices.device))
-        n_bytes = int(run.token_bytes[counted.numpy()].sum())
-        sums += torch.tensor([loss.item() * len(counted), len(counted), n_bytes])
-    if dist.is_initialized():
-        sums = sums.to(devices.device)
-        dist.all_reduce(sums)
-    nats, tokens, n_bytes = sums.tolist()
-    return nats / tokens, nats / math.log(2) / n_bytes
-
-
-# --------------------------------------------------------------------------------------------------
-# A run and its parts
-
-
-def train(c: Config) -> dict:
-    """Trains the run that c describes. Returns a dict: out_dir, checkpoint, step, tokens, flops,
-    seconds, val_loss, bits_per_byte, interrupted (the number of the signal that stopped the run, or
-    0) and history (the lines of metrics.jsonl). With dry_run: see print_plan.
-
-    Raises BadInput for wrong flags or files, before the run's folder is made; NonFinite when the
-    run diverges; OSError when a file cannot be written."""
-    check(c, int(os.environ.get("WORLD_SIZE", 1)))
-    devices = set_up_devices(c)
-    data = load_data(c)
-    resumed = load_run(c.resume) if c.resume else None
-    if resumed is not None:
-        refuse_changes(c, resumed, data.tokenizer)
-        if c.decay_now:
-            c = branch_decay(c, resumed)
-    has_teacher = needs_teacher(c, resumed["step"] if resumed else 0)
-    with StopSignals() as stop_signals, clear_out_of_memory(c):
-        if has_teacher and c.teacher == "auto" and not c.dry_run:
-            result = train_teacher(automatic_teacher(c, data))
-            if result["interrupted"]:
-                return result
-        teacher = open_teacher(c, data, devices) if has_teacher else None
-        if c.dry_run:
-            return print_plan(c, data, devices, teacher)
-        run = Run(c, data, devices, teacher, resumed)
-        teacher = resumed = None  # frees the checkpoint, and lets the run free the teacher
-        return loop(run, stop_signals)
-
-
-class Run:
-    """The parts of a run: model, terms of the loss, optimizers, state and folder.
-
-    Each rank has records_per_rank records of a step, records_per_pass in each of its `accumulation`
-    passes."""
-
-    def __init__(self, c: Config, data: "Data", devices: "Devices", teacher=None, resumed=None):
-        self.data, self.devices, self.state, self.saved = data, devices, State(), -1
-        self.tokenizer = tokenizer_from_dict(data.tokenizer)
-        self.token_bytes = token_lengths(self.tokenizer)
-        self.records_per_rank = c.batch_tokens // c.block_size // data.train.rows // devices.world
-        self.records_per_pass = min(c.micro_batch // data.train.rows, self.records_per_rank)
-        self.accumulation = self.records_per_rank // self.records_per_pass
-        torch.manual_seed(c.seed)
-        if resumed is not None:
-            self.model = GPT(ModelConfig(**resumed["model_config"]))
-        elif c.init_from:
-            self.model = start_from(c, data.tokenizer)
-        else:
-            self.model = GPT(model_config(c, self.tokenizer.n_vocab))
-        self.model.to(devices.device)
-        self.c = c = learning_rate_by_law(c, self.model)
-        torch.manual_seed(c.seed + 1)  # for LET's projection
-        self.terms = make_terms(c, self.model, teacher)
-        freeze_gains(self.model, c.frozen_gains)
-        self.optimizers = make_optimizers(c, self.model, self.terms, devices)
-        if resumed is not None:
-            self.load(resumed)
-        if c.compile == "true" or c.compile == "auto" and devices.device.type == "cuda":
-            self.model.compile(dynamic=False)
-            for term in self.terms:
-                term.compile()
-        self.net = self.model
-        if dist.is_initialized():
-            self.net = DistributedDataParallel(self.model, gradient_as_bucket_view=True,
-                                               broadcast_buffers=False)
-        self.out_dir = on_rank_0(lambda: make_run_folder(c))
-        self.c = c = replace(c, out_dir=str(self.out_dir))
-        self.checkpoint = self.out_dir / "ckpt.pt"
-        on_rank_0(lambda: write_config(c, devices))
-        self.metrics = Metrics(self.out_dir, self.state.step, writes=devices.rank == 0)
-        say(f"{self.out_dir}: {describe_size(self.model)}, {'bf16' if devices.bf16 else 'fp32'} on "
-            f"{devices.world} x {devices.name()}; {len(data.train) * c.block_size:,} training "
-            "tokens")
-
-    def load(self, checkpoint: dict):
-        """Continues from a checkpoint: weights, optimizers, terms and state. Nothing in a step
-        draws from a random number generator that would have to be restored too."""
-        self.model.load_state_dict(checkpoint["model"])
-        if not self.optimizers.load_state_dict(checkpoint["optimizers"]):
-            say("the checkpoint has no multipliers of this kind and placement; they start at 1")
-        for term in self.terms:
-            if term.name in checkpoint["terms"]:
-                term.load_state_dict(checkpoint["terms"][term.name])
-        self.state = State(**{f.name: checkpoint[f.name] for f in fields(State)})
-
-    def save(self):
-        checkpoint = {"format": "nanolet-2", "model": self.model.state_dict(),
-                      "model_config": asdict(self.model.config), "config": asdict(self.c),
-                      "tokenizer": self.data.tokenizer, "optimizers": self.optimizers.state_dict(),
-                      "terms": {term.name: term.state_dict() for term in self.terms},
-                      **asdict(self.state), "provenance": provenance(self.devices)}
-        on_rank_0(lambda: save_checkpoint(self.checkpoint, checkpoint))
-        if self.c.keep_checkpoints:
-            kept = self.out_dir / f"step-{self.state.step:07}.pt"
-            on_rank_0(lambda: save_checkpoint(kept, checkpoint))
-        self.saved = self.state.step
-
-    def batches(self):
-        """The endless stream of this rank's batches. The place in the data follows from the number
-        of tokens seen, so a run can be resumed with another batch size or number of ranks."""
-        c, data, device = self.c, self.data.train, self.devices.device
-        rank, world = self.devices.rank, self.devices.world
-        records = self.records_per_rank * world  # of a step
-        passes = self.accumulation * world  # of a step
-        place = self.state.tokens // (c.block_size * data.rows)  # of the step's first record
-        while True:
-            numbers = block_numbers(c.seed, place, records, len(data))
-            counted = [n / passes for n in data.counted(numbers)]
-            for i in range(0, self.records_per_rank, self.records_per_pass):
-                first = rank * self.records_per_rank + i
-                batch = data.batch(numbers[first:first + self.records_per_pass])
-                if device.type == "cuda":
-                    batch = [tensor.pin_memory() for tensor in batch]
-                idx, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
-                yield Batch(idx, targets, counted, (place + first) * data.rows)
-            place += records
-
-    def drop_finished_terms(self):
-        """Drops the terms whose weight stays 0; a teacher then leaves memory."""
-        kept = [term for term in self.terms if not term.over(self.state.step)]
-        if len(kept) < len(self.terms):
-            self.terms = kept
-            gc.collect()  # a compiled teacher refers to itself
-
-    def start_clock(self):
-        self.clock = time.perf_counter()
-        self.logged_tokens, self.logged_seconds = self.state.tokens, self.state.seconds
-
-    def read_clock(self):
-        now = time.perf_counter()
-        self.state.seconds += now - self.clock
-        self.clock = now
-
-    def advance(self):
-        """Adds the step that was just taken to the state."""
-        c, state = self.c, self.state
-        per_token = self.model.flops_per_token()
-        per_token += sum(term.flops_per_token(c.block_size, state.step) for term in self.terms)
-        state.step += 1
-        state.tokens += c.batch_tokens
-        state.flops += c.batch_tokens * per_token
-        self.read_clock()
-
-    def evaluate_and_save(self, stopping: bool):
-        c, state = self.c, self.state
-        last = state.step == c.steps
-        evaluates = state.step % c.eval_every == 0 or last
-        saves = state.step > 0 and (state.step % c.save_every == 0 or last or stopping)
-        if not (evaluates or saves):
-            return
-        self.devices.synchronize()
-        self.read_clock()
-        if evaluates:
-            state.val_loss, state.bits_per_byte = evaluate(self)
-            self.metrics.write(state, val_loss=state.val_loss, bits_per_byte=state.bits_per_byte,
-                               peak_memory_bytes=self.devices.peak_memory(),
-                               **weight_scales(self.model, self.optimizers.multipliers))
-            left = state.seconds / max(1, state.step) * (c.steps - state.step)
-            say(f"step {state.step:>6}  held-out {state.val_loss:.4f} nats, "
-                f"{state.bits_per_byte:.4f} bits per byte  {state.seconds:7.1f} s"
-                + (f", {left:.0f} s to go" if 0 < state.step < c.steps else ""))
-        if saves:
-            self.save()
-        self.clock = time.perf_counter()
-
-    def log_step(self, means: dict):
-        """Writes a line of metrics.jsonl."""
-        state = self.state
-        seconds = max(state.seconds - self.logged_seconds, 1e-9)
-        speed = (state.tokens - self.logged_tokens) / seconds
-        self.logged_tokens, self.logged_seconds = state.tokens, state.seconds
-        extra = {}
-        for term in self.terms:
-            extra |= term.logged(state.step - 1)
-        self.metrics.write(state, **means, lr=self.optimizers.lr, tokens_per_second=round(speed),
-                           mfu=self.mfu(speed), **extra)
-
-    def mfu(self, tokens_per_second: float):
-        """Model FLOPs utilization, or None on a device whose peak is not known."""
-        peak = self.devices.peak_flops()
-        return tokens_per_second * self.model.flops_per_token() / peak if peak else None
-
-    def result(self, stop_signals: "StopSignals") -> dict:
-        state = self.state
-        interrupted = 0
-        if state.step < self.c.steps:
-            interrupted = int(min(stop_signals.seen, default=signal.SIGTERM))  # or another rank's
-            say(f"stopped at step {state.step}; to continue: "
-                f"python train.py --resume={self.checkpoint}")
-        else:
-            self.say_done()
-        return {**asdict(state), "out_dir": str(self.out_dir), "checkpoint": str(self.checkpoint),
-                "interrupted": interrupted, "history": self.metrics.lines}
-
-    def say_done(self):
-        c, state = self.c, self.state
-        speed = state.tokens / max(state.seconds, 1e-9)
-        mfu = self.mfu(speed)
-        say(f"done: held-out {state.val_loss:.4f} nats per token, {state.bits_per_byte:.4f} bits "
-            f"per byte; {state.seconds:.0f} s, {state.tokens:,} tokens, {state.flops:.3g} FLOPs, "
-            f"{speed:,.0f} tokens/s, MFU {'n/a' if mfu is None else f'{100 * mfu:.1f} %'}, "
-            f"peak memory {self.devices.peak_memory() / 1e9:.2f} GB")
-        if self.devices.rank == 0 and c.sample_tokens:
-            enc = self.tokenizer
-            prompt = [enc.eot_token] + enc.encode_ordinary("def " if c.data == "stdlib" else "")
-            idx = torch.tensor([prompt], device=self.devices.device)
-            sample = generate(self.model, idx, c.sample_tokens, 0.8, seed=c.seed)
-            say(f"a sample:\n{'-' * 80}\n{enc.decode(sample[0, 1:].tolist())}\n{'-' * 80}\n"
-                f"checkpoint: {self.checkpoint}\n"
-                f'more:       python model.py {self.checkpoint} --prompt "def " --tokens 200')
-
-
-@dataclass
-class Batch:
-    """Inputs of one pass. idx, targets: (B, T); counted: see model.Pass; first: number of the first
-    sequence in the order of training, over all ranks."""
-
-    idx: torch.Tensor
-    targets: torch.Tensor
-    counted: list
-    first: int
-
-
-def model_config(c: Config, vocab_size: int) -> ModelConfig:
-    """The architecture that the flags describe; fields without a flag keep ModelConfig's
-    defaults."""
-    ratios = {}  # this model's sizes over the base model's
-    if c.param != "standard":
-        width = c.n_embd / c.base_n_embd
-        ratios["width_ratio"] = width
-        ratios["head_ratio"] = width * (c.base_n_head or c.n_head) / c.n_head
-    if c.param == "completep":
-        ratios["depth_ratio"] = c.n_layer / c.base_n_layer
-    flags = {name: getattr(c, name) for name in ARCHITECTURE}
-    return ModelConfig(vocab_size, c.block_size, **flags, **ratios)
-
-
-def start_from(c: Config, tokenizer: dict) -> GPT:
-    """A model with the weights of --init_from. Raises BadInput where the flags describe another
-    architecture or tokenizer."""
-    where = f"--init_from={c.init_from}"
-    source, source_tokenizer = load_pretrained(c.init_from, flag="--init_from=")
-    if tokenizer_id(source_tokenizer) != tokenizer_id(tokenizer):
-        raise BadInput(f"{where} --tokenizer={c.tokenizer}: the model has another tokenizer; "
-                       "--tokenizer=teacher uses it")
-    refuse_others(c, {**architecture_flags(source, where), "n_layer": c.n_layer}, where)
-    return init_from(source, c.n_layer, c.block_size, where)
-
-
-def architecture_flags(model, where: str) -> dict:
-    """The values of the ARCHITECTURE flags for a pretrained model."""
-    if not isinstance(model, GPT):
-        raise BadInput(f"{where}: model.py has no such architecture")
-    return {name: getattr(model.config, name) for name in ARCHITECTURE}
-
-
-def refuse_others(c: Config, needed: dict, where: str):
-    """Raises BadInput if a flag's value is not the needed one."""
-    for name, value in needed.items():
-        if getattr(c, name) != value:
-            raise BadInput(f"{where} --{name}={getattr(c, name)}: the model has {value}")
-
-
-def load_run(path: str) -> dict:
-    """The checkpoint of --resume, with its `config` as a Config."""
-    checkpoint = load_checkpoint(path, flag="--resume=")
-    needed = {"config", "optimizers", "terms", *(f.name for f in fields(State))}
-    if not (needed <= checkpoint.keys() and checkpoint["config"]):
-        raise BadInput(f"--resume={path}: holds a model without the state of a run; --init_from "
-                       "starts a new run from it")
-    flags = {name: value for name, value in checkpoint["config"].items() if name in FLAGS}
-    return {**checkpoint, "config": Config(**flags)}
-
-
-def refuse_changes(c: Config, resumed: dict, tokenizer: dict):
-    where = f"--resume={c.resume}"
-    if resumed["step"] > c.steps:
-        raise BadInput(f"{where} --steps={c.steps}: the checkpoint is at step {resumed['step']}")
-    refuse_others(c, {name: getattr(resumed["config"], name) for name in FIXED}, where)
-    if tokenizer_id(resumed["tokenizer"]) != tokenizer_id(tokenizer):
-        raise BadInput(f"{where} --tokenizer={c.tokenizer}: the run has another tokenizer")
-
-
-def branch_decay(c: Config, resumed: dict) -> Config:
-    """--decay_now: c with a decay from the checkpoint's step to --steps."""
-    stored, step = resumed["config"], resumed["step"]
-    stable = stable_phase(stored.schedule, stored.steps, stored.warmup_steps, stored.decay_fraction)
-    if step not in stable:
-        phase = f"steps {stable.start} to {stable.stop - 1}" if stable else "it has none"
-        raise BadInput(f"--decay_now --resume={c.resume}: step {step} of its {stored.schedule} "
-                       f"schedule is not in the stable phase ({phase})")
-    if not c.schedule.startswith("wsd"):
-        raise BadInput(f"--decay_now --schedule={c.schedule}: needs a wsd schedule")
-    if c.steps <= step:
-        raise BadInput(f"--decay_now --steps={c.steps}: the decay would begin at step {step}")
-    return replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps)
-
-
-def recipe_of(c: Config):
-    given = {name.removeprefix("distill_"): getattr(c, name) for name in FLAGS
-             if name.startswith("distill_")}
-    return make_recipe(c.distill, given)
-
-
-def learns_rationales(c: Config) -> bool:
-    """Whether a record of the data is a pair of sequences, one with the label and one with the
-    rationale."""
-    return c.distill == "step_by_step" and recipe_of(c).weight > 0
-
-
-def teacher_stop(c: Config) -> int | None:
-    """The first step without the teacher; None if it teaches until the end."""
-    stop = c.let_stop if c.distill == "let" else recipe_of(c).stop
-    return stop_step(stop, c.steps) if stop else None
-
-
-def with_stop_in_steps(c: Config) -> Config:
-    """c with its stop as a number of steps, so that a run of another length has the same stop."""
-    stop = teacher_stop(c) if c.teacher != "none" else None
-    if stop is None:
-        return c
-    return replace(c, **{"let_stop" if c.distill == "let" else "distill_stop": float(max(1, stop))})
-
-
-def needs_teacher(c: Config, step: int) -> bool:
-    """Whether a teacher is called at this step or later."""
-    if c.teacher == "none" or not teaches_at(step, teacher_stop(c)):
-        return False
-    return c.let_weight > 0 if c.distill == "let" else recipe_of(c).teaches()
-
-
-def open_teacher(c: Config, data: "Data", devices: "Devices"):
-    """The frozen teacher. With --dtype=bf16 a published model has bf16 weights. Ours keeps fp32
-    weights and runs under autocast."""
-    name = c.teacher
-    if name == "auto":
-        t = automatic_teacher(c, data)
-        name = str(Path(t.out_dir) / "ckpt.pt")
-        if c.dry_run and not Path(name).exists():  # an untrained one costs the same
-            return GPT(model_config(t, tokenizer_from_dict(data.tokenizer).n_vocab))
-    published = not Path(name).is_file()
-    dtype = torch.bfloat16 if devices.bf16 and published else torch.float32
-    return load_teacher(name, data.tokenizer, c.block_size, devices.device, dtype)
-
-
-def automatic_teacher(c: Config, data: "Data") -> Config:
-    """The flags of the run that trains the teacher of --teacher=auto. It has half of the student's
-    blocks, half its width, tied embeddings, and 1.25 times the student's tokens (all our choice).
-    All other flags have their defaults and the seed is fixed, so that students with any seed,
-    optimizer and learning rate share one teacher. Its folder is in the cache, named by a hash of
-    these flags and of the training data."""
-    shared = ("data", "tokenizer", "vocab_size", "block_size", "batch_tokens", "micro_batch",
-              "device", "dtype", "compile")
-    heads = max(1, c.n_head // 2)
-    t = Config(**{name: getattr(c, name) for name in shared}, n_layer=max(1, c.n_layer // 2),
-               n_embd=max(2 * heads, c.n_embd // 2 // (2 * heads) * 2 * heads), n_head=heads,
-               tie_embeddings=True, steps=math.ceil(1.25 * c.steps), seed=1_000_003,
-               warmup_steps=min(c.steps // 10, FLAGS["warmup_steps"].default), sample_tokens=0)
-    if c.distill == "let" and c.let_teacher_layer > t.n_layer:
-        raise BadInput(f"--let_teacher_layer={c.let_teacher_layer}: the automatic teacher has "
-                       f"{t.n_layer} blocks")
-    ignored = ("device", "compile", "dtype", "micro_batch")
-    flags = {name: value for name, value in asdict(t).items() if name not in ignored}
-    folder = key(flags, tokenizer_id(data.tokenizer), data.train.sample())
-    return replace(t, out_dir=str(cache_dir() / "teachers" / folder))
-
-
-def train_teacher(t: Config) -> dict:
-    """Trains or resumes the teacher's run, unless it is finished. Returns its result."""
-    path = Path(t.out_dir) / "ckpt.pt"
-    step = load_checkpoint(path)["step"] if path.exists() else 0
-    if step >= t.steps:
-        return {"interrupted": 0}
-    say(f"teacher: {t.n_layer} blocks of width {t.n_embd}, trained once and kept in {t.out_dir}")
-    result = train(replace(t, resume=str(path) if step else ""))
-    say("student:")
-    return result
-
-
-def learning_rate_by_law(c: Config, model: GPT) -> Config:
-    """c with --lr as --lr_law predicts it for this model's N parameters (without the embedding)
-    and the run's D tokens."""
-    if not c.lr_law:
-        return c
-    N, D = model.num_params() - model.embed.weight.numel(), c.steps * c.batch_tokens
-    lr = law_rate(load_law(c.lr_law, "--lr_law"), N, D)
-    say(f"--lr={lr:.4g}, by {c.lr_law} at N = {N:,} and D = {D:,}")
-    return replace(c, lr=lr, lr_law="")
-
-
-def freeze_gains(model: GPT, which: str):
-    """--frozen_gains: the RMSNorm gains in the blocks, the final one, or all are not trained."""
-    for name, p in model.named_parameters():
-        position = "final" if name == "norm.weight" else "blocks"
-        if name.endswith("norm.weight") and which in ("all", position):
-            p.requires_grad_(False)
-
-
-def make_optimizers(c: Config, model: GPT, terms: list, devices: "Devices") -> Optimizers:
-    multipliers = None
-    if c.multipliers != "none":
-        modules = c.multiplier_modules.split(",")
-        multipliers = Multipliers(model, c.multipliers, c.multiplier_placement, modules)
-        params = dict(model.named_parameters())
-        found = {module_of(pieces[0][0]) for name, pieces in logical_pieces(model).items()
-                 if name in params}  # a tied head is the embedding's parameter
-        default = FLAGS["multiplier_modules"].default  # serves all architectures
-        if c.multiplier_modules != default and not found.issuperset(modules):
-            raise BadInput(f"--multiplier_modules={c.multiplier_modules}: this model has "
-                           f"{', '.join(sorted(found))}")
-    schedule = make_schedule(c.schedule, c.steps, c.warmup_steps, c.decay_fraction)
-    return Optimizers(
-        model, schedule, optimizer=c.optimizer, lr=c.lr, weight_decay=c.weight_decay,
-        betas=(c.beta1, c.beta2), embedding_lr=c.embedding_lr,
-        module_lr=module_factors(c.module_lr), multipliers=multipliers,
-        multiplier_lr=c.multiplier_lr, multiplier_weight_decay=c.multiplier_weight_decay,
-        clip_multipliers=c.clip_multipliers, momentum=c.momentum, muon_scale=c.muon_scale,
-        dtype=torch.bfloat16 if devices.bf16 else torch.float32,
-        extra=[p for term in terms for p in term.parameters()])
-
-
-def print_plan(c: Config, data: "Data", devices: "Devices", teacher) -> dict:
-    """--dry_run: prints and returns what the run would cost. The model is made on the meta device,
-    which needs no memory."""
-    with torch.device("meta"):
-        model = GPT(model_config(c, tokenizer_from_dict(data.tokenizer).n_vocab))
-        terms = make_terms(c, model, teacher)
-    n, tokens = model.num_params(), c.steps * c.batch_tokens
-    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
-    memory = 4 * 4 * n  # fp32: weights, gradients and AdamW's two buffers
-    if c.optimizer == "muon":
-        memory -= 4 * matrices  # Muon has one buffer
-    if c.multipliers != "none":
-        memory += 4 * (matrices + model.embed.weight.numel())  # W beside diag(r) W diag(c)
-    activations = activation_bytes(model, c, devices)
-    flops = model.flops_per_token() * tokens
-    taught = min(teacher_stop(c) or c.steps, c.steps)
-    for term in terms:
-        flops += term.flops_per_token(c.block_size, 0) * c.batch_tokens * taught
-    plan = {"parameters": n, "steps": c.steps, "tokens": tokens, "flops": flops,
-            "memory_bytes": memory, "activation_bytes": activations, "interrupted": 0}
-    train_tokens, held_out = len(data.train) * c.block_size, len(data.val) * c.block_size
-    say(f"plan\n  parameters      {describe_size(model)}\n"
-        f"  data            {train_tokens:,} training tokens, {held_out:,} held out\n"
-        f"  steps           {c.steps:,} of {c.batch_tokens:,} tokens: {tokens:,} tokens, "
-        f"{tokens / train_tokens:.2f} epochs\n"
-        f"  FLOPs           {flops:.3g} in all (the teacher's included)\n"
-        f"  memory          {memory / 1e6:,.0f} MB weights, gradients and optimizer, about "
-        f"{activations / 1e6:,.0f} MB activations")
-    return plan
-
-
-def describe_size(model: GPT) -> str:
-    n, active = model.num_params(), model.num_params(active=True)
-    some = f" ({active:,} active)" if active < n else ""
-    return f"{n:,} parameters{some}, {model.flops_per_token():,} FLOPs per token"
-
-
-def activation_bytes(model: GPT, c: Config, devices: "Devices") -> int:
-    """Bytes that autograd saves in one forward pass, without torch.compile."""
-    seen = {}
-
-    def pack(t):
-        seen[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        idx = torch.zeros(c.micro_batch, c.block_size, dtype=torch.int64)
-        with torch.autocast("cpu", torch.bfloat16, enabled=devices.bf16):
-            model(idx)
-    return sum(seen.values()) - sum(p.numel() * 4 for p in model.parameters())
-
-
-# --------------------------------------------------------------------------------------------------
-# Tokenizers. `train_bpe` trains a byte-level BPE; tiktoken runs it (tiktoken.Encoding).
-
-# Splits text into words: letters, with one other character before them; up to three digits; signs,
-# with a space before them and line ends after them; line ends, with white space before them; other
-# white space. Every character is in a word. The pattern has no \p classes, because Python's `re`
-# has none and must find the same words in training as tiktoken later. (A few combining marks
-# differ, which affects the trained counts only.)
-PATTERN = (r"(?:[^\w\r\n]|_)?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-BYTES_PATTERN = r"[^\n]+|\n"
-
-
-def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
-    """Byte-level byte-pair encoding (Sennrich et al. 2016): start from the 256 bytes and merge the
-    most frequent pair of neighbours, vocab_size - 256 times. Returns {token bytes: rank}; rank is
-    the order of merging, as tiktoken wants it.
-
-    Pairs are counted once, over the distinct words. A merge then updates the counts in the words
-    that contain its pair. The heap can hold outdated counts: an entry that differs from `pairs` is
-    replaced when it is popped."""
-    words = Counter()
-    for text in texts:
-        words.update(re.findall(PATTERN, text))
-    tokens = [bytes([i]) for i in range(256)]
-    counts = list(words.values())
-    words = [list(word.encode()) for word in words]
-    pairs, where = Counter(), defaultdict(set)  # pair of ids -> its count, indices of its words
-    for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pairs[pair] += counts[i]
-            where[pair].add(i)
-    heap = [(-n, pair) for pair, n in pairs.items()]  # ties: lowest ids first
-    heapq.heapify(heap)
-    while len(tokens) < vocab_size and heap:
-        n, pair = heapq.heappop(heap)
-        if -n != pairs[pair]:
-            if pairs[pair] > 0:
-                heapq.heappush(heap, (-pairs[pair], pair))
-            continue
-        new = len(tokens)
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        changed = set()
-        for i in where.pop(pair):
-            merged = merge(words[i], pair, new)
-            for p in zip(words[i], words[i][1:]):
-                pairs[p] -= counts[i]
-            for p in zip(merged, merged[1:]):
-                pairs[p] += counts[i]
-                where[p].add(i)
-                changed.add(p)
-            words[i] = merged
-        for p in changed:
-            heapq.heappush(heap, (-pairs[p], p))
-        if progress is not None:
-            progress.update()
-    # Two merges can make the same bytes. The first one counts; tiktoken needs ranks without a gap.
-    return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
-
-
-def merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """The word with each occurrence of the pair, from left to right, replaced by `new`."""
-    merged, j = [], 0
-    while j < len(word):
-        if j + 1 < len(word) and (word[j], word[j + 1]) == pair:
-            merged.append(new)
-            j += 2
-        else:
-            merged.append(word[j])
-            j += 1
-    return merged
-
-
-def make_tokenizer(name: str, ranks: dict[bytes, int], pattern: str) -> dict:
-    return tokenizer_to_dict(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
-                                               special_tokens={END_OF_TEXT: len(ranks)}))
-
-
-def make_tokenizer_for(c: Config, texts) -> dict:
-    """The tokenizer of --tokenizer as a dict (see model.tokenizer_to_dict). `bpe` is trained on the
-    texts."""
-    name = c.tokenizer
-    if name == "bpe":
-        with progress_bar(c.vocab_size - 257, "training the tokenizer", "merge") as progress:
-            ranks = train_bpe(texts, c.vocab_size - 1, progress)
-        if len(ranks) < c.vocab_size - 1:
-            raise BadInput(f"--vocab_size={c.vocab_size}: the text of --data={c.data} has pairs "
-                           f"for {len(ranks) + 1} tokens only")
-        return make_tokenizer("bpe", ranks, PATTERN)
-    if name == "teacher":
-        return load_tokenizer(*pretrained_name(c))
-    if name == "bytes":
-        return make_tokenizer("bytes", {bytes([i]): i for i in range(256)}, BYTES_PATTERN)
-    known = tiktoken.list_encoding_names()
-    if name not in known:
-        raise BadInput(f"--tokenizer={name}: bpe, bytes, teacher, or one of tiktoken's: "
-                       f"{', '.join(known)}")
-    try:
-        return tokenizer_to_dict(tiktoken.get_encoding(name))
-    except OSError as e:  # requests' errors are OSErrors
-        raise BadInput(f"--tokenizer={name}: tiktoken could not fetch its vocabulary "
-                       f"({type(e).__name__}); on a machine with a network run it once with "
-                       "TIKTOKEN_CACHE_DIR=FOLDER, and copy that folder here") from None
-
-
-def pretrained_name(c: Config) -> tuple[str, str]:
-    """(name, flag) of the pretrained model that --tokenizer=teacher refers to."""
-    return (c.init_from, "--init_from=") if c.init_from else (c.teacher, "--teacher=")
-
-
-def token_lengths(enc) -> np.ndarray:
-    """The number of bytes of text for each token id, 0 for special tokens."""
-    lengths = np.zeros(enc.n_vocab, np.int64)
-    if isinstance(enc, HFEncoding):
-        pairs = enc.lengths()
-    else:
-        pairs = ((i, len(token)) for token, i in enc._mergeable_ranks.items())
-    for i, length in pairs:
-        lengths[i] = length
-    return lengths
-
-
-# --------------------------------------------------------------------------------------------------
-# Tokens. --data becomes memory-mapped arrays of token ids (shards), for training and held out. The
-# order of the data depends only on the seed and on the number of records read so far.
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
-
-def block_numbers(seed: int, first: int, count: int, n: int) -> list[int]:
-    """The blocks at the places first .. first + count - 1 of an endless stream of epochs. An epoch
-    is a seeded permutation of the n blocks. Resuming needs only `first`, and so do the ranks."""
-    places = range(first, first + count)
-    return [int(permutation(seed, place // n, n)[place % n]) for place in places]
-
-
-class Blocks:
-    """Blocks of tokens, for training or held out. In each array a block of block_size + 1 tokens
-    begins every block_size tokens. teacher.Records has the same interface."""
-
-    rows = 1  # sequences in a record
-
-    def __init__(self, arrays, block_size: int):
-        self.arrays, self.block_size = arrays, block_size
-        self.ends = np.cumsum([max(0, (len(a) - 1) // block_size) for a in arrays])
-
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def batch(self, numbers):
-        """(inputs, targets) of these blocks: int64 tensors (len(numbers), block_size)."""
-        rows = np.empty((len(numbers), self.block_size + 1), np.int64)
-        for row, i in zip(rows, numbers):
-            array = int(np.searchsorted(self.ends, i, side="right"))
-            start = (i - (self.ends[array - 1] if array else 0)) * self.block_size
-            row[:] = self.arrays[array][start:start + self.block_size + 1]
-        rows = torch.from_numpy(rows)
-        return rows[:, :-1], rows[:, 1:].clone()
-
-    def counted(self, numbers) -> list[int]:
-        """The number of targets in these blocks, for each row of a record: here one number."""
-        return [len(numbers) * self.block_size]
-
-    def sample(self) -> list:
-        """The length and 64 of the blocks, which identify the data."""
-        numbers = np.linspace(0, len(self) - 1, 64).astype(int).tolist()
-        return [len(self), self.batch(numbers)[0].tolist()]
-
-
-@dataclass
-class Data:
-    train: Blocks | Records
-    val: Blocks | Records
-    tokenizer: dict
-
-
-def load_data(c: Config) -> Data:
-    """The tokens of --data. Rank 0 prepares them, and all ranks open them."""
-    if c.distill == "step_by_step":
-        return on_rank_0(lambda: load_records(c))
-    train, val, tokenizer = on_rank_0(lambda: prepare_shards(c))
-    train = [open_shard(path, c.data) for path in train]
-    val = [open_shard(path, c.data) for path in val]
-    if not val:  # hold out the end of the only shard
-        cut = int(len(train[0]) * (1 - HELD_OUT))
-        train, val = [train[0][:cut]], [train[0][cut:]]
-    data = Data(Blocks(train, c.block_size), Blocks(val, c.block_size), tokenizer)
-    for what, part in (("training", data.train), ("held-out", data.val)):
-        if len(part) == 0:
-            raise BadInput(f"--data={c.data} --block_size={c.block_size}: the {what} part has "
-                           f"{sum(map(len, part.arrays))} tokens, fewer than a block and one")
-    return data
-
-
-def prepare_shards(c: Config):
-    """(paths of training shards, paths of held-out shards, tokenizer) of --data."""
-    root, files = find_files(c.data)
-    shards = [p for p in files if p.suffix in (".bin", ".npy")]
-    return find_shards(c, shards) if shards else tokenize_text(c, root, files)
-
-
-HELD_OUT = 0.1  # share of the text, and of a single shard
-CACHE_VERSION = 2  # part of every cache key; to be raised when the format of cached files changes
-SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
-               "input.txt")
-DOWNLOADS = {  # name -> (dataset of the Hugging Face hub, its files)
-    "shakespeare": (None, ["input.txt"]),
-    "tinystories": ("roneneldan/TinyStories", ["TinyStoriesV2-GPT4-train.txt"]),
-    "fineweb": ("kjj0/fineweb10B-gpt2", ["fineweb_val_000000.bin"]
-                + [f"fineweb_train_{i:06d}.bin" for i in range(1, 10)]),
-}
-
-
-def cache_dir() -> Path:
-    """The folder of tokens, downloads and automatic teachers: NANOLET_CACHE, or `nanolet` in the
-    user's cache."""
-    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("NANOLET_CACHE") or Path(user) / "nanolet")
-
-
-def key(*parts) -> str:
-    """The name of a cached folder: a hash of what its contents depend on."""
-    return hashlib.sha256(json.dumps([CACHE_VERSION, *parts]).encode()).hexdigest()[:16]
-
-
-def download(name: str) -> list[Path]:
-    """The files of a named download, fetched at first use."""
-    dataset, names = DOWNLOADS[name]
-    folder = cache_dir() / "downloads" / name
-    for file in names:
-        path = folder / file
-        if path.exists():
-            continue
-        try:
-            if dataset is None:
-                with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
-                    text = response.read()
-                with written_whole(path) as tmp:
-                    tmp.write_bytes(text)
-            else:
-                from huggingface_hub import hf_hub_download  # the extra `hf`
-                hf_hub_download(dataset, file, repo_type="dataset", local_dir=folder)
-        except ImportError:
-            raise BadInput(f"--data={name}: needs huggingface_hub: pip install "
-                           "'nanolet[hf]'") from None
-        except Exception as e:  # without a network, the hub's client raises many kinds of errors
-            if getattr(e, "errno", None) == errno.ENOSPC:
-                raise
-            raise BadInput(f"--data={name}: no download ({type(e).__name__}); fetch {file} of "
-                           f"{dataset or SHAKESPEARE} elsewhere and put it at {path}") from None
-    return [folder / file for file in names]
-
-
-def find_files(data: str) -> tuple[Path, list[Path]]:
-    """(folder, sorted files) of --data. Names of documents are relative to the folder."""
-    if data in DOWNLOADS:
-        files = download(data)
-        return files[0].parent, files
-    if data == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__",
-                "encodings"}  # tables of codecs
-        files = [p for p in root.rglob("*.py") if not skip & {*p.relative_to(root).parts}]
-        return root, sorted(p for p in files if not p.name.startswith("_sysconfigdata"))
-    path, pattern = Path(data), data
-    if path.exists():
-        pattern = glob.escape(str(path)) + ("/**" if path.is_dir() else "")
-    found = map(Path, glob.glob(pattern, recursive=True))  # without hidden files and folders
-    files = sorted(p for p in found if p.is_file())
-    if not files:
-        raise BadInput(f"--data={data}: no such file or glob, or no file in this folder")
-    root = path if path.is_dir() else Path(os.path.commonpath([p.parent for p in files]))
-    return root, files
-
-
-def read_documents(root: Path, files: list[Path], data: str) -> list[tuple[str, str]]:
-    """(name, text) of every document. A line with nothing but the end-of-text string separates
-    documents in a file; elsewhere the string is ordinary text."""
-    documents = []
-    for path in files:
-        try:
-            text = path.read_bytes().decode()
-        except UnicodeDecodeError as e:
-            if data == "stdlib":  # a few of its files are in other encodings on purpose
-                continue
-            raise BadInput(f"--data={data}: {path} is not UTF-8 text (byte {e.start})") from None
-        separator = rf"\n?^{re.escape(END_OF_TEXT)}[ \t]*\r?$\n?"
-        parts = [part for part in re.split(separator, text, flags=re.M) if part.strip()]
-        name = path.relative_to(root).as_posix()
-        documents += [(f"{name}#{i}", part) for i, part in enumerate(parts)]
-    if not documents:
-        raise BadInput(f"--data={data}: no text in it")
-    return documents
-
-
-def split_documents(documents):
-    """(training, held-out) documents. In the order of a hash of their names, documents are held out
-    until these have 10 % of the characters. The last of them is cut, at a line end, and only its
-    end is held out."""
-    room = HELD_OUT * sum(len(text) for _, text in documents)  # characters still to be held out
-    train, held_out = [], []
-    for name, text in sorted(documents, key=lambda d: hashlib.sha256(d[0].encode()).digest()):
-        cut = max(0, len(text) - math.ceil(room))
-        if 0 < cut < len(text):
-            cut = text.rfind("\n", cut - int(room / 10), cut) + 1 or cut  # a line end, if near
-        room = max(0, room - (len(text) - cut))
-        train += [(name, text[:cut])] if cut > 0 else []
-        held_out += [(name, text[cut:])] if cut < len(text) else []
-    return sorted(train), sorted(held_out)
-
-
-def tokenize_text(c: Config, root: Path, files: list[Path]):
-    """Tokenizes text files into two shards in the cache, unless they are there. The cache key has
-    the files' names, sizes and times, and the tokenizer. Returns as prepare_shards."""
-    stamp = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns)
-             for p in files]
-    name = c.tokenizer
-    if name == "teacher":
-        name = tokenizer_id(load_tokenizer(*pretrained_name(c)))
-    folder = cache_dir() / "tokens" / key(str(root.resolve()), stamp, name, c.vocab_size, PATTERN)
-    tokenizer_file = folder / "tokenizer.json"
-    if not tokenizer_file.exists():  # it is written last
-        train, held_out = split_documents(read_documents(root, files, c.data))
-        tokenizer = make_tokenizer_for(c, (text for _, text in train))
-        enc = tokenizer_from_dict(tokenizer)
-        for part, documents in (("train", train), ("val", held_out)):
-            with written_whole(folder / f"{part}.bin") as tmp:
-                write_shard(tmp, documents, enc, f"tokenizing, {part}")
-        with written_whole(tokenizer_file) as tmp:
-            tmp.write_text(json.dumps(tokenizer))
-    tokenizer = json.loads(tokenizer_file.read_text())
-    return [folder / "train.bin"], [folder / "val.bin"], tokenizer
-
-
-def write_shard(path: Path, documents, enc, what: str):
-    """Writes the documents' tokens, with an end-of-text token before each document, in llm.c's
-    format (see open_shard). The tokenizer's threads share 256 pieces of about 256 kB at a time.
-    what: the title of the progress bar."""
-    magic = 20240520 if enc.n_vocab <= 2**16 else 20240801
-    characters, count, pieces = sum(len(text) for _, text in documents), 0, pieces_of(documents)
-    with open(path, "wb") as f, progress_bar(characters, what, "char", unit_scale=True) as progress:
-        f.write(bytes(1024))  # the header, written at the end
-        while some := list(itertools.islice(pieces, 256)):
-            begins, texts = zip(*some)
-            tokens = []
-            for begin, ids in zip(begins, enc.encode_ordinary_batch(
-                    texts, num_threads=os.cpu_count() or 1)):
-                tokens += [enc.eot_token, *ids] if begin else ids
-            np.array(tokens, SHARD_DTYPES[magic]).tofile(f)
-            count += len(tokens)
-            progress.update(sum(map(len, texts)))
-        f.seek(0)
-        np.array([magic, 1, count], np.int32).tofile(f)
-
-
-def pieces_of(documents):
-    """Cuts the documents at line ends. Yields (whether a document begins, piece of text)."""
-    for _, text in documents:
-        start = 0
-        while start < len(text):
-            end = text.find("\n", start + (1 << 18)) + 1 or len(text)
-            yield start == 0, text[start:end]
-            start = end
-
-
-SHARD_DTYPES = {20240520: np.uint16, 20240801: np.uint32}  # llm.c's magic number -> dtype
-
-
-def open_shard(path: Path, data: str) -> np.ndarray:
-    """The tokens of a shard, memory-mapped. Formats: .npy; .bin with llm.c's header (256 int32:
-    magic number, version, number of tokens), as in our cache; .bin of bare uint16 (nanoGPT)."""
-    where, size = f"--data={data}: {path}", path.stat().st_size
-    if path.suffix == ".npy":
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            if array.ndim != 1 or array.dtype not in (np.uint16, np.uint32):
-                raise ValueError(f"{array.dtype} of shape {array.shape}")
-        except (ValueError, EOFError, OSError, AttributeError) as e:  # an .npz has no ndim
-            raise BadInput(f"{where} is no readable 1-D array of uint16 or uint32 ({e})") from None
-        return array
-    header = np.fromfile(path, np.int32, 256)
-    magic, version, count = (int(h) for h in header[:3]) if len(header) == 256 else (0, 0, 0)
-    if magic in SHARD_DTYPES:
-        dtype = np.dtype(SHARD_DTYPES[magic])
-        if size != 1024 + count * dtype.itemsize:
-            raise BadInput(f"{where} has {(size - 1024) / dtype.itemsize:g} tokens, and {count} "
-                           "according to its header; truncated?")
-        return np.memmap(path, dtype, mode="r", offset=1024)
-    if 0 < version < 100 and count > 0 and size in (1024 + 2 * count, 1024 + 4 * count):
-        raise BadInput(f"{where} has a shard's header with the unknown magic number {magic}; "
-                       f"known: {', '.join(map(str, SHARD_DTYPES))}")
-    if size == 0 or size % 2:
-        raise BadInput(f"{where} has {size} bytes, which are no uint16 tokens")
-    return np.memmap(path, np.uint16, mode="r")
-
-
-def find_shards(c: Config, paths: list[Path]):
-    """Checks the shards of --data and returns as prepare_shards. The shards with `val` in their
-    name are held out, or else the first. A single shard has an empty held-out list: load_data
-    holds out its end."""
-    if c.tokenizer == "bpe":
-        raise BadInput(f"--tokenizer=bpe --data={c.data}: shards hold tokens already; name the "
-                       "tokenizer that made them, such as gpt2")
-    tokenizer = make_tokenizer_for(c, ())
-    n_vocab = tokenizer_from_dict(tokenizer).n_vocab
-    with progress_bar(len(paths), "checking shards", "shard") as progress:
-        for path in paths:
-            top = open_shard(path, c.data).max(initial=0)
-            if top >= n_vocab:
-                raise BadInput(f"--data={c.data} --tokenizer={c.tokenizer}: {path} holds the "
-                               f"token {top}; the tokenizer has {n_vocab}")
-            progress.update()
-    val = [p for p in paths if "val" in p.name]
-    if not val and len(paths) > 1:
-        val = paths[:1]
-    train = [p for p in paths if p not in val]
-    if not train:
-        raise BadInput(f"--data={c.data}: only held-out shards (`val` in the name)")
-    return train, val, tokenizer
-
-
-def load_records(c: Config) -> Data:
-    """The records of --data for --distill=step_by_step, see teacher.Records. Held-out records have
-    no rationale, because only the label is evaluated."""
-    records = read_records(c.data)
-    tokenizer = make_tokenizer_for(c, (text for record in records for text in record))
-    enc = tokenizer_from_dict(tokenizer)
-    order = sorted(range(len(records)),
-                   key=lambda i: hashlib.sha256("".join(records[i]).encode()).digest())
-    cut = math.ceil(HELD_OUT * len(order))
-    train, held_out = ([records[i] for i in sorted(part)] for part in (order[cut:], order[:cut]))
-    return Data(Records(train, enc, c.block_size, learns_rationales(c)),
-                Records(held_out, enc, c.block_size, False), tokenizer)
-
-
-# --------------------------------------------------------------------------------------------------
-# Command line and checks
-
-
-# argparse calls these, and names the flag and its text where one raises ValueError.
-
-
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0"):
-        raise ValueError
-    return text.lower() in ("true", "1")
-
-
-def number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(message.removeprefix("argument "))
-
-
-def make_parser() -> Parser:
-    """argparse's parser for the flags of Config. Its result has only the flags that are given."""
-    parser = Parser(
-        prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        usage="python train.py [--name=value ...]  or  torchrun --nproc_per_node=N train.py ...")
-    readers = {int: int, float: number, bool: boolean,
-               str: os.path.expanduser}  # shells do not expand the ~ of --data=~/text
-    for name, f in FLAGS.items():
-        if name in HEADINGS:
-            group = parser.add_argument_group(HEADINGS[name])
-        switch = {"nargs": "?", "const": True} if f.type is bool else {}
-        group.add_argument(f"--{name}", type=readers[f.type], metavar=f.type.__name__, **switch,
-                           help=describe_flag(f))
-    return parser
-
-
-def describe_flag(f) -> str:
-    """A flag's help with its choices, default, range and condition."""
-    m = f.metadata
-    details = [" | ".join(m["choices"])] if m["choices"] else []
-    for words, value in (("default", f.default), ("at least", m["least"]), ("at most", m["most"]),
-                         ("needs", m["needs"])):
-        if value not in (None, ""):
-            details.append(f"{words} {value}")
-    return f"{m['help']} [{'; '.join(details)}]".replace("%", "%%")
-
-
-def parse_flags(argv) -> Config:
-    """The Config of a command line. Raises BadInput."""
-    given = vars(make_parser().parse_args(argv))
-    if given.get("resume") == "auto":
-        if "out_dir" not in given:
-            raise BadInput("--resume=auto: looks in --out_dir, which is not given")
-        found = Path(given["out_dir"]) / "ckpt.pt"
-        given["resume"] = str(found) if found.exists() else ""
-    if given.get("resume"):
-        return resumed_flags(given)
-    if given.get("init_from"):
-        where = f"--init_from={given['init_from']}"
-        model, _ = load_pretrained(given["init_from"], flag="--init_from=")
-        given = {"tokenizer": "teacher", **architecture_flags(model, where), **given}
-    return Config(**given)
-
-
-def resumed_flags(given: dict) -> Config:
-    """The checkpoint's flags, replaced by those that are given. The run continues in its own
-    folder; --decay_now makes a new one."""
-    checkpoint = load_run(given["resume"])
-    stored = with_stop_in_steps(checkpoint["config"])
-    defaults = {"out_dir": str(Path(given["resume"]).parent)}
-    if given.get("decay_now"):  # the decay is the last decay_fraction of all steps
-        share = given.get("decay_fraction", stored.decay_fraction)
-        steps = round(checkpoint["step"] / (1 - share)) if share < 1 else 0
-        defaults = {"out_dir": "", "steps": steps}
-    return replace(stored, **{**defaults, **given})
 
 
 def check(c: Config, world: int = 1):
@@ -1764,6 +1683,87 @@ class Metrics:
         if self.writes:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+# argparse calls these, and names the flag and its text where one raises ValueError.
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise ValueError
+    return text.lower() in ("true", "1")
+
+
+def number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(message.removeprefix("argument "))
+
+
+def make_parser() -> Parser:
+    """argparse's parser for the flags of Config. Its result has only the flags that are given."""
+    parser = Parser(
+        prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        usage="python train.py [--name=value ...]  or  torchrun --nproc_per_node=N train.py ...")
+    readers = {int: int, float: number, bool: boolean,
+               str: os.path.expanduser}  # shells do not expand the ~ of --data=~/text
+    for name, f in FLAGS.items():
+        if name in HEADINGS:
+            group = parser.add_argument_group(HEADINGS[name])
+        switch = {"nargs": "?", "const": True} if f.type is bool else {}
+        group.add_argument(f"--{name}", type=readers[f.type], metavar=f.type.__name__, **switch,
+                           help=describe_flag(f))
+    return parser
+
+
+def describe_flag(f) -> str:
+    """A flag's help with its choices, default, range and condition."""
+    m = f.metadata
+    details = [" | ".join(m["choices"])] if m["choices"] else []
+    for words, value in (("default", f.default), ("at least", m["least"]), ("at most", m["most"]),
+                         ("needs", m["needs"])):
+        if value not in (None, ""):
+            details.append(f"{words} {value}")
+    return f"{m['help']} [{'; '.join(details)}]".replace("%", "%%")
+
+
+def parse_flags(argv) -> Config:
+    """The Config of a command line. Raises BadInput."""
+    given = vars(make_parser().parse_args(argv))
+    if given.get("resume") == "auto":
+        if "out_dir" not in given:
+            raise BadInput("--resume=auto: looks in --out_dir, which is not given")
+        found = Path(given["out_dir"]) / "ckpt.pt"
+        given["resume"] = str(found) if found.exists() else ""
+    if given.get("resume"):
+        return resumed_flags(given)
+    if given.get("init_from"):
+        where = f"--init_from={given['init_from']}"
+        model, _ = load_pretrained(given["init_from"], flag="--init_from=")
+        given = {"tokenizer": "teacher", **architecture_flags(model, where), **given}
+    return Config(**given)
+
+
+def resumed_flags(given: dict) -> Config:
+    """The checkpoint's flags, replaced by those that are given. The run continues in its own
+    folder; --decay_now makes a new one."""
+    checkpoint = load_run(given["resume"])
+    stored = with_stop_in_steps(checkpoint["config"])
+    defaults = {"out_dir": str(Path(given["resume"]).parent)}
+    if given.get("decay_now"):  # the decay is the last decay_fraction of all steps
+        share = given.get("decay_fraction", stored.decay_fraction)
+        steps = round(checkpoint["step"] / (1 - share)) if share < 1 else 0
+        defaults = {"out_dir": "", "steps": steps}
+    return replace(stored, **{**defaults, **given})
 
 
 def main(argv):
