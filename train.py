@@ -194,7 +194,8 @@ def forward(run: "Run", batch: "Batch", synchronize: bool) -> Pass:
     synchronize: whether the backward pass averages gradients over the ranks."""
     step = run.state.step
     idx, targets, counted = batch.idx, batch.targets, batch.counted
-    with run.devices.autocast():  # apart from the one below: autocast caches
+    # A separate context: sampling leaves weights without gradients in autocast's cache.
+    with run.devices.autocast():
         for term in run.terms:
             idx, targets = term.batch(run.model, idx, targets, step, batch.first)
     if targets is not batch.targets:
@@ -216,10 +217,10 @@ def refuse_non_finite(run: "Run", means: dict):
     if math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]):
         return
     kept = "No checkpoint has been written"
-    if run.saved > 0:
-        kept = f"{run.checkpoint} holds step {run.saved}"
+    if run.checkpoint.exists():
+        kept = f"The last checkpoint is {run.checkpoint}"
     raise NonFinite(f"step {run.state.step}: loss {means['loss']}, gradient norm "
-                    f"{means['grad_norm']}; stopped before the weights were touched. {kept}. "
+                    f"{means['grad_norm']}; this step has not changed the weights. {kept}. "
                     "A lower --lr may help")
 
 
@@ -299,7 +300,7 @@ class Run:
     passes."""
 
     def __init__(self, c: "Config", data: "Data", devices: "Devices", teacher=None, resumed=None):
-        self.data, self.devices, self.state, self.saved = data, devices, State(), -1
+        self.data, self.devices, self.state = data, devices, State()
         self.tokenizer = tokenizer_from_dict(data.tokenizer)
         self.token_bytes = token_lengths(self.tokenizer)
         self.records_per_rank = c.batch_tokens // c.block_size // data.train.rows // devices.world
@@ -358,7 +359,6 @@ class Run:
         if self.c.keep_checkpoints:
             kept = self.out_dir / f"step-{self.state.step:07}.pt"
             on_rank_0(lambda: save_checkpoint(kept, checkpoint))
-        self.saved = self.state.step
 
     def batches(self):
         """The endless stream of this rank's batches. The place in the data follows from the number
