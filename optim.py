@@ -185,12 +185,15 @@ class Muon(torch.optim.Optimizer):
         u = m[own]
         if u and group["nesterov"]:
             u = torch._foreach_lerp(G[own], u, group["momentum"])
-        O = G[0].new_empty(len(G), *G[0].shape, dtype=self.dtype)
+        share = None  # a small stack may have no matrix for this rank
         if u:
-            O[own] = newton_schulz(
+            share = newton_schulz(
                 torch.stack(u), group["coefficients"], group["ns_steps"], self.dtype)
         if self.world == 1:
-            return O, []
+            return share, []
+        O = G[0].new_empty(len(G), *G[0].shape, dtype=self.dtype)
+        if u:
+            O[own] = share
         return O, [dist.broadcast(part, (count + i) % self.world, async_op=True)
                    for i, part in enumerate(O)]
 
