@@ -71,7 +71,11 @@ def need(holds: bool, settings, names: str, why: str):
 
 @dataclass
 class ModelConfig:
-    """The shapes and the function of a GPT. Every default of the architecture stands here."""
+    """The shapes and the function of a GPT. Every default of the architecture stands here.
+
+    A new field that users set is also a flag of the same name in train.Config. If it changes the
+    function of the model, teacher.architecture must refuse it, or teacher.standard_weights
+    express it, in an export."""
 
     vocab_size: int
     block_size: int = 256  # longest sequence, in tokens
@@ -829,9 +833,9 @@ class Pass:
 class Term:
     """A term of the loss. A new term overrides what differs.
 
-    A term sums over the counted targets of a pass and divides by sum(p.counted), or by its entry of
-    it. The loss of a step is then the mean over its counted tokens, for any division into passes.
-    """
+    A term on targets sums over the counted targets of a pass and divides by sum(p.counted), or by
+    its entry of it. The loss of a step is then the mean over its counted tokens, for any division
+    into passes. A term on states alone takes the mean over all tokens: passes are equally large."""
 
     name = ""
     hidden = ()  # numbers of the residual states that it needs

@@ -274,6 +274,7 @@ class Recipe:
 # "considerably lower" on the hard term); the temperatures of rkd and salt. Hinton uses temperatures
 # from 1 to 20; kd has one of them. rkd is KL(teacher || student), the usual form; LET is compared
 # with it, but our texts on LET do not give its form.
+# A new recipe also needs its plain formula in tests/test_teacher.py.
 RECIPES = {
     # Reverse KD: from a smaller teacher, in all steps (Rawat et al. 2024, arXiv 2410.18779)
     "rkd": Recipe(0.5),

@@ -77,6 +77,7 @@ from model import (
     generate,
     load_checkpoint,
     logical_pieces,
+    model_from_checkpoint,
     tokenizer_from_dict,
     tokenizer_id,
     tokenizer_to_dict,
@@ -308,7 +309,7 @@ class Run:
         self.accumulation = self.records_per_rank // self.records_per_pass
         torch.manual_seed(c.seed)
         if resumed is not None:
-            self.model = GPT(ModelConfig(**resumed["model_config"]))
+            self.model = model_from_checkpoint(resumed, where=f"--resume={c.resume}")
         elif c.init_from:
             self.model = start_from(c, data.tokenizer)
         else:
@@ -341,7 +342,6 @@ class Run:
     def load(self, checkpoint: dict):
         """Continues from a checkpoint: weights, optimizers, terms and state. Nothing in a step
         draws from a random number generator that would have to be restored too."""
-        self.model.load_state_dict(checkpoint["model"])
         if not self.optimizers.load_state_dict(checkpoint["optimizers"]):
             say("the checkpoint has no multipliers of this kind and placement; they start at 1")
         for term in self.terms:
