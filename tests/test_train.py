@@ -1,5 +1,6 @@
 """train.py: tokenizers, tokens, order of the data, evaluation, the run, resuming, several ranks,
 signals and failures, flags."""
+import ast
 import json
 import math
 import os
@@ -1168,3 +1169,26 @@ def test_the_commands_of_the_readme_are_understood(monkeypatch):
         words = shlex.split(command, comments=True)
         if "--help" not in words and not any(word.startswith("--resume") for word in words):
             t.check(t.parse_flags(words))
+
+
+# --------------------------------------------------------------------------------------------------
+# The house
+
+
+def imports(name: str) -> set[str]:
+    """The project's own modules that a source file imports outside its functions."""
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found & {"model", "optim", "teacher", "probes", "lr_law", "train"}
+
+
+def test_the_rooms_import_the_ground_and_the_roof_imports_them_all():
+    assert imports("model") == set()
+    for room in ("optim", "teacher", "probes", "lr_law"):
+        assert imports(room) == {"model"}
+    assert imports("train") == {"model", "optim", "teacher", "probes", "lr_law"}
