@@ -1771,6 +1771,7 @@ def main(argv):
         result = train(parse_flags(argv))
     finally:
         if dist.is_initialized():
+            gc.collect()  # a model that communicates goes before its process group
             dist.destroy_process_group()
     if result["interrupted"]:
         sys.exit(128 + result["interrupted"])

@@ -869,11 +869,13 @@ def test_a_teacher_stops_where_it_did_in_a_branch_and_in_a_longer_run(
 # Several ranks, in one process group for all runs
 
 RANKS = """
-import json, sys
+import gc, json, sys
 sys.path.insert(0, sys.argv[1])
 import train
 for words in json.load(open(sys.argv[2])):
     train.train(train.parse_flags(words))
+gc.collect()  # models that communicate go before their process group
+train.dist.barrier()
 train.dist.destroy_process_group()
 """
 
