@@ -1224,6 +1224,8 @@ def device_exists(name: str) -> bool:
     """Whether `name` (cpu, cuda, cuda:1, mps) can hold a tensor on this machine."""
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            return False
         if device.type == "cuda":  # without a tensor: it would start a context on that GPU
             return (device.index or 0) < torch.cuda.device_count()
         torch.empty(1, device=device)

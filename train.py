@@ -1447,6 +1447,7 @@ def check_teacher(c: Config, world: int):
 
 
 def check_run(c: Config, world: int):
+    yield c.data != "", "data", "a file, a folder or a name is needed"
     yield c.device == "auto" or device_exists(c.device), "device", "no such device here"
     yield world == 1 or ":" not in c.device, "device", "each process takes a GPU of its own"
     folder = Path(c.out_dir or "runs").resolve()
