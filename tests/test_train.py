@@ -1064,7 +1064,8 @@ REFUSED = [f"--{name}={value}" for value, names in VALUES.items() for name in na
     TAUGHT --let_stop=0.0 | TAUGHT --let_stop=2.5 | TAUGHT --let_loss=logsum
     (--let_student_layer=1) --teacher=AT/bare.pt --block_size=64
     (--let_student_layer=1) --teacher=AT/file | (--distill=step_by_step) --data=AT/run
-    --init_from=AT/bare.pt --n_embd=64 | --init_from=AT/file | --device=tpu | --device=cuda:99 | --device=meta | --data=
+    --init_from=AT/bare.pt --n_embd=64 | --init_from=AT/file | --device=tpu | --device=cuda:99
+    --device=meta | --data=
     --out_dir=AT/run | --out_dir=AT/file/deeper/run
     (--resume=AT/cosine/ckpt.pt --steps=8) --out_dir=AT/run | (--resume=AT/run/step-0000005.pt)
     --resume=AT/run/ckpt.pt --steps=9 | --resume=AT/bare.pt | RUN --n_layer=3 | RUN --n_embd=64
