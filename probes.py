@@ -924,6 +924,24 @@ def read_batches(a, model, enc, least: int) -> list:
     return [*contexts.split(min(8, len(contexts) // least))]
 
 
+def read_pieces(a, model, enc) -> list:
+    """--text as pieces of --characters characters, each read alone after an end-of-text token, as
+    batches (B, T) of equal lengths, B at most 8. With 512 characters this is the paper's way."""
+    text, pieces, tokens = read_text(a.text), [], 0
+    for start in range(0, len(text) - a.characters + 1, a.characters):
+        if 0 < a.tokens <= tokens:
+            break
+        ids = [enc.eot_token, *enc.encode_ordinary(text[start:start + a.characters])]
+        pieces.append(ids[:model.config.block_size])
+        tokens += len(pieces[-1])
+    needed = 4 * model.config.n_embd  # 4 tokens a dimension of the width
+    need(tokens >= needed, f"--text={a.text} --tokens={a.tokens} --characters={a.characters}: "
+         f"{tokens:,} tokens; at least {needed:,} are needed")
+    alike = itertools.groupby(sorted(pieces, key=len), key=len)
+    return [batch for _, group in alike
+            for batch in torch.tensor([*group], device=a.device).split(8)]
+
+
 def table(*rows) -> str:
     """Rows of cells as a Markdown table; the first row is the heading."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
@@ -950,7 +968,8 @@ def plotting(path: str):
 def linearity_command(a) -> str:
     """Show how linear each block of a model is."""
     model, enc, _ = open_model(a.checkpoint, a.device)
-    profile = linearity_profile(model, read_batches(a, model, enc, 2), a.skip_first)
+    batches = read_pieces(a, model, enc) if a.characters else read_batches(a, model, enc, 2)
+    profile = linearity_profile(model, batches, a.skip_first)
     keys = ("full", "full_held_out", "free", "free_held_out", "ratio_mean")
     rows = [(p["block"], *(f"{p[key]:.4f}" for key in keys), p["rank"]) for p in profile]
     if a.plot:
@@ -1161,7 +1180,9 @@ def main(argv):
     commands = parser.add_subparsers(required=True)
     context = (0, "tokens in a context; 0: the model's, at most 512")
     linear = add_command(commands, linearity_command, "checkpoint", context=context,
-                         tokens=(40_000, "how many of the text's tokens"))
+                         tokens=(40_000, "how many of the text's tokens"),
+                         characters=(0, "read pieces of so many characters, each alone (512: the "
+                                     "paper's way); 0: one text in contexts"))
     prune = add_command(commands, prune_command, "checkpoint", context=context,
                         tokens=(80_000, "how many of the text's tokens"),
                         distil_steps=(200, "steps of distillation"),

@@ -492,6 +492,10 @@ def test_every_command_reads_an_end_of_text_token_then_the_text(folder, text, mo
         assert first and all(row == whole[:len(row)] for row in first), command
         assert any(row == whole[32:32 + len(row)] for row in seen), command
 
+    seen.clear()
+    probes.main(["linearity", str(folder), f"--text={text}", "--tokens=300", "--characters=20"])
+    assert seen == [[256, *whole[1 + 20 * k:21 + 20 * k]] for k in range(15)]
+
 
 def test_linearity_from_the_command_line(folder, tmp_path, text):
     pytest.importorskip("matplotlib")
