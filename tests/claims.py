@@ -698,6 +698,15 @@ CLAIMS["linearity-prune"] = Claim(
            "saved": difference(pruning(2, "remove", "full"), pruning(2, "replace", "full")),
            "order": difference(pruning(2, "remove", "full"), pruning(2, "remove", "random"))},
     seeds=8)
+CLAIMS["python-pairs"] = Claim(
+    "Do the minimal pairs of Python order models as their losses do?",
+    "a control of our own task: an untrained model is at 50 %, and a published one on top",
+    {"untrained": SHORT + "--steps=1 --warmup_steps=0 --lr=1e-30", "ours": SHORT,
+     "smollm2": "pretrained smollm2"},
+    {"training raises the accuracy": "python: ours - untrained > 0",
+     "an untrained model has less than 53 %": "python: untrained < 53",
+     "and more than 47 %": "python: untrained > 47"},
+    {"loss": last("val_loss"), "python": python})
 
 # Distillation
 HALF = SHORT + "--steps=300 --init_from={teacher} --n_layer=6 "

@@ -243,7 +243,7 @@ def start(run: Run, threads: int):
 def finish(run: Run, process, lock, began: float):
     """Marks a run as finished. A diverged run is finished too. Raises Failed for any other end."""
     log = (run.folder / "log.txt").read_text()[-2000:]
-    diverged = "stopped before the weights were touched" in log
+    diverged = "this step has not changed the weights" in log
     if process.returncode and not diverged:
         raise Failed(f"{run.name}, {run.folder}: exit code {process.returncode}\n{log}")
     with written_whole(run.folder / "done.json") as tmp:
@@ -505,17 +505,20 @@ def list_claims(root: Path) -> str:
 
 
 def claims_table() -> str:
-    """The README's table: all numbers come from CLAIM.json."""
-    rows = []
+    """The README's table of the claims that have been run, and the names of the others. All numbers
+    come from CLAIM.json."""
+    rows, others = [], []
     for name, claim in CLAIMS.items():
         found = known_result(name)
-        here, verdict = "", "not run"
-        if found:
-            sentence, test = next(iter(found["tests"].items()))
-            here, verdict = f"{sentence}: {describe(test)}", found["verdict"] or "no verdict"
-            verdict = f"[{verdict}](tests/results/{name}.md)"
-        rows.append((f"`{name}`", claim.question, claim.paper, here, verdict))
-    return probes.table(("claim", "question", "paper", "here", "verdict"), *rows)
+        if not found:
+            others.append(f"`{name}`")
+            continue
+        sentence, test = next(iter(found["tests"].items()))
+        verdict = f"[{found['verdict'] or 'no verdict'}](tests/results/{name}.md)"
+        rows.append((f"`{name}`: {claim.question}", claim.paper, f"{sentence}: {describe(test)}",
+                     verdict))
+    table = probes.table(("claim", "paper", "here", "verdict"), *rows)
+    return f"{table}\n\nNot run yet: {', '.join(others)}." if others else table
 
 
 MARKERS = "<!-- claims: written by tests/reproduce.py readme -->", "<!-- end of claims -->"

@@ -142,6 +142,14 @@ r.make([run for by_seed in runs.values() for run in by_seed.values()], 1)"""
     assert before == {run: (run.folder / "log.txt").stat().st_mtime_ns for run in runs}
 
 
+def test_a_diverged_run_is_finished_and_has_an_infinite_loss(toy, folder):
+    flags = toy.runs["plain"] + "--lr=1e6 --weight_decay=1e38"
+    claim = r.Claim("", "", {"diverges": flags}, {}, claims.ONE)
+    runs = r.runs_of(claim, [0], folder, "cpu")
+    r.make([runs["diverges"][0]], 1)
+    assert r.measure(claim, runs)["diverges"]["loss"] == {0: math.inf}
+
+
 def test_one_seed_gives_a_table_and_no_verdict(toy, folder, tmp_path, capsys):
     r.main(["toy", "--seeds=0", f"--out={folder}", "--jobs=2"])
     assert "no verdict" in capsys.readouterr().out
@@ -155,3 +163,10 @@ def test_one_seed_gives_a_table_and_no_verdict(toy, folder, tmp_path, capsys):
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "tests/results/toy.md" in text
+
+
+def test_the_readme_has_the_table_that_the_results_give(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_bytes(r.README.read_bytes())
+    r.write_readme(readme)
+    assert readme.read_bytes() == r.README.read_bytes()
