@@ -109,6 +109,16 @@ def normalize_rows(update, v, beta2: float = 0.95):
     return even * (update.norm(dim=(-2, -1), keepdim=True) / norm)
 
 
+def momentum_update(G, m, mu: float, nesterov=True):
+    """Muon's momentum: the direction u of a step, for each gradient g of the list G.
+
+    G, m: lists of tensors of equal shapes; m holds the averages of earlier gradients. Each m is
+    changed in place, m <- m + (1 - mu) (g - m). Returns a list of the u: with the new m,
+    u = g + mu (m - g) for Nesterov's form, else u = m. G is not changed."""
+    torch._foreach_lerp_(m, G, 1 - mu)
+    return torch._foreach_lerp(G, m, mu) if nesterov else m
+
+
 def flat(p):
     """A weight as (rows, in), a stack of experts one below the other: a view."""
     return p.view(-1, p.shape[-1])
@@ -180,11 +190,8 @@ class Muon(torch.optim.Optimizer):
 
         count: the logical matrices before this stack in this step."""
         G, m = stack["G"], stack["momentum_buffer"]
-        torch._foreach_lerp_(m, G, 1 - group["momentum"])
         own = slice((self.rank - count) % self.world, None, self.world)  # those of this rank
-        u = m[own]
-        if u and group["nesterov"]:
-            u = torch._foreach_lerp(G[own], u, group["momentum"])
+        u = momentum_update(G, m, group["momentum"], group["nesterov"])[own]
         share = None  # a small stack may have no matrix for this rank
         if u:
             share = newton_schulz(
@@ -198,7 +205,12 @@ class Muon(torch.optim.Optimizer):
                    for i, part in enumerate(O)]
 
     def move(self, group, kappa, stack, O, sending):
-        """W <- (1 - eta lambda) W - eta kappa O, once O is here."""
+        """Muon's change of a stack: W <- (1 - eta lambda) W - eta kappa O, in place.
+
+        group: a dict of "lr", eta; "weight_decay", lambda; "normuon". stack: see stacks; its list
+        "W" is changed. O: (number, out, in), in a dtype of its own. sending: handles; O is valid
+        after wait() of each. With "normuon" O goes through normalize_rows first, whose running mean
+        squares are the list "row_mean_square" of the stack, (out, 1) each, changed in place."""
         for handle in sending:
             handle.wait()
         W = stack["W"]
@@ -224,13 +236,14 @@ def effective_weight(W, r=None, c=None, out=None):
     return out if c is None else out.mul_(c[..., None, :])
 
 
-def multiplier_gradients(G, W, r=None, c=None, out=None):
-    """(dL/dW, dL/dr, dL/dc) of W~ = diag(r) W diag(c), from G = dL/dW~ (eq. 4 of the paper).
+def multiplier_gradients(G, W, r=None, c=None):
+    """The gradients (dL/dW, dL/dr, dL/dc) of W~ = diag(r) W diag(c), from G = dL/dW~ (eq. 4 of the
+    paper). Shapes as in effective_weight, whose function this differentiates.
 
         dL/dW_ij = r_i c_j G_ij,  dL/dr_i = sum_j W_ij c_j G_ij,  dL/dc_j = sum_i r_i W_ij G_ij
 
-    For a scalar s in place of r, dL/ds = sum_ij W_ij G_ij. Shapes as in effective_weight. dL/dW is
-    a new tensor; a caller that does not need G any more saves its memory by out=G."""
+    For a scalar s in place of r, an r of one element, dL/ds = sum_ij W_ij G_ij c_j. The gradient of
+    a multiplier that is None is None. Nothing is changed in place."""
     P = W * G
     dr = dc = None
     if r is not None:
@@ -239,7 +252,7 @@ def multiplier_gradients(G, W, r=None, c=None, out=None):
             dr = dr.sum(-1, keepdim=True)
     if c is not None:
         dc = P.sum(-2) if r is None else (r[..., None, :] @ P)[..., 0, :]
-    return effective_weight(G, r, c, out), dr, dc
+    return effective_weight(G, r, c), dr, dc
 
 
 # The pieces that have row and column multipliers in the paper's Appendix C. Where two multipliers
@@ -371,7 +384,8 @@ class Multipliers:
             if p.grad is None:
                 continue
             for stack, G, W in self.stacked(name, p.grad, self.W[name]):
-                _, dr, dc = multiplier_gradients(G, W, stack.r, stack.c, out=G)
+                dW, dr, dc = multiplier_gradients(G, W, stack.r, stack.c)
+                G.copy_(dW)
                 for v, gradient in ((stack.r, dr), (stack.c, dc)):
                     if v is not None:
                         v.grad = gradient
