@@ -67,9 +67,15 @@ def newton_schulz(G, coefficients="quintic", steps: int = 5, dtype=torch.bfloat1
     """About the nearest semi-orthogonal matrix: all singular values become about 1, and the
     singular vectors stay.
 
-    G: (..., m, n), one matrix or a stack. G is divided by its Frobenius norm; then each step maps
-    its singular values, by matrix products only: with A = X X^T, X <- a1 X + (a3 A + a5 A A) X. A
-    step takes 4 m^2 n + 2 m^3 FLOPs for m <= n. Returns the same shape in `dtype`; 0 stays 0."""
+    G: (..., m, n), one matrix or a stack of any scale. Returns the same shape in `dtype`, in which
+    all products run; 0 stays 0. X is G over its Frobenius norm, or over 1.02 times this norm with
+    polar_express, whose singular values must stay below 1. Each step then maps the singular values
+    s to a1 s + a3 s^3 + a5 s^5, by matrix products only: with A = X X^T,
+
+        X <- a1 X + (a3 A + a5 A A) X
+
+    (a1, a3, a5) is the step's entry of NS_COEFFICIENTS[coefficients]. Where m > n, the same is
+    done to the transpose, whose A is smaller: 4 m^2 n + 2 m^3 FLOPs a step for m <= n."""
     table = NS_COEFFICIENTS[coefficients]
     X = G.to(dtype).view(-1, *G.shape[-2:])
     tall = G.shape[-2] > G.shape[-1]
@@ -242,8 +248,8 @@ def multiplier_gradients(G, W, r=None, c=None):
 
         dL/dW_ij = r_i c_j G_ij,  dL/dr_i = sum_j W_ij c_j G_ij,  dL/dc_j = sum_i r_i W_ij G_ij
 
-    For a scalar s in place of r, an r of one element, dL/ds = sum_ij W_ij G_ij c_j. The gradient of
-    a multiplier that is None is None. Nothing is changed in place."""
+    For a scalar s in place of r, an r of one element, dL/ds = sum_ij W_ij G_ij; c is then None. The
+    gradient of a multiplier that is None is None. Nothing is changed in place."""
     P = W * G
     dr = dc = None
     if r is not None:
@@ -423,10 +429,13 @@ def constant(step: int, steps: int, warmup: int, decay_fraction=0.0) -> float:
 
 
 def wsd(step: int, steps: int, warmup: int, decay_fraction: float, shape) -> float:
-    """Warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395).
+    """The factor on the learning rate at a step: warm-up, stable, decay (Hu et al. 2024, arXiv
+    2404.06395).
 
-    Linear up, 1, then `shape` over the last decay_fraction of the steps. shape: the factor as a
-    function of t, the part of the decay that is over, from 0 to 1."""
+    As `constant` over the warm-up and after it, until the decay begins: this is the last
+    decay_fraction of the steps, a number of steps that need not be whole; 0: no decay. There
+    the factor is shape(t); t is the part of the decay that is over, from 0 at its first step to 1
+    at step == steps. Where warm-up and decay overlap, the smaller factor counts."""
     decay = decay_fraction * steps
     t = min(1.0, max(0.0, 1 - (steps - step) / decay)) if decay > 0 else 0.0
     return min(constant(step, steps, warmup), shape(t))
@@ -517,11 +526,13 @@ def row_growth(config: ModelConfig, piece: str) -> float:
 
 
 def grown_scale(config: ModelConfig, piece: str, rows: int, columns: int, convention: str) -> float:
-    """kappa of a logical matrix of this model; at the base's size it is update_scale.
+    """kappa of a logical matrix (rows, columns) of this model; at the base's size it is
+    update_scale.
 
     Features move as much at every width if the spectral norm of the update is in proportion to
     sqrt(out / in) (Yang, Simon & Bernstein 2023, arXiv 2310.17813). So kappa is that of the base's
-    matrix, times the factor by which sqrt(out / in) has grown. A matrix that grows on both sides
+    matrix, times the factor by which sqrt(out / in) has grown since. The rows have grown by
+    row_growth, the columns by config.width_ratio. A matrix that grows on both sides
     keeps the base's kappa. One with a fixed number of rows gets it times m_N^-1/2. kappa acts on
     the update and not on the learning rate, so weight decay does not change."""
     row_ratio, column_ratio = row_growth(config, piece), config.width_ratio

@@ -130,6 +130,74 @@ def test_logits_equal_those_of_mamba2(groups):
 
 
 # The transformer, by its formulas
+@pytest.mark.exercise("rope_tables")
+@pytest.mark.parametrize("length, D, base", [(1, 2, 10_000.0), (7, 8, 10_000.0), (40, 6, 50.0)])
+def test_rope_tables_hold_the_angles_of_every_position_and_pair(length, D, base):
+    cos, sin = lib.rope_tables(length, D, base)
+    assert cos.shape == sin.shape == (length, 1, D) and cos.dtype == sin.dtype == torch.float32
+    for t in range(length):
+        for j in range(D // 2):
+            angle = t / base ** (2 * j / D)
+            found = *cos[t, 0, [j, j + D // 2]].tolist(), *sin[t, 0, [j, j + D // 2]].tolist()
+            expected = math.cos(angle), math.cos(angle), -math.sin(angle), math.sin(angle)
+            assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.exercise("rotate")
+def test_a_rotation_is_a_product_of_complex_numbers():
+    """Pair j of position t is a + ib, multiplied by exp(i angle)."""
+    g = torch.Generator().manual_seed(0)
+    x, angle = torch.randn(2, 5, 3, 8, generator=g), 3 * torch.randn(5, 1, 4, generator=g)
+    cos = torch.cat((angle.cos(), angle.cos()), -1)
+    sin = torch.cat((-angle.sin(), angle.sin()), -1)
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(5, 1, 4), angle)
+    expected = torch.cat((turned.real, turned.imag), -1)
+    close(lib.rotate(x, cos, sin), expected, 1e-5)
+    low = lib.rotate(x.bfloat16(), cos, sin)
+    assert low.dtype == torch.bfloat16
+    close(low.float(), expected, 0.05)
+
+
+def attention_by_hand(attention, x, table):
+    """One query and one head at a time. table: (T, D), the factors that stand in for rotations."""
+    q, k, v = attention.qkv(x)
+    B, T, D = *x.shape[:2], attention.head_dim
+    q, k, v = (part.view(B, T, -1, D) for part in (q, k, v))
+    if isinstance(attention.q_norm, lib.RMSNorm):
+        q, k = (part / part.square().mean(-1, keepdim=True).add(1e-6).sqrt() for part in (q, k))
+    q, k, heads = q * table[:, None], k * table[:, None], []
+    for h in range(attention.n_head):
+        of_group = h * attention.n_kv_head // attention.n_head
+        rows = []
+        for t in range(T):
+            scores = (k[:, :t + 1, of_group] @ q[:, t, h, :, None])[..., 0] * attention.scale
+            weights = scores.softmax(-1)
+            rows.append((weights[..., None] * v[:, :t + 1, of_group]).sum(1))
+        heads.append(torch.stack(rows, 1))
+    return torch.cat(heads, -1) @ attention.o.weight.T
+
+
+@pytest.mark.exercise("Attention.forward")
+@pytest.mark.parametrize("kw", [dict(n_kv_head=2), dict(n_kv_head=1, qk_norm=True),
+                                dict(n_kv_head=4, head_ratio=4.0, head_dim=6)], ids=str)
+@torch.no_grad()
+def test_attention_is_that_of_a_loop_over_queries_also_behind_a_cache(kw, monkeypatch):
+    """A product with a table of the positions stands in for the rotation."""
+    monkeypatch.setattr(lib, "rotate", lambda x, cos, sin: x * cos)
+    torch.manual_seed(0)
+    attention, x = lib.Attention(ModelConfig(97, n_embd=32, n_head=4, **kw)), torch.randn(2, 9, 32)
+    for p in attention.parameters():
+        p.normal_(std=0.4) if p.ndim == 2 else p.fill_(1.0)
+    cos = torch.rand(9, 1, attention.head_dim) + 0.5
+    expected = attention_by_hand(attention, x, cos[:, 0])
+    close(attention(x, cos, None), expected, 1e-5)
+    for cuts in ((9,), (1, 5, 1, 2), (4, 5)):
+        cache, parts = Cache(), zip(x.split(cuts, 1), cos.split(cuts))
+        found = [attention(part, table, None, cache) for part, table in parts]
+        close(torch.cat(found, 1), expected, 1e-5)
+
+
+@pytest.mark.exercise("RMSNormOnCPU.backward")
 def test_rms_norm_on_a_cpu_equals_torchs_with_its_first_and_second_derivatives():
     g = torch.Generator().manual_seed(0)
     norm = lib.RMSNorm(6, 1e-6).double()
@@ -242,20 +310,44 @@ def head_by_head(x, dt, A, B, C, h):
     return torch.stack(ys, 1).view(x.shape), torch.stack(states, 1)
 
 
-@pytest.mark.parametrize("state", [False, True], ids=["from 0", "from a state"])
-@pytest.mark.parametrize("G", [1, 2])
-@pytest.mark.parametrize("T", [1, 3, 8, 9, 47])
-def test_the_scan_in_chunks_and_the_recurrence_are_the_definition(T, G, state):
+def assert_is_the_definition(form, T, G, state):
+    """Results and gradients of form(x, dt, A, B, C, state) are those of head_by_head."""
     weights, results = scan_inputs(T, G, True, seed=7), []
-    for form in (lambda *a: lib.ssd(*a[:5], 8, a[5] if state else None),
-                 lambda *a: lib.ssd_recurrence(*a[:5], a[5] if state else None), head_by_head):
+    for one in (form, head_by_head):
         inputs = scan_inputs(T, G, state)
-        y, h = form(*inputs)
+        y, h = one(*inputs[:5], inputs[5] if state or one is head_by_head else None)
         ((y * weights[0]).sum() + (h * weights[5]).sum()).backward()
         results.append((y, h, *(t.grad for t in inputs[:5 + state])))
-    for name, got in zip(("chunks", "recurrence"), results[:2], strict=True):
-        for a, b in zip(got, results[2], strict=True):
-            assert (a - b).norm() <= 1e-9 * b.norm(), name
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() <= 1e-9 * b.norm()
+
+
+SCANS = [(1, 1, True), (3, 2, False), (8, 2, True), (9, 1, False), (47, 2, True), (47, 1, False)]
+
+
+@pytest.mark.exercise("ssd_recurrence")
+@pytest.mark.parametrize("T, G, state", SCANS)
+def test_the_recurrence_of_mamba2_is_a_loop_over_tokens_and_heads(T, G, state):
+    assert_is_the_definition(lib.ssd_recurrence, T, G, state)
+
+
+@pytest.mark.exercise("ssd")
+@pytest.mark.parametrize("T, G, state", SCANS)
+def test_the_scan_in_chunks_is_a_loop_over_tokens_and_heads(T, G, state):
+    assert_is_the_definition(lambda *a: lib.ssd(*a[:5], 8, a[5]), T, G, state)
+
+
+@pytest.mark.exercise("ssd")
+@torch.no_grad()
+def test_the_scan_in_chunks_is_made_of_the_products_that_its_docstring_counts():
+    """Of b T (2 Q N G + 2 Q P H + 4 P N H) FLOPs; in bf16, with decays in float32."""
+    inputs = scan_inputs(64, 2, False)[:5]
+    flops = counted_flops(lambda: lib.ssd(*inputs, 16))
+    assert flops == 2 * 64 * (2 * 16 * 5 * 2 + 2 * 16 * 3 * 4 + 4 * 3 * 5 * 4)
+    x, dt, A, B, C = inputs
+    low, _ = lib.ssd(x.bfloat16(), dt.float(), A.float(), B.bfloat16(), C.bfloat16(), 16)
+    y, _ = head_by_head(*inputs, scan_inputs(64, 2, False)[5])
+    assert low.dtype == torch.bfloat16 and (low - y).norm() < 0.02 * y.norm()
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -306,6 +398,7 @@ def test_experts_and_their_gradients_are_those_of_a_loop_over_tokens(E, k):
     assert moe.counts.tolist() == counts
 
 
+@pytest.mark.exercise("load_balancing_loss")
 def test_the_load_balancing_loss_is_1_where_uniform_and_more_where_both_lean_alike():
     p, uniform = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1]]), torch.full((4,), 0.25)
     loss = lib.load_balancing_loss(p, torch.tensor([0.5, 0.5, 0.0, 0.0]))
@@ -379,6 +472,18 @@ def test_a_parameter_without_an_initialisation_rule_is_refused():
         lib.init_weights(model)
 
 
+@pytest.mark.exercise("param_factor")
+def test_the_factors_of_mup_and_completep_are_those_of_the_papers():
+    """At 4 times the width and 3 times the depth: 1 / m_N, m_N, 1 / m_L and so on, by hand."""
+    c = ModelConfig(97, width_ratio=4.0, depth_ratio=3.0, head_ratio=5.0)
+    for kind, init, lr, decay, eps in (
+            ("embedding", 1, 1, 1, 1 / 4), ("head", 2, 1, 1, 1 / 4),
+            ("hidden", 1, 1 / 4, 4, 1 / 12), ("router", 1 / 2, 1 / 4, 4, 1 / 3),
+            ("vector", 1, 1, 1, 1 / 12), ("final", 1, 1, 1, 1 / 4)):
+        found = [lib.param_factor(c, kind, what) for what in ("init", "lr", "decay", "eps")]
+        assert found == pytest.approx([init, lr, decay, eps]), kind
+
+
 @pytest.mark.parametrize("kw", [{}, {**HYBRID, "n_experts": 4}, {**SSM, "mixer": "MAL"}], ids=str)
 @torch.no_grad()
 def test_mup_is_a_standard_model_with_the_scales_in_its_weights(kw):
@@ -411,6 +516,7 @@ def loss_problem(dtype=torch.float64, padding=31.0):
     return x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_(), targets
 
 
+@pytest.mark.exercise("chunked_loss")
 @pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=str)
 @pytest.mark.parametrize("padding", [0.0, 1e4])
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
@@ -432,6 +538,7 @@ def weighted_squares(logits, weights, targets):
     return squares, {"chosen": logits.gather(1, targets.clamp(min=0)[:, None]).sum()}
 
 
+@pytest.mark.exercise("chunked_loss")
 def test_any_loss_on_logits_runs_in_chunks_with_its_further_values():
     x, w, targets = loss_problem()
     weights = torch.rand(23, 97, dtype=torch.float64)
@@ -444,6 +551,7 @@ def test_any_loss_on_logits_runs_in_chunks_with_its_further_values():
         assert not chunked_loss(next_token_loss, x, w, targets, vocab_size=97)[0].requires_grad
 
 
+@pytest.mark.exercise("chunked_loss")
 def test_the_chunked_loss_in_bf16_stays_near_fp32():
     """bf16 has 8 bits: products are off by about 1 %, the loss by less. The softmax is in fp32."""
     x, w, targets = loss_problem(torch.float32)
@@ -603,6 +711,7 @@ def allowed(logits, temperature, top_k, top_p):
     return {i: p / sum(kept.values()) for i, p in kept.items()}
 
 
+@pytest.mark.exercise("pick")
 @pytest.mark.parametrize("temperature, top_k, top_p", [
     (1.0, 0, 1.0), (0.7, 0, 1.0), (2.0, 0, 1.0), (1.0, 3, 1.0), (1.0, 1, 1.0), (1.0, 99, 1.0),
     (1.0, 0, 0.5), (0.6, 0, 0.9), (1.0, 0, 1e-6), (1.3, 5, 0.6)])
@@ -617,6 +726,16 @@ def test_picked_tokens_follow_the_truncated_softmax(temperature, top_k, top_p):
         assert {i for i in range(12) if counts[i]} == set(expected)
         # chi-square with up to 11 degrees of freedom: beyond 45 once in 200,000
         assert sum((counts[i].item() - n * p) ** 2 / (n * p) for i, p in expected.items()) < 45
+
+
+@pytest.mark.exercise("pick")
+def test_a_token_is_picked_by_inversion_and_at_temperature_0_it_is_the_likeliest():
+    p = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]])
+    for uniform, expected in ((0.0, [0, 0]), (0.05, [0, 0]), (0.15, [1, 0]), (0.45, [2, 1]),
+                              (0.75, [3, 2]), (0.95, [3, 3])):
+        found = lib.pick(p.log() + 7, 1.0, 0, 1.0, torch.full((2, 1), uniform))
+        assert found.tolist() == [[i] for i in expected]
+        assert lib.pick(p.log(), 0, 0, 1.0, torch.full((2, 1), uniform)).tolist() == [[3], [0]]
 
 
 @torch.no_grad()

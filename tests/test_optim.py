@@ -3,6 +3,7 @@ through r * W * c in the forward pass, and values by hand."""
 import copy
 import io
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +67,7 @@ PUBLISHED = {"quintic": [(3.4445, -4.7750, 2.0315)] * 7, "polar_express": [
     *[(2.3465413258596377, -1.7097828382687081, 0.42323551169305323)] * 3]}
 
 
+@pytest.mark.exercise("newton_schulz")
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (24, 24)], ids=["wide", "tall", "square"])
 @pytest.mark.parametrize("coefficients", PUBLISHED)
 @pytest.mark.parametrize("steps", [0, 5, 7])
@@ -82,6 +84,7 @@ def test_newton_schulz_is_the_published_polynomial_of_singular_values(coefficien
     assert low.dtype == torch.bfloat16 and (low - expected).norm() < 0.1 * expected.norm()
 
 
+@pytest.mark.exercise("newton_schulz")
 def test_newton_schulz_keeps_zero_and_works_on_the_smaller_gram_matrix():
     for shape in ((8, 40), (40, 8)):
         with FlopCounterMode(display=False) as counter:
@@ -115,6 +118,56 @@ def run(optimizer, params, steps=20):
         for i, p in enumerate(params):
             p.grad = randn(*p.shape, seed=1000 * step + i)
         optimizer.step()
+
+
+@pytest.mark.exercise("momentum_update")
+@pytest.mark.parametrize("nesterov", [True, False], ids=["nesterov", "plain"])
+def test_momentum_is_the_average_by_hand_and_the_gradients_are_left_alone(nesterov):
+    """m after t steps is the sum of (1 - mu) mu^(t - s) g_s."""
+    m, seen = [torch.zeros(3, 4), torch.zeros(2, 5)], []
+    for step in range(4):
+        G = [randn(*part.shape, seed=10 * step + i) for i, part in enumerate(m)]
+        seen.append([g.clone() for g in G])
+        u = optim.momentum_update(G, m, 0.8, nesterov)
+        for i, g in enumerate(G):
+            average = sum(0.2 * 0.8**(step - s) * old[i] for s, old in enumerate(seen))
+            torch.testing.assert_close(m[i], average)
+            torch.testing.assert_close(u[i], 0.2 * g + 0.8 * average if nesterov else average)
+            assert torch.equal(g, seen[-1][i])
+
+
+class Handle:
+    """Of a tensor that is still being sent: it holds its values only after wait()."""
+
+    def __init__(self, tensor):
+        self.tensor, self.values = tensor, tensor.clone()
+        tensor.zero_()
+
+    def wait(self):
+        self.tensor.copy_(self.values)
+
+
+@pytest.mark.exercise("Muon.move")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normuon", [True, False])
+def test_muons_change_of_a_stack_is_decay_and_the_scaled_update(normuon, dtype, monkeypatch):
+    """normalize_rows is replaced by a division by the new running mean squares."""
+    def divided(update, v, beta2=0.95):
+        v.add_(1)
+        return update / v
+
+    monkeypatch.setattr(optim, "normalize_rows", divided)
+    W, O = [randn(4, 6, seed=i) for i in range(3)], randn(3, 4, 6, seed=9).to(dtype)
+    squares = [torch.full((4, 1), float(i)) for i in range(3)]
+    stack = {"W": W, "row_mean_square": squares} if normuon else {"W": W}
+    expected = [0.95 * w - 0.1 * 3 * o.float() / (i + 1 if normuon else 1)
+                for i, (w, o) in enumerate(zip(W, O))]
+    same, sending = [*W], [Handle(part) for part in O]
+    group = {"lr": 0.1, "weight_decay": 0.5, "normuon": normuon}
+    Muon.move(None, group, 3.0, stack, O, sending)
+    for i, w in enumerate(same):
+        torch.testing.assert_close(w, expected[i])
+        assert (squares[i] == i + normuon).all()
 
 
 @pytest.mark.parametrize("nesterov", [True, False], ids=["nesterov", "plain"])
@@ -284,13 +337,17 @@ class Effective(torch.autograd.Function):
         before = G.clone()
         gradients = optim.multiplier_gradients(G, *ctx.saved_tensors)
         assert torch.equal(G, before), "nothing is written to"
+        for tensor, gradient in zip(ctx.saved_tensors, gradients):
+            assert tensor is None or tensor.shape == gradient.shape
         return gradients
 
 
+@pytest.mark.exercise("multiplier_gradients")
+@pytest.mark.parametrize("number", [(), (3,)], ids=["one", "a stack"])
 @pytest.mark.parametrize("r, c", [(5, 7), (5, 0), (0, 7), (1, 0)], ids=str)
-def test_multiplier_gradients_are_finite_differences(r, c):
-    W, r, c = (randn(*n, seed=len(n), dtype=torch.float64).requires_grad_() if all(n) else None
-               for n in ((5, 7), (r,), (c,)))
+def test_multiplier_gradients_are_finite_differences(r, c, number):
+    W, r, c = (randn(*number, *n, seed=len(n), dtype=torch.float64).requires_grad_()
+               if all(n) else None for n in ((5, 7), (r,), (c,)))
     assert torch.autograd.gradcheck(Effective.apply, (W, r, c))
 
 
@@ -364,7 +421,42 @@ def test_noise_and_weight_decay_hold_a_matrix_at_the_root_of_their_ratio(optimiz
     assert settled[0.04] / settled[0.01] == pytest.approx(2, rel=0.04)
 
 
-def test_the_clip_norm_is_that_of_w_and_the_multipliers_are_not_scaled():
+@pytest.fixture
+def to_clip():
+    """What Optimizers.clip reads: p counts in the norm, r does not. The gradients are 3 and 4 (p),
+    5 (r), 12 (extra), once the multipliers have split them."""
+    p, r, extra, unused = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 1, 1, 1))
+
+    def split_gradients():
+        p.grad, r.grad = torch.tensor([3.0, 4.0]), torch.tensor([5.0])
+
+    extra.grad = torch.tensor([12.0])
+    return SimpleNamespace(p=p, r=r, clipped=[p, extra, unused], extra=[extra, unused],
+                           multipliers=SimpleNamespace(split_gradients=split_gradients))
+
+
+@pytest.mark.exercise("Optimizers.clip")
+@pytest.mark.parametrize("max_norm, factor", [(6.5, 0.5), (0.0, 1.0), (13.5, 1.0), (1.0, 1 / 13)])
+def test_gradients_are_scaled_together_and_those_of_multipliers_are_not(to_clip, max_norm, factor):
+    norm = Optimizers.clip(to_clip, max_norm)
+    assert norm.shape == () and norm.item() == pytest.approx(13)
+    found = *to_clip.p.grad.tolist(), to_clip.extra[0].grad.item()
+    assert found == pytest.approx((3 * factor, 4 * factor, 12 * factor), rel=1e-5)
+    assert to_clip.r.grad.item() == 5
+    to_clip.multipliers = None
+    assert Optimizers.clip(to_clip, 0.0).item() == pytest.approx(13 * factor, rel=1e-5)
+
+
+@pytest.mark.exercise("Optimizers.clip")
+def test_gradients_outside_ddp_are_averaged_over_the_ranks_before_the_norm(to_clip, monkeypatch):
+    others = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: 4,
+                             all_reduce=lambda tensor: tensor.add_(36))
+    monkeypatch.setattr(optim, "dist", others)
+    assert Optimizers.clip(to_clip, 0.0).item() == pytest.approx(13)
+    assert to_clip.extra[0].grad.item() == 12 and to_clip.extra[1].grad is None
+
+
+def test_the_clip_norm_is_that_of_w_or_with_the_multipliers():
     model = tiny_model()
     multipliers = Multipliers(model)
     made = multipliers.named_multipliers().values()
@@ -381,10 +473,6 @@ def test_the_clip_norm_is_that_of_w_and_the_multipliers_are_not_scaled():
     with_them = make(model, multipliers=multipliers, clip_multipliers=True).clip(0.0)
     expected += sum(g.square().sum() for g in kept)
     assert with_them.item() == pytest.approx(expected.sqrt().item(), rel=1e-4)
-    optimizers = make(model, multipliers=multipliers)
-    optimizers.clip(0.5)
-    assert optimizers.clip(0.0).item() == pytest.approx(0.5, rel=1e-4)
-    assert all(torch.equal(v.grad, g) for v, g in zip(made, kept, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -449,18 +537,19 @@ def test_adam_walks_as_in_the_other_form_of_the_same_parametrisation():
         torch.testing.assert_close(p, expected, atol=1e-10, rtol=1e-7, msg=name)
 
 
+@pytest.mark.exercise("grown_scale")
 @pytest.mark.parametrize("head_ratio, expected", [
     (1.0, (0.8, 0.5, 0.5)),  # the base has width 64, 2 heads, 2 of keys: k and v are (64, 64)
     (4.0, (1.6, 1.0, 0.5)),  # width 64, 8 heads, 2 of keys: (16, 64)
     (2.0, (1.6 * 2**-0.5, 2**-0.5, 0.5))], ids=str)  # width 64, 4 heads, 2 of keys: (32, 64)
 def test_with_grouped_queries_keys_and_values_grow_as_their_own_rows_do(head_ratio, expected):
     """kappa of the base's matrix times the growth of sqrt(out / in); k and v are (64, 256) here."""
-    model = GPT(ModelConfig(vocab_size=61, n_layer=1, n_embd=256, n_head=8, n_kv_head=2,
-                            width_ratio=4.0, head_ratio=head_ratio))
+    config = ModelConfig(vocab_size=61, n_layer=1, n_embd=256, n_head=8, n_kv_head=2,
+                         width_ratio=4.0, head_ratio=head_ratio)
     for convention, scale, square in zip(SCALES, expected, (1.6, 1.0, 1.0), strict=True):
-        group, = make(model, muon_scale=convention).optimizers["muon"].param_groups
-        found = group["matrices"][group["param_names"].index("blocks.0.mixer.qkv.weight")]
-        assert found == [(256, pytest.approx(square)), *[(64, pytest.approx(scale))] * 2]
+        for piece, rows, kappa in (("q", 256, square), ("k", 64, scale), ("v", 64, scale)):
+            found = optim.grown_scale(config, piece, rows, 256, convention)
+            assert found == pytest.approx(kappa)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -516,12 +605,22 @@ def test_factors_of_modules_are_read_or_refused_by_name(text, expected):
 # Schedules, clipping, and all of it in a run
 
 
+@pytest.mark.exercise("wsd")
 @pytest.mark.parametrize("name, steps, warmup, decay_fraction, table", [
-    ("wsd", 100, 10, 0.4, {0: 0.1, 4: 0.5, 9: 1, 60: 1, 61: 0.975, 80: 0.5, 99: 0.025, 100: 0}),
+    ("wsd", 100, 10, 0.4, {0: 0.1, 4: 0.5, 9: 1, 60: 1, 61: 0.975, 80: 0.5, 100: 0, 150: 0}),
     ("wsd", 10, 8, 1.0, {0: 0.125, 4: 0.6, 9: 0.1}),  # the smaller of the two where they overlap
     ("wsd", 10, 0, 0.25, {7: 1, 8: 0.8, 9: 0.4}),  # a decay of 2.5 steps
+    ("wsd", 10, 2, 0.0, {0: 0.5, 2: 1, 9: 1, 10: 1}),
+    ("wsd", 1000, 2, 5e-4, {998: 1, 999: 1, 1000: 0}),  # a decay of half a step
     ("wsd_sqrt", 100, 10, 0.4, {4: 0.5, 60: 1, 70: 0.5, 96: 1 - 0.9**0.5, 100: 0}),
-    ("wsd_exponential", 100, 10, 0.4, {4: 0.5, 60: 1, 68: 0.5, 76: 0.25, 100: 1 / 32}),
+    ("wsd_exponential", 100, 10, 0.4, {4: 0.5, 60: 1, 68: 0.5, 76: 0.25, 100: 1 / 32})])
+def test_wsd_by_hand(name, steps, warmup, decay_fraction, table):
+    schedule = optim.make_schedule(name, steps, warmup, decay_fraction)
+    for step, factor in table.items():
+        assert schedule(step) == pytest.approx(factor, abs=1e-12), step
+
+
+@pytest.mark.parametrize("name, steps, warmup, decay_fraction, table", [
     ("constant", 100, 10, 0.4, {0: 0.1, 4: 0.5, 9: 1, 10: 1, 99: 1}),
     ("cosine", 100, 10, 0.4, {0: 0.1, 4: 0.5, 10: 1, 40: 0.775, 55: 0.55, 70: 0.325, 100: 0.1}),
     ("cosine", 90, 0, 0.0, {0: 1, 30: 0.775, 60: 0.325})])
