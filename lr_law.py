@@ -52,7 +52,7 @@ from model import (
     GPT,
     BadInput,
     command,
-    load_checkpoint,
+    reading,
     tokenizer_from_dict,
     written_whole,
 )
@@ -527,12 +527,11 @@ def train_until(c, steps: int, out: Path) -> dict:
     checkpoint = out / "ckpt.pt"
     resume = str(checkpoint) if checkpoint.exists() else ""
     if resume:
-        stored = load_checkpoint(checkpoint)
+        stored = train.load_run(resume)
         if stored["step"] > steps:
             raise BadInput(f"--tokens={steps * c.batch_tokens}: the run in {out} is past step "
                            f"{steps}, where its loss is to be read; name another --folder")
-        known = {k: v for k, v in stored["config"].items() if hasattr(c, k)}
-        refuse_settings(f"--folder={out.parent}", settings(replace(c, **known)), settings(c))
+        refuse_settings(f"--folder={out.parent}", settings(stored["config"]), settings(c))
     result = train.train(replace(c, steps=steps, eval_every=steps, save_every=steps,
                                  out_dir=str(out), resume=resume))
     if result["interrupted"]:
@@ -873,7 +872,7 @@ LAW_VERSION = "nanolet-law-2"  # of the file's format
 def load_law(path, flag: str) -> dict:
     """Reads a law that `fit` wrote. Raises BadInput unless it gives finite learning rates and
     intervals at the sizes and horizons of its own data."""
-    try:
+    with reading(f"{flag}={path}"):
         law = json.loads(Path(path).read_text(encoding="utf-8"))
         if law["version"] != LAW_VERSION:
             raise ValueError(f"{LAW_VERSION} is needed")
@@ -881,8 +880,6 @@ def load_law(path, flag: str) -> dict:
             found = predict_law(law, N, D)
             if law["dof"] < 1 or not np.isfinite([found["lr"], *found["interval"]]).all():
                 raise ValueError(f"no finite learning rate at N = {N:g}, D = {D:g}")
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as e:
-        raise BadInput(f"{flag}={path}: not a sound law file ({e!r:.200})") from None
     return law
 
 
@@ -934,7 +931,7 @@ def cost_lines(title: str, found: dict) -> list[str]:
 def plot_fit(fitted, law, path):
     """Left: losses over lr with their parabolas. Right: optima and the law over D. A color for
     each N."""
-    from probes import plotting
+    from probes import plotting, save_figure
     figure, (left, right) = plotting(path).subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     horizons = [f.D for f in fitted]
     D = np.geomspace(min(horizons), 3 * max(horizons), 30)
@@ -953,7 +950,7 @@ def plot_fit(fitted, law, path):
     left.set(xlabel="learning rate", ylabel="loss, nats", title="slices and their parabolas")
     right.set(xlabel="D, tokens", ylabel="lr*", title="optima and the law, 90 % interval")
     right.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def fit_command(a, _) -> str:
@@ -983,6 +980,8 @@ def fit_command(a, _) -> str:
     if a.plot:
         plot_fit(fitted, law, a.plot)
     if a.output:
+        if Path(a.output).exists():
+            load_law(a.output, "--output")  # no other file is written over
         with written_whole(a.output) as new:
             new.write_text(json.dumps(
                 {"version": LAW_VERSION, "units": "parameters, tokens", **law}, indent=1))

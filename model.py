@@ -26,6 +26,7 @@ Names and symbols
 """
 import argparse
 import contextlib
+import errno
 import functools
 import hashlib
 import itertools
@@ -35,7 +36,10 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import sys
+import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +47,11 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 END_OF_TEXT = "<|endoftext|>"
 IGNORE = -100  # a target with this value is not counted in the loss
@@ -106,6 +115,7 @@ class ModelConfig:
     head_ratio: float = 1.0  # m_D: channels of a head over those of the base model
 
     def __post_init__(self):
+        need(self.mlp in ("swiglu", "relu2", "gelu"), self, "mlp", "no such kind")
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.head_dim == 0:
             need(self.n_embd % (2 * self.n_head) == 0, self, "n_embd n_head",
@@ -1157,37 +1167,143 @@ def checkpoint_file(name) -> str:
     return str(inside if inside.is_file() else name)
 
 
+@contextlib.contextmanager
+def reading(where: str):
+    """Turns every error of the file that is read within into BadInput. where: the flag and the
+    file."""
+    try:
+        yield
+    except BadInput as e:
+        raise BadInput(f"{where}: {e}") from None
+    except Exception as e:  # damaged bytes raise errors of many kinds
+        if out_of_memory(e):
+            raise
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise BadInput(f"{where}: damaged, or not such a file ({reason})") from None
+
+
 def load_checkpoint(path, device="cpu", flag="") -> dict:
-    """Read a checkpoint that train.py wrote. Raises BadInput with the file's name if it is none.
-    flag: what the user wrote before the name, such as `--resume=`."""
+    """Read a checkpoint that train.py wrote. Raises BadInput with the file's name if it is damaged,
+    or if its weights, settings and tokenizer do not fit each other. flag: what the user wrote
+    before the name, such as `--resume=`."""
     where = f"{flag}{path}"
     if not Path(path).is_file():
         raise BadInput(f"{where}: no such checkpoint file")
-    try:
+    with reading(where):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load does not look at the checksums
+                raise ValueError(f"the checksum of {damaged} is wrong")
         ckpt = torch.load(path, map_location=device, weights_only=True)
-    except Exception as e:  # damaged bytes raise errors of many kinds
-        reason = " ".join(str(e).split())[:100] or type(e).__name__
-        raise BadInput(f"{where}: damaged, or not a checkpoint of tensors and plain values "
-                       f"({reason})") from None
-    if not isinstance(ckpt, dict) or ckpt.get("format") != "nanolet-2":
-        raise BadInput(f"{where}: not a checkpoint of this version of nanolet")
-    if missing := {"model", "model_config", "tokenizer"} - {*ckpt}:
-        raise BadInput(f"{where}: damaged, without {', '.join(sorted(missing))}")
+        if not isinstance(ckpt, dict) or ckpt.get("format") != "nanolet-2":
+            raise BadInput("not a checkpoint of this version of nanolet")
+        check_weights(ckpt["model"], ckpt["model_config"])
+        check_tokenizer(ckpt["tokenizer"], ckpt["model_config"]["vocab_size"])
     return ckpt
 
 
-def model_from_checkpoint(ckpt: dict, device="cpu", where="the checkpoint") -> GPT:
-    """The model of a loaded checkpoint, with its weights. Raises BadInput, naming `where`, if
-    settings and weights do not fit each other."""
-    try:
-        model = GPT(ModelConfig(**ckpt["model_config"]))
-        model.load_state_dict(ckpt["model"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise BadInput(f"{where}: damaged, weights and settings do not fit ({reason})") from None
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise BadInput(f"{where}: has weights that are not finite")
+def check_weights(weights: dict, settings: dict):
+    """Raises an error unless these are the weights of ModelConfig(**settings) and finite. The
+    number of blocks is checked first, and a model on the meta device has no memory: altered sizes
+    cost nothing."""
+    blocks = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    if settings["n_layer"] != blocks or settings["block_size"] > 2**24:
+        raise ValueError(f"n_layer {settings['n_layer']}, block_size {settings['block_size']}, and "
+                         f"weights of {blocks} blocks")
+    with torch.device("meta"):
+        needed = GPT(ModelConfig(**settings)).state_dict()
+    if differ := [name for name in sorted(needed.keys() | weights.keys())
+                  if name not in needed or name not in weights
+                  or needed[name].shape != weights[name].shape]:
+        raise ValueError(f"{len(differ)} weights do not fit the settings, as {differ[0]}")
+    for name, w in weights.items():
+        if not (w.is_floating_point() and w.isfinite().all()):
+            raise ValueError(f"{name} has values that are not finite, or no floats")
+
+
+def check_tokenizer(tokenizer: dict, vocab_size: int):
+    """Raises an error unless the tokenizer can be made, for at most vocab_size tokens."""
+    ranks = tokenizer["ranks"]
+    single = {f"{byte:02x}" for byte in range(256)}
+    if "json" not in tokenizer and (len({*ranks.values()}) < len(ranks) or single - ranks.keys()):
+        raise ValueError("the tokenizer lacks a byte, or has a number twice")
+    tokenizer_id(tokenizer)
+    enc = tokenizer_from_dict(tokenizer)
+    if not 0 <= enc.eot_token < enc.n_vocab <= vocab_size:
+        raise ValueError(f"{enc.n_vocab} tokens do not fit the vocabulary of {vocab_size}")
+
+
+def model_from_checkpoint(ckpt: dict, device="cpu") -> GPT:
+    """The model of a checkpoint from load_checkpoint, with its weights."""
+    model = GPT(ModelConfig(**ckpt["model_config"]))
+    model.load_state_dict(ckpt["model"])
     return model.to(device)
+
+
+def save_checkpoint(path, state: dict):
+    """Writes a checkpoint, whole or not at all. Raises OSError when the disk is full."""
+    with written_whole(path) as tmp:
+        try:
+            torch.save(state, tmp)
+        except RuntimeError as e:  # torch hides the OSError
+            reason = str(e).splitlines()[0][:80]
+            raise OSError(errno.ENOSPC, f"not written, disk full? ({reason})") from None
+
+
+def new_folder(name, flag="") -> Path:
+    """A path to write a folder to. Raises BadInput where there is something already."""
+    folder = Path(name)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise BadInput(f"{flag}{folder}: already exists and is not empty; name a new folder")
+    return folder
+
+
+HELD = set()  # the folders that this process holds
+
+
+@contextlib.contextmanager
+def locked(folder, wait=False, flag=""):
+    """Makes a folder if needed, holds it for this process alone, and removes the temporary files
+    that killed processes have left in it. The system releases the lock when the process ends in any
+    way. Raises BadInput if another process holds the folder, unless `wait`. A process may lock a
+    folder again that it holds. Without effect where the system has no such locks."""
+    folder = Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not fcntl or folder in HELD:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise BadInput(f"{flag}{folder}: another process writes to this folder") from None
+            print(f"waiting for the process that writes to {folder}", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        HELD.add(folder)
+        for dead in folder.glob(".*.tmp"):
+            remove(dead)
+        yield
+    finally:
+        HELD.discard(folder)
+        os.close(handle)
+
+
+def remove(path: Path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Puts the file's name into an error of the disk: a full disk is reported without one."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -1198,22 +1314,20 @@ def written_whole(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        yield temporary
-        for part in temporary.iterdir() if temporary.is_dir() else [temporary]:
-            with open(part, "rb+") as f:
-                os.fsync(f.fileno())
-        if path.is_dir():  # an empty one
-            path.rmdir()
-        os.replace(temporary, path)
-        if os.name == "posix":  # the new name itself
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        with naming(path):
+            yield temporary
+            for part in temporary.iterdir() if temporary.is_dir() else [temporary]:
+                with open(part, "rb+") as f:
+                    os.fsync(f.fileno())
+            if path.is_dir():  # an empty one
+                path.rmdir()
+            os.replace(temporary, path)
+            if os.name == "posix":  # the new name itself
+                folder = os.open(path.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        remove(temporary)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1234,22 +1348,35 @@ def device_exists(name: str) -> bool:
     return True
 
 
+def out_of_memory(e: Exception) -> bool:
+    """Whether an error means that no memory is left; on a CPU torch raises RuntimeError."""
+    return (isinstance(e, (MemoryError, torch.OutOfMemoryError))
+            or isinstance(e, RuntimeError) and "DefaultCPUAllocator" in str(e))
+
+
 def command(main):
     """Run a command line. An error is printed as one line. The exit code is 2 for bad input, 1 for
-    a run that failed or an error of the disk. Of torchrun's processes rank 0 prints the errors that
-    all ranks meet; another rank prints those that it may have met alone: an error of the disk, or
-    one with the attribute `alone`."""
+    a run that failed or an error of the disk, 130 and 143 after SIGINT and SIGTERM.
+
+    Of torchrun's processes each prints its error with its rank, after two seconds: if rank 0 met
+    the same error, it has printed it, and torchrun has ended the others by then."""
     rank = os.environ.get("RANK", "0")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         sys.exit(main(sys.argv[1:]))
-    except (BadInput, Failed, OSError) as e:
-        of_disk, message = isinstance(e, OSError), str(e)
-        if of_disk:
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except (BadInput, Failed, OSError, MemoryError, RuntimeError) as e:
+        message = str(e)
+        if out_of_memory(e):
+            message = f"out of memory ({message.splitlines()[0][:200] or 'Python'})"
+        elif isinstance(e, OSError):
             message = f"{e.filename or 'the disk'}: {e.strerror or e}"
-        if rank == "0":
-            print(f"error: {message}", file=sys.stderr)
-        elif getattr(e, "alone", of_disk):
-            print(f"error of rank {rank}: {message}", file=sys.stderr)
+        elif not isinstance(e, (BadInput, Failed)):
+            raise
+        if rank != "0":
+            time.sleep(2)
+        print(f"error{'' if rank == '0' else f' of rank {rank}'}: {message}", file=sys.stderr)
         sys.exit(2 if isinstance(e, BadInput) else 1)
 
 
@@ -1277,7 +1404,7 @@ def main(argv):
     need(0 < a.top_p <= 1, a, "top_p", "above 0, at most 1")
     ckpt = load_checkpoint(checkpoint_file(a.checkpoint))
     enc = tokenizer_from_dict(ckpt["tokenizer"])
-    model = model_from_checkpoint(ckpt, a.device, a.checkpoint).eval()
+    model = model_from_checkpoint(ckpt, a.device).eval()
     ids = [enc.eot_token] + enc.encode_ordinary(a.prompt)
     prompts = torch.tensor([ids] * a.samples, device=a.device)
     out = generate(model, prompts, a.tokens, a.temperature, a.top_k, a.top_p, a.seed)

@@ -34,7 +34,7 @@ Symbols (those of the papers)
 import math
 from collections import defaultdict
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
@@ -686,10 +686,22 @@ class Optimizers:
             if key == "multipliers" and not same:
                 continue
             packed, stored = optimizer.state_dict(), state.get(key, {})
+            params = chain(*(group["params"] for group in optimizer.param_groups))
+            for name, p in zip(names_in(packed), params, strict=True):
+                if p.requires_grad and (key != "extra" or stored):  # those of a new term are new
+                    check_state(name, stored[name], p.shape)
             packed["state"] = {i: stored[name] for i, name in enumerate(names_in(packed))
                                if name in stored}
             optimizer.load_state_dict(packed)
         return same
+
+
+def check_state(name: str, state: dict, shape):
+    """Raises an error unless this can be the state of a parameter of this shape in Muon or
+    AdamW."""
+    buffers = ("momentum_buffer",) if "momentum_buffer" in state else ("exp_avg", "exp_avg_sq")
+    if any(state[buffer].shape != shape for buffer in buffers):
+        raise ValueError(f"{name}: the optimizer's state has another shape")
 
 
 def names_in(packed: dict) -> list[str]:

@@ -58,7 +58,10 @@ from model import (
     device_exists,
     log_likelihoods,
     logical_pieces,
+    new_folder,
     next_token_loss,
+    reading,
+    save_checkpoint,
     tokenizer_from_dict,
     written_whole,
 )
@@ -726,17 +729,25 @@ def weight_scales(model, multipliers=None) -> dict:
 # Runs: what train.py wrote into metrics.jsonl, as tables and plots over seeds
 
 
-def read_metrics(run) -> list[dict]:
-    """The lines of a run's metrics.jsonl, {"a": {"b": 1}} as {"a b": 1}. A killed run can leave
-    half a line, which is left out."""
+def read_lines(run) -> list[dict]:
+    """The lines of a run's metrics.jsonl. A killed run can leave half a line, which is left out.
+    Raises BadInput."""
     path, lines = Path(run, "metrics.jsonl"), []
-    try:
+    with reading(path):
         for text in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
-                lines.append(flat(json.loads(text)))
-    except (OSError, AttributeError, ValueError) as e:
-        raise BadInput(f"{path}: not the metrics of a run ({e})") from None
+                lines.append(json.loads(text))
+        for line in lines:
+            names = ["step", "tokens", "flops", "seconds"]
+            names += ["val_loss", "bits_per_byte"] if "val_loss" in line else []
+            if not all(isinstance(line[name], (int, float)) for name in names):
+                raise ValueError(f"{', '.join(names)}: must be numbers")
     return lines
+
+
+def read_metrics(run) -> list[dict]:
+    """The lines of a run's metrics.jsonl, {"a": {"b": 1}} as {"a b": 1}."""
+    return [flat(line) for line in read_lines(run)]
 
 
 def flat(line: dict) -> dict:
@@ -751,13 +762,11 @@ def flat(line: dict) -> dict:
 def read_evaluations(run) -> list[dict]:
     """The lines of a run's metrics.jsonl with a held-out loss. If the run stopped before its last
     step, as a diverged one does, the last loss is infinite."""
-    lines = [line for line in read_metrics(run) if {"step", "val_loss"} <= line.keys()]
+    lines = [line for line in read_metrics(run) if "val_loss" in line]
     need(lines, f"{Path(run, 'metrics.jsonl')}: no evaluation in it")
     config = Path(run, "config.json")
-    try:
+    with reading(config):
         unfinished = config.exists() and lines[-1]["step"] < json.loads(config.read_text())["steps"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise BadInput(f"{config}: not the settings of a run ({e!r})") from None
     if unfinished:
         lines[-1] = {**lines[-1], "val_loss": math.inf, "bits_per_byte": math.inf}
     return lines
@@ -864,7 +873,7 @@ def plot_runs(runs, path: str) -> str:
         axis.legend(fontsize="small")
     for axis in axes.flat[len(panels):]:
         axis.remove()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     return path
 
 
@@ -961,6 +970,11 @@ def plotting(path: str):
     return pyplot
 
 
+def save_figure(figure, path: str):
+    with written_whole(path) as tmp:
+        figure.savefig(tmp, format=Path(path).suffix[1:], dpi=120)
+
+
 # --------------------------------------------------------------------------------------------------
 # Commands
 
@@ -978,7 +992,7 @@ def linearity_command(a) -> str:
             axis.plot([p["block"] for p in profile], [p[key] for p in profile], "o-", label=key)
         axis.set(xlabel="block", ylabel="linearity score", title="linearity of each block")
         axis.legend()
-        figure.savefig(a.plot, dpi=120)
+        save_figure(figure, a.plot)
     n = profile[0]["n"]
     return (f"{n:,} tokens to fit on, {n / model.config.n_embd:.1f} times the width\n\n"
             + table(("block", *keys, "rank"), *rows))
@@ -1023,8 +1037,8 @@ def prune_command(a) -> str:
     n_layer = whole.config.n_layer
     need(max(a.blocks) < n_layer, f"--blocks={max(a.blocks)}: {a.checkpoint} has {n_layer} blocks, "
          "of which one has to stay")
-    out = Path(a.out_dir or Path(checkpoint_file(a.checkpoint)).with_name("pruned"), "ckpt.pt")
-    need(not out.exists(), f"--out_dir={out.parent}: holds a checkpoint already")
+    out = new_folder(a.out_dir or Path(checkpoint_file(a.checkpoint)).with_name("pruned"),
+                     "--out_dir=") / "ckpt.pt"
     batches = read_batches(a, whole, enc, 8)
     eighth = len(batches) // 8
     fitted, choosing, reported = (batches[:-2 * eighth], batches[-2 * eighth:-eighth],
@@ -1052,8 +1066,7 @@ def write_pruned(path: Path, found: Pruned, tokenizer: dict):
     how = {"order": found.order, "arm": found.arm, "blocks": found.blocks}
     ckpt = {"format": "nanolet-2", "model": found.model.state_dict(), "tokenizer": tokenizer,
             "model_config": asdict(found.model.config), "step": 0, "config": {}, "pruned": how}
-    with written_whole(path) as tmp, open(tmp, "wb") as file:  # torch's writer hides a full disk
-        torch.save(ckpt, file)
+    save_checkpoint(path, ckpt)
 
 
 def curvature_command(a) -> str:
@@ -1086,7 +1099,7 @@ def plot_spectra(found: dict, path: str):
         axis.semilogy(x, density(s["ritz"], x, 0.01 * width), label=name)
     axis.set(xlabel="eigenvalue", ylabel="density", title="Hessian of the loss", ylim=(1e-10, None))
     axis.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def eval_command(a) -> str:

@@ -55,6 +55,7 @@ from model import (
     log_likelihoods,
     model_from_checkpoint,
     need,
+    new_folder,
     product_dtype,
     rope_tables,
     tokenizer_from_dict,
@@ -663,14 +664,6 @@ def write_text(model, enc, prompts, n_tokens: int, temperatures=(1.0,), seeds=(0
     return [r for _, group in groups for r in itertools.islice(group, best)]
 
 
-def new_folder(name) -> Path:
-    """A path to write a folder to. Raises BadInput where there is something already."""
-    folder = Path(name)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"{folder}: already exists and is not empty; name a new folder")
-    return folder
-
-
 def generate_command(a) -> str:
     """Writes text.txt, for train.py, and samples.jsonl, one record per line, into a.folder."""
     from train import find_files, read_documents, split_documents  # a command may look upwards
@@ -1049,7 +1042,7 @@ def load_pretrained(name, device="cpu", dtype=torch.float32, flag="--teacher="):
     where = f"{flag}{name}"
     if is_checkpoint(name):
         ckpt = load_checkpoint(name, flag=flag)
-        model, tokenizer = model_from_checkpoint(ckpt, where=where), ckpt["tokenizer"]
+        model, tokenizer = model_from_checkpoint(ckpt), ckpt["tokenizer"]
     elif name == "smollm2":
         config, weights, tokenizer = read_smollm2(where)
         model = from_hf(config, weights, config.vocab_size).to(dtype)
@@ -1180,7 +1173,7 @@ def export(checkpoint, folder, dtype="fp32") -> str:
     ckpt = load_checkpoint(checkpoint)
     tokenizer = ckpt["tokenizer"]
     try:
-        settings, weights = to_hf(model_from_checkpoint(ckpt, where=checkpoint))
+        settings, weights = to_hf(model_from_checkpoint(ckpt))
     except BadInput as e:
         raise BadInput(f"{checkpoint}: {e}") from None
     backend, end = tokenizer_to_hf(tokenizer, checkpoint), tokenizer["special"].get(END_OF_TEXT)

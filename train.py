@@ -48,6 +48,7 @@ import sys
 import sysconfig
 import time
 import urllib.request
+import zipfile
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -76,8 +77,13 @@ from model import (
     device_exists,
     generate,
     load_checkpoint,
+    locked,
     logical_pieces,
     model_from_checkpoint,
+    naming,
+    out_of_memory,
+    reading,
+    save_checkpoint,
     tokenizer_from_dict,
     tokenizer_id,
     tokenizer_to_dict,
@@ -94,7 +100,7 @@ from optim import (
     module_of,
     stable_phase,
 )
-from probes import Linearity, weight_scales
+from probes import Linearity, read_lines, weight_scales
 from teacher import (
     LET,
     LET_LOSSES,
@@ -270,18 +276,21 @@ def train(c: "Config") -> dict:
     seconds, val_loss, bits_per_byte, interrupted (the number of the signal that stopped the run, or
     0) and history (the lines of metrics.jsonl). With dry_run: see print_plan.
 
-    Raises BadInput for wrong flags or files, before the run's folder is made; NonFinite when the
-    run diverges; OSError when a file cannot be written."""
+    Raises BadInput for wrong flags or files, and leaves no folder then; NonFinite when the run
+    diverges; OSError when a file cannot be written."""
     check(c, int(os.environ.get("WORLD_SIZE", 1)))
     devices = set_up_devices(c)
+    compare_ranks(c, devices)
     data = load_data(c)
-    resumed = load_run(c.resume) if c.resume else None
-    if resumed is not None:
-        refuse_changes(c, resumed, data.tokenizer)
-        if c.decay_now:
-            c = branch_decay(c, resumed)
-    has_teacher = needs_teacher(c, resumed["step"] if resumed else 0)
-    with StopSignals() as stop_signals, clear_out_of_memory(c):
+    with clear_out_of_memory(c), contextlib.ExitStack() as held:
+        if not c.dry_run:
+            c = on_rank_0(lambda: held.enter_context(run_folder(c, devices.world)))
+        resumed = load_run(c.resume) if c.resume else None
+        if resumed is not None:
+            refuse_changes(c, resumed, data.tokenizer)
+            if c.decay_now:
+                c = branch_decay(c, resumed)
+        has_teacher = needs_teacher(c, resumed["step"] if resumed else 0)
         if has_teacher and c.teacher == "auto" and not c.dry_run:
             result = train_teacher(automatic_teacher(c, data))
             if result["interrupted"]:
@@ -291,7 +300,8 @@ def train(c: "Config") -> dict:
             return print_plan(c, data, devices, teacher)
         run = Run(c, data, devices, teacher, resumed)
         teacher = resumed = None  # frees the checkpoint, and lets the run free the teacher
-        return loop(run, stop_signals)
+        with StopSignals() as stop_signals:
+            return loop(run, stop_signals)
 
 
 class Run:
@@ -309,7 +319,7 @@ class Run:
         self.accumulation = self.records_per_rank // self.records_per_pass
         torch.manual_seed(c.seed)
         if resumed is not None:
-            self.model = model_from_checkpoint(resumed, where=f"--resume={c.resume}")
+            self.model = model_from_checkpoint(resumed)
         elif c.init_from:
             self.model = start_from(c, data.tokenizer)
         else:
@@ -330,8 +340,7 @@ class Run:
         if dist.is_initialized():
             self.net = DistributedDataParallel(self.model, gradient_as_bucket_view=True,
                                                broadcast_buffers=False)
-        self.out_dir = on_rank_0(lambda: make_run_folder(c))
-        self.c = c = replace(c, out_dir=str(self.out_dir))
+        self.out_dir = Path(c.out_dir)
         self.checkpoint = self.out_dir / "ckpt.pt"
         on_rank_0(lambda: write_config(c, devices))
         self.metrics = Metrics(self.out_dir, self.state.step, writes=devices.rank == 0)
@@ -342,11 +351,12 @@ class Run:
     def load(self, checkpoint: dict):
         """Continues from a checkpoint: weights, optimizers, terms and state. Nothing in a step
         draws from a random number generator that would have to be restored too."""
-        if not self.optimizers.load_state_dict(checkpoint["optimizers"]):
-            say("the checkpoint has no multipliers of this kind and placement; they start at 1")
-        for term in self.terms:
-            if term.name in checkpoint["terms"]:
-                term.load_state_dict(checkpoint["terms"][term.name])
+        with reading(f"--resume={self.c.resume}"):
+            if not self.optimizers.load_state_dict(checkpoint["optimizers"]):
+                say("the checkpoint has no multipliers of this kind and placement; they start at 1")
+            for term in self.terms:
+                if term.name in checkpoint["terms"]:
+                    term.load_state_dict(checkpoint["terms"][term.name])
         self.state = State(**{f.name: checkpoint[f.name] for f in fields(State)})
 
     def save(self):
@@ -527,14 +537,25 @@ def refuse_others(c: "Config", needed: dict, where: str):
 
 
 def load_run(path: str) -> dict:
-    """The checkpoint of --resume, with its `config` as a Config."""
+    """The checkpoint of --resume, with its `config` as a Config, whose stop is in steps. Raises
+    BadInput for a file without a run, or with values that no run has. Run.load checks the rest."""
     checkpoint = load_checkpoint(path, flag="--resume=")
     needed = {"config", "optimizers", "terms", *(f.name for f in fields(State))}
     if not (needed <= checkpoint.keys() and checkpoint["config"]):
         raise BadInput(f"--resume={path}: holds a model without the state of a run; --init_from "
                        "starts a new run from it")
-    flags = {name: value for name, value in checkpoint["config"].items() if name in FLAGS}
-    return {**checkpoint, "config": Config(**flags)}
+    with reading(f"--resume={path}"):
+        c = Config(**{name: v for name, v in checkpoint["config"].items() if name in FLAGS})
+        values = [*vars(c).items(), *((f.name, checkpoint[f.name]) for f in fields(State))]
+        types = {f.name: f.type for f in (*fields(Config), *fields(State))}
+        for name, value in values:
+            if not isinstance(value, (int, float) if types[name] is float else types[name]):
+                raise ValueError(f"{name} {value!r}")
+        if bad := out_of_range(c):
+            raise ValueError(bad[0])
+        if min(checkpoint["step"], checkpoint["tokens"]) < 0:
+            raise ValueError("a negative number of steps or tokens")
+        return {**checkpoint, "config": with_stop_in_steps(c)}
 
 
 def refuse_changes(c: "Config", resumed: dict, tokenizer: dict):
@@ -631,15 +652,19 @@ def automatic_teacher(c: "Config", data: "Data") -> "Config":
 
 
 def train_teacher(t: "Config") -> dict:
-    """Trains or resumes the teacher's run, unless it is finished. Returns its result."""
+    """Trains or resumes the teacher's run, unless it is finished. Returns its result. Another
+    process that trains the same teacher is waited for."""
     path = Path(t.out_dir) / "ckpt.pt"
-    step = load_checkpoint(path)["step"] if path.exists() else 0
-    if step >= t.steps:
-        return {"interrupted": 0}
-    say(f"teacher: {t.n_layer} blocks of width {t.n_embd}, trained once and kept in {t.out_dir}")
-    result = train(replace(t, resume=str(path) if step else ""))
-    say("student:")
-    return result
+    with contextlib.ExitStack() as held:
+        on_rank_0(lambda: held.enter_context(locked(t.out_dir, wait=True)))
+        step = load_run(str(path))["step"] if path.exists() else 0
+        if step >= t.steps:
+            return {"interrupted": 0}
+        say(f"teacher: {t.n_layer} blocks of width {t.n_embd}, trained once and kept in "
+            f"{t.out_dir}")
+        result = train(replace(t, resume=str(path) if step else ""))
+        say("student:")
+        return result
 
 
 def learning_rate_by_law(c: "Config", model: GPT) -> "Config":
@@ -1366,7 +1391,7 @@ FLAGS = {f.name: f for f in fields(Config)}
 ARCHITECTURE = [f.name for f in fields(ModelConfig)  # the flags that --init_from sets
                 if f.name in FLAGS and f.name not in ("vocab_size", "block_size")]
 FIXED = [*ARCHITECTURE, "block_size", "param", "base_n_embd", "base_n_layer", "base_n_head",
-         "optimizer", "init_from"]  # a resumed run must keep these flags
+         "optimizer", "frozen_gains", "init_from"]  # a resumed run must keep these flags
 HEADINGS = {"data": "data", "mixer": "model", "optimizer": "optimizer",  # first flag -> heading
             "multipliers": "multipliers", "teacher": "teacher", "linearity": "linearity",
             "steps": "run"}
@@ -1375,15 +1400,7 @@ HEADINGS = {"data": "data", "mixer": "model", "optimizer": "optimizer",  # first
 def check(c: Config, world: int = 1):
     """Raises one BadInput for all values out of range, or else for all values in one of the groups
     below that contradict each other."""
-    bad = []
-    for name, f in FLAGS.items():
-        value, m = getattr(c, name), f.metadata
-        if m["choices"] and value not in m["choices"]:
-            bad.append(f"--{name}={value}: one of {', '.join(m['choices'])} is needed")
-        if m["least"] is not None and not value >= m["least"]:
-            bad.append(f"--{name}={value}: at least {m['least']:g} is needed")
-        if m["most"] is not None and not value <= m["most"]:
-            bad.append(f"--{name}={value}: at most {m['most']:g} is possible")
+    bad = out_of_range(c)
     for group in (check_architecture, check_batches, check_optimizer, check_teacher, check_run):
         if bad:
             break  # later groups rely on earlier ones
@@ -1393,6 +1410,22 @@ def check(c: Config, world: int = 1):
                 bad.append(f"{values}: {why}")
     if bad:
         raise BadInput("\n       ".join(bad))
+
+
+def out_of_range(c: Config) -> list[str]:
+    """A message for each flag whose value is not among the allowed ones."""
+    bad = []
+    for name, f in FLAGS.items():
+        value, m = getattr(c, name), f.metadata
+        if "\0" in str(value):
+            bad.append(f"--{name}={value!r}: no NUL byte is possible")
+        if m["choices"] and value not in m["choices"]:
+            bad.append(f"--{name}={value}: one of {', '.join(m['choices'])} is needed")
+        if m["least"] is not None and not value >= m["least"]:
+            bad.append(f"--{name}={value}: at least {m['least']:g} is needed")
+        if m["most"] is not None and not value <= m["most"]:
+            bad.append(f"--{name}={value}: at most {m['most']:g} is possible")
+    return bad
 
 
 # Each group yields (whether a condition holds, the flags concerned, the message if it does not).
@@ -1457,6 +1490,9 @@ def check_run(c: Config, world: int):
     resumed = c.resume and not c.decay_now and Path(c.resume).resolve() == checkpoint
     yield not c.out_dir or resumed or c.dry_run or not checkpoint.exists(), "out_dir", (
         "this folder has a run; --resume=auto continues it")
+    config = folder / "config.json"
+    ours = not config.exists() or b'"provenance"' in config.read_bytes()
+    yield ours, "out_dir", "this folder has a config.json of another program"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1542,10 +1578,33 @@ def set_up_devices(c: Config) -> Devices:
         backend = {"backend": "gloo"}
         if device.type == "cuda":
             backend = {"backend": "nccl", "device_id": device}
-        # The other ranks wait while rank 0 tokenizes, which can take hours.
-        dist.init_process_group(**backend, timeout=datetime.timedelta(days=1))
+        dist.init_process_group(**backend)
     bf16 = c.dtype == "bf16" or c.dtype == "auto" and has_fast_bf16(device)
     return Devices(device, rank, world, bf16)
+
+
+def compare_ranks(c: Config, devices: Devices):
+    """Raises BadInput on all ranks unless they have the same flags, source and checkpoint."""
+    if not dist.is_initialized():
+        return
+    own = {f"--{name}": value for name, value in asdict(c).items()}
+    own |= {name: provenance(devices)[name] for name in ("source_sha256", "torch", "bf16")}
+    if c.resume:
+        with zipfile.ZipFile(c.resume) as archive:
+            own[c.resume] = [part.CRC for part in archive.infolist()]
+    found = [None] * devices.world
+    dist.all_gather_object(found, own)
+    for rank, name in itertools.product(range(devices.world), found[0]):
+        a, b = found[0][name], found[rank].get(name)
+        if a != b:
+            raise BadInput(f"{name}: {a} on rank 0, and {b} on rank {rank}")
+
+
+@functools.cache
+def patient_group():
+    """A process group for the wait until rank 0 has prepared the data, which can take hours. In the
+    default group a rank that is gone is noticed after some minutes."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
 
 
 def on_rank_0(work):
@@ -1558,9 +1617,8 @@ def on_rank_0(work):
             box[0] = work()
         except (BadInput, OSError) as e:
             box[1] = e
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=patient_group())
     if box[1] is not None:
-        box[1].alone = False  # only rank 0 prints it, see model.command
         raise box[1]
     return box[0]
 
@@ -1580,14 +1638,14 @@ def progress_bar(total, what: str, unit: str, **kwargs):
 
 @contextlib.contextmanager
 def clear_out_of_memory(c: Config):
-    """Turns torch's error into one line that names --micro_batch."""
+    """Turns an error of the allocation into one line that names --micro_batch."""
     try:
         yield
-    except torch.OutOfMemoryError as e:
-        failed = Failed(f"out of memory with --micro_batch={c.micro_batch}; a lower one needs less "
-                        f"({str(e).splitlines()[0]})")
-        failed.alone = True  # this rank prints it, see model.command
-        raise failed from None
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
+            raise
+        raise Failed(f"out of memory with --micro_batch={c.micro_batch}; a lower one needs less "
+                     f"({str(e)[:200].splitlines()[:1]})") from None
 
 
 class StopSignals:
@@ -1618,18 +1676,6 @@ class StopSignals:
 # Files of a run
 
 
-def save_checkpoint(path: Path, state: dict):
-    """Writes a checkpoint, whole or not at all. torch.load(weights_only=True) reads it. Raises
-    OSError when the disk is full."""
-    with written_whole(path) as tmp:
-        try:
-            torch.save(state, tmp)
-        except RuntimeError as e:  # torch hides the OSError
-            reason = str(e).splitlines()[0][:80]
-            raise OSError(errno.ENOSPC, f"checkpoint not written, disk full? ({reason}); an "
-                          "earlier one is intact", str(path)) from None
-
-
 def provenance(devices: Devices) -> dict:
     """The versions, the device, and a hash of the project's source, for checkpoints and
     config.json."""
@@ -1648,15 +1694,28 @@ def write_config(c: Config, devices: Devices):
         tmp.write_text(json.dumps({**asdict(c), "provenance": provenance(devices)}, indent=1))
 
 
-def make_run_folder(c: Config) -> Path:
-    """Makes --out_dir, or the first free runs/N, and returns it."""
-    if c.out_dir:
-        Path(c.out_dir).mkdir(parents=True, exist_ok=True)
-        return Path(c.out_dir)
-    for n in itertools.count(1):
+@contextlib.contextmanager
+def run_folder(c: Config, world: int):
+    """Makes --out_dir, or the first free runs/N, and holds it for this process alone. Yields c with
+    this --out_dir. A folder without a line of metrics is removed again."""
+    folders = [Path(c.out_dir)] if c.out_dir else (Path(f"runs/{n}") for n in itertools.count(1))
+    for folder in folders:
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
         with contextlib.suppress(FileExistsError):
-            Path("runs", str(n)).mkdir(parents=True)
-            return Path("runs", str(n))
+            folder.mkdir(parents=True, exist_ok=bool(c.out_dir))
+            break
+    try:
+        with locked(folder, flag="--out_dir="):
+            check(c, world)  # again: another run can have ended here meanwhile
+            try:
+                yield replace(c, out_dir=str(folder))
+            finally:
+                if not (folder / "metrics.jsonl").exists():
+                    (folder / "config.json").unlink(missing_ok=True)
+    finally:
+        for path in new:
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
 
 
 class Metrics:
@@ -1667,13 +1726,9 @@ class Metrics:
     def __init__(self, out_dir: Path, step: int, writes: bool):
         self.path, self.writes, self.lines = out_dir / "metrics.jsonl", writes, []
         if step > 0 and self.path.exists():
-            for text in self.path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # a kill can leave half a line
-                    line = json.loads(text)
-                    last = step - 1 if "val_loss" in line else step
-                    if line["step"] <= last:
-                        self.lines.append(line)
-        if writes:
+            self.lines = [line for line in read_lines(out_dir)
+                          if line["step"] <= step - ("val_loss" in line)]
+        if writes and self.path.exists():
             with written_whole(self.path) as tmp:
                 tmp.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
@@ -1682,7 +1737,7 @@ class Metrics:
                 "seconds": round(state.seconds, 3), **values}
         self.lines.append(line)
         if self.writes:
-            with open(self.path, "a") as file:
+            with naming(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
 
@@ -1758,7 +1813,7 @@ def resumed_flags(given: dict) -> Config:
     """The checkpoint's flags, replaced by those that are given. The run continues in its own
     folder; --decay_now makes a new one."""
     checkpoint = load_run(given["resume"])
-    stored = with_stop_in_steps(checkpoint["config"])
+    stored = checkpoint["config"]
     defaults = {"out_dir": str(Path(given["resume"]).parent)}
     if given.get("decay_now"):  # the decay is the last decay_fraction of all steps
         share = given.get("decay_fraction", stored.decay_fraction)

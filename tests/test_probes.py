@@ -863,7 +863,8 @@ def write_run(folder, losses, seconds_per_step=2.0, **more):
     folder.mkdir(parents=True)
     lines = [{"step": 10 * i, "tokens": 1, "flops": 1000 * i, "seconds": 10 * i * seconds_per_step,
               "val_loss": loss, "bits_per_byte": loss / 2, **more} for i, loss in enumerate(losses)]
-    text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 1}])
+    lines.append({"step": 1, "tokens": 1, "flops": 1, "seconds": 1})  # of a step, not evaluated
+    text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text)
     return str(folder)
 
@@ -897,13 +898,15 @@ def test_a_run_that_did_not_finish_is_not_taken_for_a_final_loss(tmp_path):
 @pytest.mark.parametrize("name, text, named", [
     ("let", None, "let"), ("let-1", None, "let-1"), ("x/plain-0", None, "x/plain-0"),
     *(("let-0/metrics.jsonl", text, "let-0/metrics.jsonl") for text in (
-        '{"step": 1}', "{", "", "[1]", '{"val_loss": 1}')),
+        '{"step": 1}', "{", "", "[1]", '{"val_loss": 1}', "[" * 100_000, "\udcff",
+        '{"step": 1, "tokens": 1, "flops": null, "seconds": 1, "val_loss": 1, "bits_per_byte": 1}',
+        '{"step": 1, "tokens": 1, "flops": 1, "seconds": 1, "val_loss": 1, "bits_per_byte": ""}')),
     *(("let-0/config.json", text, "let-0/config.json") for text in ("{", "[]", '{"steps": "x"}'))])
 def test_folders_that_are_no_runs_of_the_table_are_refused_by_name(tmp_path, name, text, named):
     folder = tmp_path / name.removesuffix(Path(name).name if text is not None else "")
     runs = [write_run(tmp_path / "plain-0", [8, 5]), write_run(folder, [8, 5])]
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, errors="surrogateescape")
     with pytest.raises(BadInput, match=named):
         compare(runs)
 

@@ -847,7 +847,7 @@ def test_a_decay_branches_off_a_constant_run_and_not_off_a_schedule_that_is_not_
     checkpoint = load_checkpoint(trunk)
     checkpoint["config"]["schedule"] = "wsd_of_next_year"
     torch.save(checkpoint, trunk)
-    with pytest.raises(t.BadInput, match="--decay_now.*wsd_of_next_year"):
+    with pytest.raises(t.BadInput, match="--resume.*wsd_of_next_year"):
         t.train(t.parse_flags([*words[:-1], f"--out_dir={tmp_path}/other"]))
 
 
