@@ -1361,7 +1361,8 @@ def command(main):
     Of torchrun's processes each prints its error with its rank, after two seconds: if rank 0 met
     the same error, it has printed it, and torchrun has ended the others by then."""
     rank = os.environ.get("RANK", "0")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if "RANK" not in os.environ:  # with ranks: torchrun's signal must end one that waits for others
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
