@@ -158,14 +158,19 @@ def test_a_rotation_is_a_product_of_complex_numbers():
     close(low.float(), expected, 0.05)
 
 
-def attention_by_hand(attention, x, table):
-    """One query and one head at a time. table: (T, D), the factors that stand in for rotations."""
+def positioned(x, factor, shift):
+    """Stands in for a rotation: x (B, T, heads, D) changed by tables (T, 1, D) of the positions."""
+    return x * factor.square() + shift
+
+
+def attention_by_hand(attention, x, *tables):
+    """One query and one head at a time."""
     q, k, v = attention.qkv(x)
     B, T, D = *x.shape[:2], attention.head_dim
     q, k, v = (part.view(B, T, -1, D) for part in (q, k, v))
     if isinstance(attention.q_norm, lib.RMSNorm):
         q, k = (part / part.square().mean(-1, keepdim=True).add(1e-6).sqrt() for part in (q, k))
-    q, k, heads = q * table[:, None], k * table[:, None], []
+    q, k, heads = positioned(q, *tables), positioned(k, *tables), []
     for h in range(attention.n_head):
         of_group = h * attention.n_kv_head // attention.n_head
         rows = []
@@ -182,18 +187,17 @@ def attention_by_hand(attention, x, table):
                                 dict(n_kv_head=4, head_ratio=4.0, head_dim=6)], ids=str)
 @torch.no_grad()
 def test_attention_is_that_of_a_loop_over_queries_also_behind_a_cache(kw, monkeypatch):
-    """A product with a table of the positions stands in for the rotation."""
-    monkeypatch.setattr(lib, "rotate", lambda x, cos, sin: x * cos)
+    monkeypatch.setattr(lib, "rotate", positioned)
     torch.manual_seed(0)
     attention, x = lib.Attention(ModelConfig(97, n_embd=32, n_head=4, **kw)), torch.randn(2, 9, 32)
     for p in attention.parameters():
         p.normal_(std=0.4) if p.ndim == 2 else p.fill_(1.0)
-    cos = torch.rand(9, 1, attention.head_dim) + 0.5
-    expected = attention_by_hand(attention, x, cos[:, 0])
-    close(attention(x, cos, None), expected, 1e-5)
-    for cuts in ((9,), (1, 5, 1, 2), (4, 5)):
-        cache, parts = Cache(), zip(x.split(cuts, 1), cos.split(cuts))
-        found = [attention(part, table, None, cache) for part, table in parts]
+    cos, sin = torch.rand(2, 9, 1, attention.head_dim) + 0.5
+    expected = attention_by_hand(attention, x, cos, sin)
+    close(attention(x, cos, sin), expected, 1e-5)
+    for cuts in ((9,), (1, 5, 1, 2), (2, 7)):
+        cache, parts = Cache(), zip(x.split(cuts, 1), cos.split(cuts), sin.split(cuts))
+        found = [attention(*part, cache) for part in parts]
         close(torch.cat(found, 1), expected, 1e-5)
 
 
@@ -534,6 +538,7 @@ def test_the_chunked_loss_and_its_gradients_equal_the_plain_form(chunk, padding,
 
 def weighted_squares(logits, weights, targets):
     """Some loss on logits with two further tensors, and a value to be logged."""
+    assert logits.requires_grad == torch.is_grad_enabled()
     squares = (weights * logits.sin()).square().sum()
     return squares, {"chosen": logits.gather(1, targets.clamp(min=0)[:, None]).sum()}
 
@@ -545,10 +550,32 @@ def test_any_loss_on_logits_runs_in_chunks_with_its_further_values():
     loss, named = chunked_loss(weighted_squares, x, w, weights, targets, vocab_size=97, chunk=5)
     plain, expected = weighted_squares(x @ w[:97].T, weights, targets)
     torch.testing.assert_close((loss, named["chosen"]), (plain, expected["chosen"].detach()))
-    for a, b in zip(*(torch.autograd.grad(v, (x, w)) for v in (loss, plain)), strict=True):
+    both = [torch.autograd.grad(v, (x, w), retain_graph=True) for v in (loss, plain)]
+    for a, b in zip(*both, strict=True):
         torch.testing.assert_close(a, b)
     with torch.no_grad():
-        assert not chunked_loss(next_token_loss, x, w, targets, vocab_size=97)[0].requires_grad
+        assert not chunked_loss(weighted_squares, x, w, weights, targets,
+                                vocab_size=97)[0].requires_grad
+    for i, (a, b) in enumerate(((x, w.detach()), (x.detach(), w))):  # one of them is frozen
+        loss, _ = chunked_loss(weighted_squares, a, b, weights, targets, vocab_size=97)
+        torch.testing.assert_close(torch.autograd.grad(loss, (x, w)[i])[0], both[1][i])
+
+
+@pytest.mark.exercise("chunked_loss")
+def test_of_a_large_vocabulary_few_logits_are_held_at_once():
+    x, w = (torch.randn(n, 4, dtype=torch.float64) for n in (150, 9_000))
+    targets, sizes = random_tokens(150, vocab=8_990), []
+
+    def loss_of(logits, targets):
+        sizes.append(logits.shape)
+        return next_token_loss(logits, targets)
+
+    x.requires_grad_()
+    loss, _ = chunked_loss(loss_of, x, w, targets, vocab_size=8_990, chunk=100)
+    plain = F.cross_entropy(x @ w[:8_990].T, targets, reduction="sum")
+    torch.testing.assert_close((loss, *torch.autograd.grad(loss, x)),
+                               (plain, *torch.autograd.grad(plain, x)))
+    assert max(n for n, _ in sizes) <= 100 and all(V == 8_990 for _, V in sizes)
 
 
 @pytest.mark.exercise("chunked_loss")
@@ -736,6 +763,10 @@ def test_a_token_is_picked_by_inversion_and_at_temperature_0_it_is_the_likeliest
         found = lib.pick(p.log() + 7, 1.0, 0, 1.0, torch.full((2, 1), uniform))
         assert found.tolist() == [[i] for i in expected]
         assert lib.pick(p.log(), 0, 0, 1.0, torch.full((2, 1), uniform)).tolist() == [[3], [0]]
+    assert lib.pick(p.log(), 1.0, 1, 1.0, torch.zeros(2, 1)).tolist() == [[3], [0]]
+    halves, uniform = torch.zeros(1, 2), torch.tensor([[0.2], [0.9]])
+    low, high = (lib.pick(halves, 1.0, 0, 0.5, one[None]).item() for one in uniform)
+    assert low == high, "one of two halves makes up 0.5"
 
 
 @torch.no_grad()

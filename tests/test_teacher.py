@@ -27,7 +27,6 @@ from model import (
     BadInput,
     NextToken,
     Pass,
-    chunked_loss,
     generate,
     load_checkpoint,
     tokenizer_from_dict,
@@ -94,9 +93,8 @@ def plain_logsum(student, teacher, power=4.0, eps=1e-5):
     return torch.log(((normed[0] - normed[1]).abs() ** power).mean())
 
 
-@pytest.mark.parametrize("loss, plain", [(th.cosine_loss, plain_cosine),
-    (th.logsum_loss, plain_logsum)])
-def test_loss_and_gradient_equal_the_plain_formula(loss, plain):
+def assert_loss_and_gradient(loss, plain):
+    """Of float32 states, against the plain formula in float64."""
     student, teacher = 3 * randn(2, 5, 7) + 1, randn(2, 5, 7, seed=1) - 0.5
     student.requires_grad_()
     exact = student.detach().double().requires_grad_()
@@ -107,7 +105,21 @@ def test_loss_and_gradient_equal_the_plain_formula(loss, plain):
     assert cosine.item() == pytest.approx(-plain_cosine(exact, teacher.double()).item(), abs=1e-6)
     gradient, = torch.autograd.grad(value, student)
     torch.testing.assert_close(gradient.double(), torch.autograd.grad(expected, exact)[0],
-        atol=1e-6, rtol=1e-4)
+                               atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.exercise("cosine_loss")
+def test_lets_loss_is_minus_the_mean_cosine_over_tokens_in_float32():
+    assert_loss_and_gradient(th.cosine_loss, plain_cosine)
+    student, teacher = randn(2, 5, 7).bfloat16(), randn(2, 5, 7, seed=1).bfloat16()
+    value, _ = th.cosine_loss(student, teacher)
+    assert value.dtype == torch.float32
+    expected = plain_cosine(student.double(), teacher.double())
+    assert value.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_logsum_is_the_log_of_the_mean_power_of_differences():
+    assert_loss_and_gradient(th.logsum_loss, plain_logsum)
 
 
 def interpolation_matrix(d, width):
@@ -132,19 +144,23 @@ def test_interpolation_and_its_gradient_equal_the_formula(form, d, width):
     torch.testing.assert_close(torch.autograd.grad(out, h, g)[0], g @ matrix)
 
 
+@pytest.mark.exercise("let_weight")
 @pytest.mark.parametrize("step, weight, stop, expected", [
     (0, 0.1, 100, 0.1), (25, 0.1, 100, 0.075), (50, 0.1, 100, 0.05), (99, 0.1, 100, 0.001),
-        (100, 0.1, 100, 0.0),
-    (101, 0.1, 100, 0.0), (10_000, 3.0, 100, 0.0), (1, 3.0, 3, 2.0), (0, 0.7, 1, 0.7),
-        (1, 0.7, 1, 0.0),
-    (0, 0.1, 0, 0.0), (5, 0.1, 0, 0.0), (0, 0.0, 100, 0.0)])
+    (100, 0.1, 100, 0.0), (101, 0.1, 100, 0.0), (10_000, 3.0, 100, 0.0), (1, 3.0, 3, 2.0),
+    (0, 0.7, 1, 0.7), (1, 0.7, 1, 0.0), (0, 0.1, 0, 0.0), (5, 0.1, 0, 0.0), (0, 0.0, 100, 0.0)])
 def test_let_weight_by_hand(step, weight, stop, expected):
     assert th.let_weight(step, weight, stop) == pytest.approx(expected, rel=1e-12, abs=0)
-    term = th.LET(small_teacher(), 32, weight=weight, stop=stop)
-    assert term.weight(step) == term.logged(step)["let_weight"] == th.let_weight(step, weight, stop)
-    assert term.over(step) == (expected == 0)
 
 
+def test_the_term_of_let_has_this_weight_and_is_over_at_0():
+    term = th.LET(small_teacher(), 32, weight=0.1, stop=100)
+    for step, weight, over in ((25, 0.075, False), (99, 0.001, False), (100, 0.0, True)):
+        assert term.weight(step) == term.logged(step)["let_weight"] == pytest.approx(weight)
+        assert term.over(step) == over
+
+
+@pytest.mark.exercise("pair_layers")
 def test_pairs_of_layers_by_hand():
     assert th.pair_layers("L2E", 30, 24) == (30, 3) and th.pair_layers("M2L", 30, 24) == (15, 24)
     names = "L2E", "L2M", "L2L", "M2E", "M2M", "M2L"
@@ -259,6 +275,7 @@ def plain_divergence(P, Q, beta):
     return beta * kl(P, M) + (1 - beta) * kl(Q, M)
 
 
+@pytest.mark.exercise("divergence")
 @pytest.mark.parametrize("beta, expected", [(0, 0.184), (0.5, 0.046), (1, 0.192)])
 def test_divergences_of_the_three_token_example(beta, expected):
     P, Q = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.4, 0.4, 0.2]])
@@ -267,6 +284,7 @@ def test_divergences_of_the_three_token_example(beta, expected):
     assert small == pytest.approx(0.182, abs=5e-4), "near forward KL, once divided by beta"
 
 
+@pytest.mark.exercise("divergence")
 @pytest.mark.parametrize("beta", [0, 0.01, 0.3, 0.5, 0.9, 1])
 def test_divergence_and_its_gradient_equal_the_formula_over_probabilities(beta):
     """The mixture of the two carries no gradient in the code; here it does."""
@@ -320,8 +338,34 @@ SHAPES = [th.Recipe(0.5, 0.5), th.Recipe(0.9, 0.1, temperature=2.0),
               tau_squared=False)]
 
 
+@pytest.fixture
+def divergence_by_formula(monkeypatch):
+    """plain_divergence in the place of divergence."""
+    def divergence(log_p, log_q, beta):
+        return plain_divergence(log_p.exp(), log_q.exp(), beta)
+
+    monkeypatch.setattr(th, "divergence", divergence)
+
+
+@pytest.mark.exercise("distillation_loss")
 @pytest.mark.parametrize("recipe", SHAPES)
-@pytest.mark.parametrize("V_T", [20, 17, 32], ids=lambda v: f"teacher of {v}")
+@pytest.mark.parametrize("V_M, V_T", [(20, 20), (20, 17), (17, 20)])
+def test_the_distillation_loss_is_the_plain_formula(recipe, V_M, V_T, divergence_by_formula):
+    """Over the tokens that both have, with the gradient at the logits; tokens without a target do
+    not count."""
+    z, v = randn(9, V_M, dtype=torch.float64), randn(9, V_T, seed=1, dtype=torch.float64)
+    targets = random_tokens(9, n=17)
+    targets[[3, 8]] = IGNORE
+    x, same = z.clone().requires_grad_(), z.clone().requires_grad_()
+    loss, named = th.distillation_loss(x, v, targets, recipe)
+    expected = [7 * value for value in plain_loss(same, v, targets, recipe)]
+    assert named.keys() == {"train_loss", "distill_loss", "teacher_agreement"}
+    torch.testing.assert_close([loss, *named.values()], [expected[0], *expected[1:]])
+    torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(expected[0], same))
+
+
+@pytest.mark.parametrize("recipe", SHAPES)
+@pytest.mark.parametrize("V_T", [17, 32], ids=lambda v: f"teacher of {v}")
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_distillation_and_its_gradients_equal_autograd_through_the_plain_formula(recipe, V_T, bias):
     p, teacher, x_T = problem(V_T=V_T)
@@ -341,27 +385,8 @@ def test_distillation_and_its_gradients_equal_autograd_through_the_plain_formula
     assert ours[20:].abs().sum() == 0, "rows that pad the vocabulary"
 
 
-@pytest.mark.parametrize("recipe", SHAPES)
-def test_chunks_and_uncounted_tokens_change_nothing(recipe):
-    """No gradient at what is not counted, either."""
-    z, v = randn(12, 30, dtype=torch.float64), randn(12, 30, seed=1, dtype=torch.float64)
-    targets = random_tokens(12, n=30)
-    targets[[3, 4, 11]] = IGNORE
-    keep = targets != IGNORE
-    eye, x = torch.eye(30, dtype=torch.float64), z.clone().requires_grad_()
-
-    def loss_of(logits, v, targets):
-        return th.distillation_loss(logits, v, targets, recipe)
-
-    whole, named = th.distillation_loss(z[keep], v[keep], targets[keep], recipe)
-    chunked, sums = chunked_loss(loss_of, x, eye, v, targets, vocab_size=30, chunk=5)
-    assert chunked.item() == pytest.approx(whole.item(), rel=1e-10)
-    assert all(sums[k].item() == pytest.approx(named[k].item(), rel=1e-10) for k in named)
-    gradient, = torch.autograd.grad(chunked, x)
-    assert (gradient[~keep] == 0).all() and (gradient[keep] != 0).any()
-
-
-def test_tau_squared_keeps_the_gradients_level():
+@pytest.mark.exercise("distillation_loss")
+def test_tau_squared_keeps_the_gradients_level(divergence_by_formula):
     """tau^2 |gradient| at tau = 20 and 100 within 5 %, for logits of standard deviation 3; and its
     limit (z - v) / V."""
     V = 1000
@@ -485,9 +510,13 @@ def test_a_stop_below_1_is_a_share_of_the_run(stop, steps, expected):
     assert th.stop_step(stop, steps) == expected
 
 
+@pytest.mark.exercise("teaches_at")
 def test_the_switch_of_salt_is_a_function_of_the_step():
     assert [th.teaches_at(step, 3) for step in range(6)] == [True] * 3 + [False] * 3
-    assert all(th.teaches_at(step, None) for step in (0, 10**9))
+    assert all(th.teaches_at(step, None) for step in (0, 10**9)) and not th.teaches_at(0, 0)
+
+
+def test_a_term_of_distillation_follows_the_switch_and_the_next_token_loss_follows_it():
     distill, plain = th.Distill(small_teacher(), th.RECIPES["salt"], stop=3), NextToken(begins=3)
     assert [(distill.weight(s), plain.weight(s), distill.over(s)) for s in (2, 3)] == [
         (1.0, 0.0, False), (0.0, 1.0, True)]
