@@ -828,7 +828,7 @@ def csv_line(values) -> bytes:
     """One line of a CSV file, with values quoted where they contain commas."""
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(values)
-    return line.getvalue().encode()
+    return line.getvalue().encode(errors="surrogateescape")  # names of files can need it
 
 
 def open_table(path) -> dict[tuple, str]:

@@ -1110,6 +1110,24 @@ def tokenizer_id(d: dict) -> str:
     return hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:16]
 
 
+RUN = re.compile(r"\s*|\w*|[^\s\w]*")  # blanks, letters and digits, or signs
+
+
+def pieces(text: str, width: int = 128) -> list[str]:
+    """Cuts a text for a tokenizer, whose time grows with the square of the longest word: at the
+    multiples of `width` where the last `width` characters are one run of blanks, of letters and
+    digits, or of signs. Ordinary text stays whole. A lone surrogate, which stands for no character,
+    becomes a question mark."""
+    text = text.encode(errors="replace").decode()
+    cuts = [end for end in range(width, len(text), width) if RUN.fullmatch(text, end - width, end)]
+    return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])]
+
+
+def encode(enc, text: str) -> list[int]:
+    """The token ids of a text. Special tokens in it are encoded as any other text."""
+    return [i for piece in pieces(text) for i in enc.encode_ordinary(piece)]
+
+
 class HFEncoding:
     """The tokenizer of a pretrained model, run by Hugging Face's `tokenizers`, with the part of
     tiktoken.Encoding's interface that is used here."""
@@ -1356,11 +1374,13 @@ def out_of_memory(e: Exception) -> bool:
 
 def command(main):
     """Run a command line. An error is printed as one line. The exit code is 2 for bad input, 1 for
-    a run that failed or an error of the disk, 130 and 143 after SIGINT and SIGTERM.
+    a run that failed or an error of the disk, 130 and 143 after SIGINT and SIGTERM. What the
+    terminal's encoding lacks is printed as a question mark.
 
     Of torchrun's processes each prints its error with its rank, after two seconds: if rank 0 met
     the same error, it has printed it, and torchrun has ended the others by then."""
     rank = os.environ.get("RANK", "0")
+    sys.stdout.reconfigure(errors="replace")
     if "RANK" not in os.environ:  # with ranks: torchrun's signal must end one that waits for others
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -1406,7 +1426,7 @@ def main(argv):
     ckpt = load_checkpoint(checkpoint_file(a.checkpoint))
     enc = tokenizer_from_dict(ckpt["tokenizer"])
     model = model_from_checkpoint(ckpt, a.device).eval()
-    ids = [enc.eot_token] + enc.encode_ordinary(a.prompt)
+    ids = [enc.eot_token] + encode(enc, a.prompt)
     prompts = torch.tensor([ids] * a.samples, device=a.device)
     out = generate(model, prompts, a.tokens, a.temperature, a.top_k, a.top_p, a.seed)
     for row in out.tolist():

@@ -56,6 +56,7 @@ from model import (
     checkpoint_file,
     command,
     device_exists,
+    encode,
     log_likelihoods,
     logical_pieces,
     new_folder,
@@ -499,8 +500,8 @@ def encode_pair(enc, context: str, choice: str) -> tuple[list[int], int]:
     encoded alone ends."""
     if context and not (context[-1].isspace() or choice[0].isspace()):
         choice = " " + choice
-    ids = enc.encode_ordinary(context + choice)
-    start = len(enc.encode_ordinary(context.rstrip()))
+    ids = encode(enc, context + choice)
+    start = len(encode(enc, context.rstrip()))
     return [enc.eot_token, *ids], 1 + min(start, len(ids) - 1)
 
 
@@ -916,7 +917,7 @@ def read_text(path, flag="--text") -> str:
 def read_ids(a, enc) -> list[int]:
     """An end-of-text token and the first --tokens tokens (0: all) of --text. So training reads a
     document, too."""
-    return [enc.eot_token, *enc.encode_ordinary(read_text(a.text))[:a.tokens or None]]
+    return [enc.eot_token, *encode(enc, read_text(a.text))[:a.tokens or None]]
 
 
 def read_batches(a, model, enc, least: int) -> list:
@@ -940,7 +941,7 @@ def read_pieces(a, model, enc) -> list:
     for start in range(0, len(text) - a.characters + 1, a.characters):
         if 0 < a.tokens <= tokens:
             break
-        ids = [enc.eot_token, *enc.encode_ordinary(text[start:start + a.characters])]
+        ids = [enc.eot_token, *encode(enc, text[start:start + a.characters])]
         pieces.append(ids[:model.config.block_size])
         tokens += len(pieces[-1])
     needed = 4 * model.config.n_embd  # 4 tokens a dimension of the width
@@ -1134,7 +1135,7 @@ def python_tasks(enc, n: int) -> dict[str, list]:
 
     _, held_out = split_documents(read_documents(*find_files("stdlib"), "stdlib"))
     pairs = python_pairs([text for _, text in held_out], 0, n,
-                         length=lambda text: len(enc.encode_ordinary(text)))
+                         length=lambda text: len(encode(enc, text)))
     tasks = {}
     for pair in pairs:
         item = (pair.context, [pair.right, pair.wrong], 0)

@@ -50,6 +50,7 @@ from model import (
     chunked_loss,
     command,
     device_exists,
+    encode,
     generate,
     load_checkpoint,
     log_likelihoods,
@@ -520,8 +521,8 @@ class Records:
         for text, *answers in records:
             sequences = []
             for prefix, answer in list(zip((LABEL_PREFIX, RATIONALE_PREFIX), answers))[:self.rows]:
-                prompt = [enc.eot_token] + enc.encode_ordinary(f"{prefix}{text}\n")
-                sequences.append((prompt, enc.encode_ordinary(answer)))
+                prompt = [enc.eot_token] + encode(enc, f"{prefix}{text}\n")
+                sequences.append((prompt, encode(enc, answer)))
             longest = max(len(prompt) + len(answer) for prompt, answer in sequences)
             if longest > block_size:
                 raise BadInput(f"--block_size={block_size}: the record with the input "
@@ -592,7 +593,7 @@ def draw_prompts(documents, enc, n: int, n_tokens: int, seed: int) -> list[list[
     lengths = [len(text) for text in documents]
     for text in rng.choices(documents, weights=lengths, k=100 * n):
         start = text.rfind("\n", 0, rng.randrange(len(text))) + 1
-        ids = enc.encode_ordinary(text[start:start + 32 * n_tokens])[:n_tokens]
+        ids = encode(enc, text[start:start + 32 * n_tokens])[:n_tokens]
         cut = enc.decode(ids).endswith("\ufffd")  # within a character
         if len(ids) == n_tokens and not cut:
             prompts[tuple(ids)] = ids

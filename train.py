@@ -40,6 +40,7 @@ import heapq
 import itertools
 import json
 import math
+import operator
 import os
 import platform
 import re
@@ -82,6 +83,7 @@ from model import (
     model_from_checkpoint,
     naming,
     out_of_memory,
+    pieces,
     reading,
     save_checkpoint,
     tokenizer_from_dict,
@@ -778,18 +780,18 @@ def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
     most frequent pair of neighbours, vocab_size - 256 times. Returns {token bytes: rank}; rank is
     the order of merging, as tiktoken wants it.
 
-    Pairs are counted once, over the distinct words. A merge then updates the counts in the words
-    that contain its pair. The heap can hold outdated counts: an entry that differs from `pairs` is
-    replaced when it is popped."""
-    words = Counter()
-    for text in texts:
-        words.update(re.findall(PATTERN, text))
+    A token id is written as the character with that code, so a word is a string and str.replace
+    merges a pair. Pairs are counted once, over the distinct words. A merge then updates the counts
+    in the words that contain its pair. The heap can hold outdated counts: an entry that differs
+    from `pairs` is replaced when it is popped."""
+    counts = Counter(itertools.chain.from_iterable(
+        re.findall(PATTERN, piece) for text in texts for piece in pieces(text)))
     tokens = [bytes([i]) for i in range(256)]
-    counts = list(words.values())
-    words = [list(word.encode()) for word in words]
+    words = [word.encode().decode("latin-1") for word in counts]
+    counts = [*counts.values()]
     pairs, where = Counter(), defaultdict(set)  # pair of ids -> its count, indices of its words
     for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
+        for pair in neighbours(word):
             pairs[pair] += counts[i]
             where[pair].add(i)
     heap = [(-n, pair) for pair, n in pairs.items()]  # ties: lowest ids first
@@ -800,19 +802,18 @@ def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
             if pairs[pair] > 0:
                 heapq.heappush(heap, (-pairs[pair], pair))
             continue
-        new = len(tokens)
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        changed = set()
+        new, grown = chr(len(tokens)), set()
+        tokens.append(b"".join(tokens[ord(half)] for half in pair))
         for i in where.pop(pair):
-            merged = merge(words[i], pair, new)
-            for p in zip(words[i], words[i][1:]):
-                pairs[p] -= counts[i]
-            for p in zip(merged, merged[1:]):
-                pairs[p] += counts[i]
-                where[p].add(i)
-                changed.add(p)
-            words[i] = merged
-        for p in changed:
+            old, words[i] = words[i], words[i].replace(pair, new)
+            change = Counter(neighbours(words[i]))
+            change.subtract(neighbours(old))
+            for p, difference in change.items():
+                pairs[p] += difference * counts[i]
+                if difference > 0:
+                    where[p].add(i)
+                    grown.add(p)
+        for p in grown:
             heapq.heappush(heap, (-pairs[p], p))
         if progress is not None:
             progress.update()
@@ -820,17 +821,9 @@ def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
     return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
 
 
-def merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """The word with each occurrence of the pair, from left to right, replaced by `new`."""
-    merged, j = [], 0
-    while j < len(word):
-        if j + 1 < len(word) and (word[j], word[j + 1]) == pair:
-            merged.append(new)
-            j += 2
-        else:
-            merged.append(word[j])
-            j += 1
-    return merged
+def neighbours(word: str):
+    """The pairs of neighbours in a word."""
+    return map(operator.add, word, word[1:])
 
 
 def make_tokenizer(name: str, ranks: dict[bytes, int], pattern: str) -> dict:
@@ -1064,7 +1057,7 @@ def split_documents(documents):
     end is held out."""
     room = HELD_OUT * sum(len(text) for _, text in documents)  # characters still to be held out
     train, held_out = [], []
-    for name, text in sorted(documents, key=lambda d: hashlib.sha256(d[0].encode()).digest()):
+    for name, text in sorted(documents, key=lambda d: hashlib.sha256(os.fsencode(d[0])).digest()):
         cut = max(0, len(text) - math.ceil(room))
         if 0 < cut < len(text):
             cut = text.rfind("\n", cut - int(room / 10), cut) + 1 or cut  # a line end, if near
@@ -1102,10 +1095,10 @@ def write_shard(path: Path, documents, enc, what: str):
     format (see open_shard). The tokenizer's threads share 256 pieces of about 256 kB at a time.
     what: the title of the progress bar."""
     magic = 20240520 if enc.n_vocab <= 2**16 else 20240801
-    characters, count, pieces = sum(len(text) for _, text in documents), 0, pieces_of(documents)
+    characters, count, parts = sum(len(text) for _, text in documents), 0, pieces_of(documents)
     with open(path, "wb") as f, progress_bar(characters, what, "char", unit_scale=True) as progress:
         f.write(bytes(1024))  # the header, written at the end
-        while some := list(itertools.islice(pieces, 256)):
+        while some := list(itertools.islice(parts, 256)):
             begins, texts = zip(*some)
             tokens = []
             for begin, ids in zip(begins, enc.encode_ordinary_batch(
@@ -1119,12 +1112,14 @@ def write_shard(path: Path, documents, enc, what: str):
 
 
 def pieces_of(documents):
-    """Cuts the documents at line ends. Yields (whether a document begins, piece of text)."""
+    """Cuts the documents at line ends after 256 kB, and as model.pieces does. Yields (whether a
+    document begins, piece of text)."""
     for _, text in documents:
         start = 0
         while start < len(text):
             end = text.find("\n", start + (1 << 18)) + 1 or len(text)
-            yield start == 0, text[start:end]
+            for i, piece in enumerate(pieces(text[start:end])):
+                yield start == i == 0, piece
             start = end
 
 
@@ -1191,7 +1186,8 @@ def load_records(c: "Config") -> Data:
     tokenizer = make_tokenizer_for(c, (text for record in records for text in record))
     enc = tokenizer_from_dict(tokenizer)
     order = sorted(range(len(records)),
-                   key=lambda i: hashlib.sha256("".join(records[i]).encode()).digest())
+                   key=lambda i: hashlib.sha256(
+                       "".join(records[i]).encode(errors="surrogatepass")).digest())
     cut = math.ceil(HELD_OUT * len(order))
     train, held_out = ([records[i] for i in sorted(part)] for part in (order[cut:], order[:cut]))
     return Data(Records(train, enc, c.block_size, learns_rationales(c)),

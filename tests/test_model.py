@@ -927,6 +927,14 @@ def test_a_command_ends_with_one_line_and_a_code(error, code, said):
     assert said in p.stderr and len(p.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii:strict", "utf-8"])
+def test_what_the_terminal_cannot_print_is_a_question_mark(encoding):
+    main = r"lambda _: print('a \u5317\u4eac \udcff.')"
+    p = run_python("-c", f"from model import *\ncommand({main})", env={"PYTHONIOENCODING": encoding})
+    lost = "\u5317\u4eac" if encoding == "utf-8" else "??"
+    assert (p.returncode, p.stdout) == (0, f"a {lost} ?.\n"), p.stderr
+
+
 @pytest.mark.parametrize("flag", ["--temperature=-1", "--top_p=2", "--top_k=-3", "--tokens=0",
                                   "--seed=-1", "--samples=0", "--device=nowhere"])
 def test_the_sampler_refuses_bad_values_by_flag_and_value(flag):

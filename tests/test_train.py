@@ -38,9 +38,11 @@ from conftest import (
 import train as t
 from model import (
     IGNORE,
+    encode,
     generate,
     load_checkpoint,
     model_from_checkpoint,
+    pieces,
     tokenizer_from_dict,
 )
 
@@ -49,6 +51,7 @@ ODD = [" ", "  ", "\n", "\r\n", "\r", "\t", "\v", "\f", "\x00", "\x1c", "\x85", 
        "\u2028", "\u3000", "\ufeff", "\u200b", "\u200d", "e\u0301", "\u0301", "\u094d", "²", "½",
        "①", "٣", "_", "__", "‿", "ß", "ſ", "İ", "Ω", "北京", "안녕", "👩‍🚀", "🏳️‍🌈", "\U0001d7d8",
        "\U000e0041", "\U0010ffff", "'", '"', "“", "€", "a", "Z", "09"]
+O200K = r"""[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"""
 EVERY = "".join(map(chr, [*range(0xd800), *range(0xe000, 0x110000)]))  # all but surrogates
 
 
@@ -193,6 +196,37 @@ def test_every_text_survives_encoding_with_end_of_text_as_plain_characters(token
             assert ids == list(text.encode())
 
 
+RUNS = [" ", "\t", "\xa0", "a", "-", "ab", "ACGTTGCA", "\u5317"]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_of_a_million_characters_is_trained_on_and_encoded_without_a_loss(run, tokenizer,
+                                                                              tmp_path):
+    enc = tokenizer_from_dict(tokenizer)
+    text = f"x = 1\n{run * (10**6 // len(run))}\nend\n"
+    for other in (enc, tiktoken.Encoding("o200k", pat_str=O200K, special_tokens={EOT: 256},
+                                         mergeable_ranks={bytes([i]): i for i in range(256)})):
+        assert other.decode(encode(other, text), errors="strict") == text
+    t.write_shard(tmp_path / "x.bin", [("a", text), ("b", text[-9:])], enc, "")
+    ids = t.open_shard(tmp_path / "x.bin", "").tolist()
+    assert ids == [enc.eot_token, *encode(enc, text), enc.eot_token, *encode(enc, text[-9:])]
+    assert [*t.train_bpe([text], 258)] == [*t.train_bpe([text[:6], run * 999], 258)]
+
+
+def test_ordinary_text_is_encoded_whole_and_a_lone_surrogate_as_a_question_mark(tokenizer):
+    enc = tokenizer_from_dict(tokenizer)
+    for text in [*map(random_text, range(5)), "-" * 128, "=" * 100 + "\n" + " " * 100 + "x", ""]:
+        assert encode(enc, text) == enc.encode_ordinary(text)
+    assert enc.decode(encode(enc, "caf\xe9 \ud83d. \udcff")) == "caf\xe9 ?. ?"
+    assert t.train_bpe(["\ud83d\ud83d \ud83d\ud83d"], 258) == t.train_bpe(["?? ??"], 258)
+
+
+def test_a_text_without_blanks_has_the_merges_of_a_naive_trainer_that_reads_its_pieces():
+    text = "".join(random.Random(0).choices("ACGT", k=3000))
+    assert list(t.train_bpe([text], 270)) == naive_bpe(pieces(text), 270)[0]
+    assert len(pieces(text)) == 24 and "".join(pieces(text)) == text
+
+
 # --------------------------------------------------------------------------------------------------
 # Text to tokens, and their cache
 
@@ -257,6 +291,21 @@ def test_a_line_of_end_of_text_separates_documents_and_elsewhere_it_is_text(fold
     enc = tokenizer_from_dict(data.tokenizer)
     found = rejoined(texts_of(data.train, enc), texts_of(data.val, enc), parts)
     assert sorted(text.rstrip("\r") for text in found) == sorted(parts)
+
+
+def test_names_and_records_that_are_not_unicode_are_read(folder, tiny, cache, tmp_path):
+    for name in (b"caf\xe9.txt", b"ok.txt"):
+        Path(os.fsdecode(bytes(folder) + b"/" + name)).write_text("def f(x):\n    return x\n" * 99)
+    data = t.load_data(tiny(data=str(folder)))
+    assert len(ids_of(data.train)) + len(ids_of(data.val)) == 2 * 99 * 23 + 3
+    records = tmp_path / "records.jsonl"
+    line = r'{"input": "how %d \ud83d?", "label": "yes", "rationale": "so \udc00"}'
+    records.write_text("\n".join(line % i for i in range(20)))
+    for flags in ({"tokenizer": "bytes"}, {"tokenizer": "bpe", "vocab_size": 260}):
+        data = t.load_data(tiny(data=str(records), distill="step_by_step", **flags))
+        enc = tokenizer_from_dict(data.tokenizer)
+        assert len(data.val) == 2
+        assert " ??\nyes" in enc.decode(data.train.batch([0])[0][0].tolist())
 
 
 @pytest.mark.parametrize("n_vocab, dtype", [(2**16, np.uint16), (2**16 + 1, np.uint32)])
