@@ -930,7 +930,8 @@ def test_a_command_ends_with_one_line_and_a_code(error, code, said):
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii:strict", "utf-8"])
 def test_what_the_terminal_cannot_print_is_a_question_mark(encoding):
     main = r"lambda _: print('a \u5317\u4eac \udcff.')"
-    p = run_python("-c", f"from model import *\ncommand({main})", env={"PYTHONIOENCODING": encoding})
+    p = run_python("-c", f"import model\nmodel.command({main})",
+                   env={"PYTHONIOENCODING": encoding})
     lost = "\u5317\u4eac" if encoding == "utf-8" else "??"
     assert (p.returncode, p.stdout) == (0, f"a {lost} ?.\n"), p.stderr
 
