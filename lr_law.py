@@ -52,6 +52,7 @@ from model import (
     GPT,
     BadInput,
     command,
+    read_text,
     reading,
     tokenizer_from_dict,
     written_whole,
@@ -735,7 +736,8 @@ def changed_flags(c, ignored=()) -> str:
 
 def settings(c) -> str:
     """What a row of a table says about the flags of its run."""
-    return changed_flags(c, NOT_SETTINGS)
+    flags = changed_flags(c, NOT_SETTINGS)
+    return flags.encode(errors="backslashreplace").decode()  # names of files can need it
 
 
 def refuse_settings(where: str, stored: str, current: str, ignored=()):
@@ -787,34 +789,42 @@ def train_config(flags: list[str]):
 # Files: tables of runs, and the law
 
 
+def read_table(path, text: str, needed) -> dict[int, dict]:
+    """{line number: {column: text}} of the rows of a CSV file with a header, which has the needed
+    columns. Blank lines are left out. text: that of the file. Raises BadInput."""
+    with reading(path):
+        rows = csv.DictReader(io.StringIO(text, newline=""))
+        names = rows.fieldnames or []
+        if missing := [name for name in needed if name not in names]:
+            raise BadInput(f"no column {', '.join(missing)}; there are {', '.join(names)}")
+        table = dict((rows.line_num, row) for row in rows)
+        for line, row in table.items():
+            if None in row or None in row.values():
+                raise BadInput(f"line {line} needs {len(names)} cells")
+    return table
+
+
 def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
     """Reads runs from a CSV with a header. columns: the names of N, D, lr, loss and group in the
     file; for group several, separated by commas, or none.
 
-    Returns the runs, and how many are left out: those that diverged (their loss is inf or nan), and
-    the other seeds of such a setting, whose mean would hide that it diverges."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            table = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise BadInput(f"{path}: not a table of runs ({e})") from None
+    Returns the runs, and how many are left out: those that diverged (their loss is inf, nan or an
+    empty cell), and the other seeds of such a setting, whose mean would hide that it diverges."""
+    groups = list(filter(None, columns["group"].split(",")))
+    named = [columns[name] for name in ("N", "D", "lr", "loss")]
+    runs, table = [], read_table(path, read_text(path), [*named, *groups])
     if not table:
         raise BadInput(f"{path}: no runs in it")
-    runs, groups = [], list(filter(None, columns["group"].split(",")))
-    if len({row.get("flags") for row in table}) > 1 and "flags" not in groups:
+    if len({row.get("flags") for row in table.values()}) > 1 and "flags" not in groups:
         raise BadInput(f"{path}: runs with different flags, which do not compare; --group=flags "
                        "keeps them apart")
-    for line, row in enumerate(table, start=2):
-        try:
-            run = {name: float(row[columns[name]]) for name in ("N", "D", "lr", "loss")}
-            run["group"] = ",".join(row[name] or "" for name in groups)
-        except KeyError as e:
-            raise BadInput(f"{path}: no column {e}; there are {', '.join(table[0])}") from None
-        except (TypeError, ValueError):
-            raise BadInput(f"{path}, line {line}: N, D, lr and loss must be numbers") from None
-        if not all(0 < run[name] < math.inf for name in ("N", "D", "lr")):
-            raise BadInput(f"{path}, line {line}: N, D and lr must be positive")
-        runs.append(run)
+    for line, row in table.items():
+        with reading(f"{path}, line {line}"):
+            N, D, lr, loss = (float(row[name] or "nan") for name in named)  # empty: it diverged
+            if not all(0 < value < math.inf for value in (N, D, lr)):
+                raise BadInput("N, D and lr must be positive")
+        group = ",".join(row[name] for name in groups)
+        runs.append({"N": N, "D": D, "lr": lr, "loss": loss, "group": group})
     setting = operator.itemgetter("N", "D", "lr", "group")
     diverged = {setting(run) for run in runs if not math.isfinite(run["loss"])}
     kept = [run for run in runs if setting(run) not in diverged]
@@ -828,7 +838,7 @@ def csv_line(values) -> bytes:
     """One line of a CSV file, with values quoted where they contain commas."""
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(values)
-    return line.getvalue().encode(errors="surrogateescape")  # names of files can need it
+    return line.getvalue().encode()
 
 
 def open_table(path) -> dict[tuple, str]:
@@ -844,18 +854,17 @@ def open_table(path) -> dict[tuple, str]:
         with contextlib.suppress(FileExistsError):
             os.link(new, path)
         new.unlink()
-    data = path.read_bytes()
-    whole = data[:data.rfind(b"\n") + 1]
-    try:
-        if not whole.startswith(header):
-            raise ValueError
-        rows = {(int(row["N"]), int(row["D"]), float(row["lr"]), int(row["seed"])):
-                row["flags"] or "" for row in csv.DictReader(whole.decode().splitlines())}
-    except (TypeError, ValueError, csv.Error):
-        raise BadInput(f"{path}: not a table of this `sweep`, whose columns are "
-                       f"{', '.join(COLUMNS)}") from None
-    if whole != data:
-        os.truncate(path, len(whole))
+    text = read_text(path)
+    rest = text[text.rfind("\n") + 1:]
+    if not text.startswith(header.decode().strip()):
+        raise BadInput(f"{path}: not a table of `sweep`, whose columns are {', '.join(COLUMNS)}")
+    rows = {}
+    for line, row in read_table(path, text.removesuffix(rest), COLUMNS).items():
+        with reading(f"{path}, line {line}"):
+            setting = int(row["N"]), int(row["D"]), float(row["lr"]), int(row["seed"])
+            rows[setting] = row["flags"]
+    if rest:
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     return rows
 
 
@@ -873,7 +882,7 @@ def load_law(path, flag: str) -> dict:
     """Reads a law that `fit` wrote. Raises BadInput unless it gives finite learning rates and
     intervals at the sizes and horizons of its own data."""
     with reading(f"{flag}={path}"):
-        law = json.loads(Path(path).read_text(encoding="utf-8"))
+        law = json.loads(read_text(path))
         if law["version"] != LAW_VERSION:
             raise ValueError(f"{LAW_VERSION} is needed")
         for N, D in itertools.product(law["N"], law["D"]):

@@ -1197,7 +1197,28 @@ def reading(where: str):
         if out_of_memory(e):
             raise
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise BadInput(f"{where}: damaged, or not such a file ({reason})") from None
+        what = "cannot be read" if isinstance(e, OSError) else "damaged, or not what is needed"
+        raise BadInput(f"{where}: {what} ({reason})") from None
+
+
+def read_text(path, flag="") -> str:
+    """The text of a UTF-8 file, without a byte order mark. flag: what the user wrote before the
+    name. Raises BadInput."""
+    with reading(f"{flag}{path}"):
+        return Path(path).read_bytes().decode("utf-8-sig")
+
+
+def read_json_lines(path, read, flag="", cut=False) -> list:
+    """read(object) of each line of a file of JSON lines. Blank lines are left out, and with `cut`
+    the rest after the last line end, which a killed process can leave. Raises BadInput with the
+    number of the line."""
+    found, text = [], read_text(path, flag)
+    # splitlines would also cut within JSON strings
+    for number, line in enumerate(text[:text.rfind("\n") + 1 if cut else None].split("\n"), 1):
+        if line.strip():
+            with reading(f"{flag}{path}, line {number}"):
+                found.append(read(json.loads(line)))
+    return found
 
 
 def load_checkpoint(path, device="cpu", flag="") -> dict:

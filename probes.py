@@ -61,6 +61,8 @@ from model import (
     logical_pieces,
     new_folder,
     next_token_loss,
+    read_json_lines,
+    read_text,
     reading,
     save_checkpoint,
     tokenizer_from_dict,
@@ -465,14 +467,7 @@ def read_task(path) -> list[tuple[str, list[str], int]]:
     HellaSwag's ctx, endings, label; context, choices, label; or BLiMP's sentence_good,
     sentence_bad, which are two choices without a context. Raises BadInput with the file and the
     line."""
-    items = []
-    lines = read_text(path, "--task").split("\n")  # splitlines also cuts within JSON strings
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                items.append(read_item(json.loads(line)))
-            except (KeyError, RecursionError, TypeError, ValueError) as e:
-                raise BadInput(f"--task={path}, line {number}: {e!r}") from None
+    items = read_json_lines(path, read_item, "--task=")
     need(items, f"--task={path}: no line in it")
     return items
 
@@ -733,17 +728,15 @@ def weight_scales(model, multipliers=None) -> dict:
 def read_lines(run) -> list[dict]:
     """The lines of a run's metrics.jsonl. A killed run can leave half a line, which is left out.
     Raises BadInput."""
-    path, lines = Path(run, "metrics.jsonl"), []
-    with reading(path):
-        for text in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(text))
-        for line in lines:
-            names = ["step", "tokens", "flops", "seconds"]
-            names += ["val_loss", "bits_per_byte"] if "val_loss" in line else []
-            if not all(isinstance(line[name], (int, float)) for name in names):
-                raise ValueError(f"{', '.join(names)}: must be numbers")
-    return lines
+    return read_json_lines(Path(run, "metrics.jsonl"), checked_line, cut=True)
+
+
+def checked_line(line: dict) -> dict:
+    names = ["step", "tokens", "flops", "seconds"]
+    names += ["val_loss", "bits_per_byte"] if "val_loss" in line else []
+    if not all(isinstance(line[name], (int, float)) for name in names):
+        raise ValueError(f"{', '.join(names)}: must be numbers")
+    return line
 
 
 def read_metrics(run) -> list[dict]:
@@ -907,17 +900,10 @@ def open_ours(name, device: str, dtype=torch.float32):
     return found
 
 
-def read_text(path, flag="--text") -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise BadInput(f"{flag}={path}: cannot be read as UTF-8 text ({e})") from None
-
-
 def read_ids(a, enc) -> list[int]:
     """An end-of-text token and the first --tokens tokens (0: all) of --text. So training reads a
     document, too."""
-    return [enc.eot_token, *encode(enc, read_text(a.text))[:a.tokens or None]]
+    return [enc.eot_token, *encode(enc, read_text(a.text, "--text="))[:a.tokens or None]]
 
 
 def read_batches(a, model, enc, least: int) -> list:
@@ -937,7 +923,7 @@ def read_batches(a, model, enc, least: int) -> list:
 def read_pieces(a, model, enc) -> list:
     """--text as pieces of --characters characters, each read alone after an end-of-text token, as
     batches (B, T) of equal lengths, B at most 8. With 512 characters this is the paper's way."""
-    text, pieces, tokens = read_text(a.text), [], 0
+    text, pieces, tokens = read_text(a.text, "--text="), [], 0
     for start in range(0, len(text) - a.characters + 1, a.characters):
         if 0 < a.tokens <= tokens:
             break

@@ -58,6 +58,7 @@ from model import (
     need,
     new_folder,
     product_dtype,
+    read_json_lines,
     rope_tables,
     tokenizer_from_dict,
     tokenizer_id,
@@ -485,26 +486,21 @@ LABEL_PREFIX, RATIONALE_PREFIX = "[label] ", "[rationale] "
 def read_records(data: str) -> list[tuple[str, str, str]]:
     """(input, label, rationale) of every line of a file of JSON lines {"input", "label",
     "rationale"}. Raises BadInput."""
-    path, records = Path(data), []
-    if not path.is_file():
+    if not Path(data).is_file():
         raise BadInput(f"--data={data}: a file of JSON lines with input, rationale and label is "
                        "needed")
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            texts = tuple(record[name] for name in ("input", "label", "rationale"))
-            if not all(isinstance(text, str) and text.strip() for text in texts):
-                raise ValueError("an empty text, or no text")
-        except (ValueError, KeyError, TypeError) as e:  # decoding errors are ValueErrors
-            raise BadInput(f"--data={data}: line {number} is no record of input, rationale and "
-                           f"label ({e})") from None
-        records.append(texts)
+    records = read_json_lines(data, read_record, "--data=")
     if len(records) < 2:
         raise BadInput(f"--data={data}: {len(records)} records; some to train on and some to "
                        "hold out are needed")
     return records
+
+
+def read_record(record: dict) -> tuple[str, str, str]:
+    texts = tuple(record[name] for name in ("input", "label", "rationale"))
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError("input, label and rationale: texts are needed")
+    return texts
 
 
 class Records:

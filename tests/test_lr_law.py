@@ -259,6 +259,44 @@ def test_a_rate_at_which_one_seed_diverged_is_not_scored_by_the_others(tmp_path)
     assert [run["loss"] for run in runs] == [2, 3, 4] and left_out == 2
 
 
+@pytest.mark.parametrize("form", ["utf-8-sig", "blank lines", "crlf"])
+def test_a_table_saved_by_a_spreadsheet_is_the_same_table_to_every_command(form, tmp_path, capsys):
+    """A byte order mark, blank lines, other line ends; an empty loss is a run that diverged."""
+    rows = [[1000, 2560, f * 0.02, 3 + 0.05 * math.log(f) ** 2, 0, 2, 32, 0, 0, SMALL]
+            for f in (0.25, 0.5, 1, 2, 4)] + [[1000, 2560, 0.5, "", 0, 2, 32, 0, 0, SMALL]]
+    text = "\n".join(",".join(map(str, row)) for row in [COLUMNS, *rows]) + "\n"
+    changed = {"blank lines": text.replace("\n", "\n\n"), "crlf": text.replace("\n", "\r\n")}
+    path = tmp_path / "runs.csv"
+    path.write_text(changed.get(form, text), newline="",
+                    encoding="utf-8-sig" if form == "utf-8-sig" else "utf-8")
+    names = {name: name for name in ("N", "D", "lr", "loss")} | {"group": "seed,n_layer"}
+    runs, left_out = lr_law.read_runs(path, names)
+    assert [[r["N"], r["D"], r["lr"], r["loss"]] for r in runs] == [row[:4] for row in rows[:5]]
+    assert left_out == 1 and {r["group"] for r in runs} == {"0,2"}
+    out, _ = transfer([str(path), "--proxy=2x32", "--target=4x64", "--"], capsys)
+    assert "1 diverged" in out and "lr* 0.02," in out
+    before = path.read_bytes()
+    assert lr_law.open_table(path) == {(1000, 2560, row[2], 0): SMALL for row in rows}
+    assert path.read_bytes() == before
+    lr_law.append_row(path, dict(zip(COLUMNS, [1, 2, 3, 4, 5, 6, 7, 8, 9, ""])))
+    assert len(lr_law.open_table(path)) == 7
+    number = 15 if form == "blank lines" else 8
+    for cells in ("1,2,3", "1,2,3,4,5,6,7,8,9,10,11", f"one,2,3,4,5,6,7,8,9,{SMALL}"):
+        path.write_bytes(before + f"{cells}\n".encode())
+        for read in (lambda: lr_law.read_runs(path, names), lambda: lr_law.open_table(path)):
+            with pytest.raises(BadInput, match=rf"runs.csv\W+line {number}\b"):
+                read()
+
+
+def test_a_file_name_that_is_not_utf8_is_kept_in_a_table_and_known_again(tmp_path):
+    c = train.Config(data="caf\udce9.txt")
+    row = dict.fromkeys(COLUMNS, 1) | {"flags": lr_law.settings(c)}
+    lr_law.open_table(tmp_path / "runs.csv")
+    lr_law.append_row(tmp_path / "runs.csv", row)
+    stored, = lr_law.open_table(tmp_path / "runs.csv").values()
+    lr_law.refuse_settings("", stored, lr_law.settings(c))
+
+
 def test_one_size_or_one_horizon_is_left_out_and_said(tmp_path, capsys):
     one_N = write_table(tmp_path / "N.csv", [r for r in sweep_rows() if r[0] == 1e6])
     one_D = write_table(tmp_path / "D.csv", [r for r in sweep_rows() if r[1] == 1e8])
@@ -274,7 +312,7 @@ def test_one_size_or_one_horizon_is_left_out_and_said(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("rows, words, named", [
-    ([], [], "no runs"), (sweep_rows(), ["--loss=s"], "'s'; there are N, D, lr, loss, bs"),
+    ([], [], "no runs"), (sweep_rows(), ["--loss=s"], "column s; there are N, D, lr, loss, bs"),
     ([(1e6, 1e8, 0.1, "much", 1)], [], "line 2"), ([(1e6, -1e8, 0.1, 2.0, 1)], [], "line 2"),
     ([(1e6, 1e8, 0.1)], [], "line 2"), (sweep_rows(), ["--basin=0"], "--basin=0.0"),
     (sweep_rows(), ["--extrapolate=-1"], "--extrapolate=-1"), (sweep_rows()[:2], [], "0 optima"),

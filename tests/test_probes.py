@@ -55,6 +55,7 @@ from probes import (
     spectrum,
     weight_scales,
 )
+from teacher import read_records
 
 torch.set_num_threads(1)
 SSM = dict(d_state=8, ssm_head_dim=16)
@@ -855,6 +856,34 @@ def test_a_task_that_is_none_is_refused_by_file_and_line(tmp_path, line, named):
     path.write_text("")
     with pytest.raises(BadInput, match=r"t\.jsonl"):
         probes.read_task(path)
+
+
+def test_every_command_reads_json_lines_alike(tmp_path):
+    """A byte order mark and blank lines count for nothing but the number of a line. Line ends of
+    Unicode within strings do not end it, and lone surrogates are read."""
+    path = tmp_path / "metrics.jsonl"
+    line = ('{"step": 1, "tokens": 1, "flops": 1, "seconds": 1, "context": "", "choices": '
+            '["c", "d"], "label": "0", "rationale": "r", "input": "a\u2028b \\ud83d"}')
+    commands = [lambda: probes.read_task(path), lambda: read_records(str(path)),
+                lambda: probes.read_lines(tmp_path)]
+    for end in ("\n", "\r\n"):
+        text = f"{line}{end} {end}{end}{line}{end}"
+        path.write_text(text, encoding="utf-8-sig", newline="")
+        task, records, metrics = (read() for read in commands)
+        assert task == [("", ["c", "d"], 0)] * 2 and [m["step"] for m in metrics] == [1, 1]
+        assert records == [("a\u2028b \ud83d", "0", "r")] * 2
+        for wrong in ("{", "[1]", "{}", "1", "[" * 100_000, '{"step": "x"}'):
+            path.write_text(f"{text}{wrong}{end}", encoding="utf-8-sig", newline="")
+            for read in commands:
+                with pytest.raises(BadInput, match=r"metrics.jsonl\W+line 5\b"):
+                    read()
+    for target in (None, tmp_path, "/proc/self/mem"):  # missing, a folder, an error of the disk
+        path.unlink(missing_ok=True)
+        if target:
+            path.symlink_to(target)
+        for read in commands:
+            with pytest.raises(BadInput, match="metrics.jsonl"):
+                read()
 
 
 @pytest.mark.exercise("evaluate_text")
