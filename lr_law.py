@@ -71,8 +71,9 @@ def r_squared(y, fitted) -> float:
 def fit_parabola(lr, loss) -> dict:
     """Fits L = L_min + C (ln lr - ln lr*)^2 by least squares (eq. 2). lr, loss: (n,), 3 or more.
 
-    Returns lr (that of the vertex), L_min, C and r2. The vertex is a minimum if C > 0. The base of
-    the paper's logarithm is unknown; it rescales C alone."""
+    Returns a dict of floats: lr, that of the vertex (ln lr is held within -700 and 700; nan if C is
+    0), L_min, C and r2, see r_squared. The vertex is a minimum if C > 0. The base of the paper's
+    logarithm is unknown; it rescales C alone."""
     x, y = np.log(lr), np.asarray(loss, float)
     z = x - x.mean()
     c2, c1, c0 = np.polyfit(z, y, 2)
@@ -99,7 +100,8 @@ def fit_horizon(D, loss, gammas=(0.01, 3.0)) -> dict:
     """Fits L(D) = L_0 + A D^-gamma by least squares, L_0 >= 0, A >= 0, gamma in `gammas` (eq. 4).
 
     D, loss: (n,), 3 or more. For a given gamma, L_0 and A are a linear problem (linear_horizon).
-    gamma comes from a grid search, repeated 6 times between the neighbours of the best point."""
+    gamma comes from a grid search over `gammas`, repeated 6 times between the neighbours of the
+    best point. Returns a dict of floats: L_0, A, gamma."""
     D, y = np.asarray(D, float), np.asarray(loss, float)
     low, high = gammas
     for _ in range(6):
@@ -127,10 +129,12 @@ def linear_horizon(p, y) -> tuple[float, float, float]:
 def fit_law(N, D, lr) -> dict:
     """Fits ln lr* = a + b ln N + c ln D by least squares (eq. 6). N, D, lr: (n,).
 
-    Where all N (or all D) are equal, b (or c) cannot be known: it is None. Returns a, b, c, their
-    covariance (3, 3), dof, r2, n, and the ranges N and D of the data. The covariance is
-    s^2 (X^T X)^-1, with s^2 the sum of squared residuals over dof, and dof = n minus the number of
-    constants. It is 0 for a constant that is None."""
+    Where all N (or all D) are equal, b (or c) cannot be known: it is None. Returns a dict: a, b, c,
+    their "covariance" as lists (3, 3), dof, r2 (see r_squared), n, and the ranges "N" and "D" of
+    the data, [least, most]. The covariance is s^2 (X^T X)^-1, with a row (1, ln N, ln D) of X for
+    each optimum, s^2 the sum of squared residuals over dof, and dof = n minus the number of
+    constants. It is 0 for a constant that is None. Raises BadInput, with n in the message, if dof
+    is below 1 or the points do not determine the constants (rank of X)."""
     y = np.log(lr)
     X = np.stack([np.ones_like(y), np.log(N), np.log(D)], 1)
     used = [i for i in range(3) if i == 0 or len(y) and np.ptp(X[:, i]) > 1e-9]
@@ -174,8 +178,11 @@ def law_rate(law: dict, N: float, D: float) -> float:
 def predict_law(law: dict, N: float, D: float, level: float = 0.9) -> dict:
     """lr* at (N, D), its interval, and the distance of (N, D) from the data in decades.
 
-    The interval is for the value of the law. Single optima scatter more widely around it. unknown:
-    those of "N" and "D" whose exponent is unknown and whose value here is not that of the data."""
+    law: from fit_law. Returns a dict: lr, see law_rate; interval, [low, high] at this level, for
+    the value of the law, whose logarithm has the half_width at (1, ln N, ln D) (single optima
+    scatter more widely around it); decades, log10 of how many times N or D, whichever is more, is
+    outside the range in the law, 0 inside; unknown, a list of those of "N" and "D" whose exponent
+    is None and whose value here is not within 1 % of that of the data."""
     lr, decades, unknown = law_rate(law, N, D), 0.0, []
     factor = math.exp(half_width(law, np.array([1.0, math.log(N), math.log(D)]), level))
     for name, exponent, value in (("N", "b", N), ("D", "c", D)):

@@ -24,15 +24,30 @@ def true_rate(N, D):
     return TRUTH[0] * N ** TRUTH[1] * D ** TRUTH[2]
 
 
-def test_a_parabola_is_that_of_scipys_curve_fit():
-    optimize = pytest.importorskip("scipy.optimize")
+@pytest.mark.exercise("fit_parabola")
+def test_a_parabola_is_the_least_squares_fit_in_the_log_of_the_rate():
+    """Its residuals are orthogonal to the powers 0, 1 and 2 of ln lr - ln lr*."""
     x = np.log(LR)
-    loss = 3 + 0.02 * (x + 4.6) ** 2 + 0.003 * np.random.default_rng(0).standard_normal(7)
-    best, _ = optimize.curve_fit(lambda x, L, C, v: L + C * (x - v) ** 2, x, loss, (3, 0.02, -4.6))
+    loss = 3 + 0.02 * (x + 4.6) ** 2 + 0.01 * np.random.default_rng(0).standard_normal(7)
     got = fit_parabola(LR, loss)
-    assert (got["L_min"], got["C"], math.log(got["lr"])) == pytest.approx(best, rel=1e-5)
-    left = loss - best[0] - best[1] * (x - best[2]) ** 2
+    u = x - math.log(got["lr"])
+    left = loss - got["L_min"] - got["C"] * u**2
+    assert [(left * u**power).sum() for power in range(3)] == pytest.approx([0, 0, 0], abs=1e-9)
     assert got["r2"] == pytest.approx(1 - left.var() / loss.var(), abs=1e-6)
+    assert got["C"] == pytest.approx(0.02, rel=0.5) and 0.7 < got["r2"] < 0.99
+
+
+@pytest.mark.exercise("fit_parabola")
+def test_a_parabola_is_found_from_three_points_and_its_rate_is_held_within_floats():
+    lr = np.array([0.01, 0.02, 0.08])
+    for C, best in ((0.3, 0.03), (0.3, 5.0), (-0.2, 1e-5)):  # its vertex may be far outside
+        got = fit_parabola(lr, [2 + C * math.log(rate / best) ** 2 for rate in lr])
+        expected = {"lr": best, "L_min": 2, "C": C, "r2": 1}
+        assert got == pytest.approx(expected, rel=1e-6)
+    for sign in (1, -1):
+        nearly_straight = fit_parabola(lr, sign * np.log(lr) + 1e-7 * np.log(lr) ** 2)
+        assert math.log(nearly_straight["lr"]) == pytest.approx(-700 * sign)
+    assert math.isnan(fit_parabola(lr, [0, 0, 0])["lr"])
 
 
 @pytest.mark.parametrize("loss", [3 - np.log(LR), 3 - 0.1 * np.log(LR / 0.01) ** 2,
@@ -57,11 +72,39 @@ def test_the_basin_keeps_a_neighbour_on_each_side_of_the_lowest_loss():
     assert lr_law.basin(steep) == slice(0, 3) and lr_law.basin(steep[1:]) == slice(0, 2)
 
 
+@pytest.mark.exercise("fit_horizon")
 @pytest.mark.parametrize("L_0, A, gamma", [(1.7, 400.0, 0.32), (0.5, 12.0, 0.08), (2.0, 3e4, 0.9)])
 def test_a_horizon_fit_gives_its_constants_back(L_0, A, gamma):
     D = np.geomspace(1e7, 1e9, 6)
     got = fit_horizon(D, L_0 + A * D**-gamma)
     assert tuple(got.values()) == pytest.approx((L_0, A, gamma), rel=1e-5)
+
+
+@pytest.mark.exercise("fit_horizon")
+@pytest.mark.parametrize("L_0", [0.0, 1.7])
+def test_a_horizon_fit_of_noisy_losses_cannot_be_bettered_nearby(L_0):
+    rng, D = np.random.default_rng(0), np.geomspace(1e7, 1e9, 6)
+    for _ in range(5):
+        y = L_0 + 3 * (D / 1e8) ** -0.5 + 0.05 * rng.standard_normal(6)
+
+        def cost(L_0, A, gamma, y=y):
+            return ((L_0 + A * D**-gamma - y) ** 2).sum()
+
+        got = fit_horizon(D, y)
+        assert got["L_0"] >= 0 and got["A"] >= 0
+        for size in (1e-4, 1e-2, 0.3):
+            for k in rng.standard_normal((50, 3)):
+                other = [value * math.exp(size * e) for value, e in zip(got.values(), k)]
+                other[0] += abs(k[2]) * size * (got["L_0"] == 0)
+                assert cost(*other) >= (1 - 1e-9) * cost(**got)
+
+
+@pytest.mark.exercise("fit_horizon")
+def test_a_horizon_fit_keeps_gamma_within_its_bounds():
+    D = np.geomspace(1e7, 1e9, 6)
+    for gamma, found in ((0.2, 0.3), (0.8, 0.6)):
+        got = fit_horizon(D, 2 + 3 * (D / 1e7) ** -gamma, (0.3, 0.6))
+        assert got["gamma"] == pytest.approx(found, rel=1e-9)
 
 
 @pytest.mark.parametrize("L_0", [0.0, 1.7], ids=["L_0 at its bound", "L_0 inside"])
@@ -135,12 +178,84 @@ def grid(noise=0.0, rng=None, n=5):
     return N, D, true_rate(N, D) * np.exp(scatter)
 
 
-def test_a_law_gives_its_constants_back_and_predicts():
+@pytest.mark.exercise("fit_law")
+def test_a_law_gives_its_constants_back():
     law = fit_law(*grid())
     assert (math.exp(law["a"]), law["b"], law["c"]) == pytest.approx(TRUTH, rel=1e-6)
-    for N, D, decades in ((1e9, 1e12, 2.0), (1e5, 1e9, 1.0), (1e7, 1e9, 0.0)):
-        at = lr_law.predict_law(law, N, D)
-        assert (at["lr"], at["decades"]) == pytest.approx((true_rate(N, D), decades), rel=1e-6)
+    assert (law["n"], law["dof"], law["r2"]) == (25, 22, pytest.approx(1))
+    assert (law["N"], law["D"]) == ([1e6, pytest.approx(1e8)], [1e8, pytest.approx(1e10)])
+
+
+@pytest.mark.exercise("fit_law")
+def test_the_covariance_of_a_law_by_hand():
+    """ln N and ln D take 1 - 1 and 1 + 1, each pair twice. About their means the columns are
+    orthogonal: b has variance s^2 / 8, and a = (mean of ln lr*) - b - c."""
+    signs = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)] * 2)
+    e = np.array([1, -1, -1, 1, -2, 2, 2, -2]) * 0.1  # orthogonal to 1 and to both columns
+    law = fit_law(*np.exp(1 + signs).T, np.exp(0.5 - 0.2 * signs[:, 0] + 0.3 * signs[:, 1] + e))
+    assert [law[k] for k in "abc"] == pytest.approx([0.5 + 0.2 - 0.3, -0.2, 0.3])
+    v = (e**2).sum() / 5 / 8
+    expected = v * np.array([[3, -1, -1], [-1, 1, 0], [-1, 0, 1]])
+    np.testing.assert_allclose(law["covariance"], expected, atol=1e-12)
+    assert law["dof"] == 5 and law["r2"] == pytest.approx(1 - 0.2 / (0.2 + 8 * 0.13))
+
+
+@pytest.mark.exercise("fit_law")
+def test_a_law_of_one_size_or_one_horizon_has_no_exponent_for_it():
+    x, e = np.array([0.0, 1.0, 2.0]), np.array([0.1, -0.2, 0.1])
+    same = np.full(3, 7.0)
+    for key, other, where, args in (("b", "c", 2, (same, np.exp(x))),
+                                    ("c", "b", 1, (np.exp(x), same))):
+        law = fit_law(*args, np.exp(1 - 0.5 * x + e))
+        assert law[key] is None and law["dof"] == 1
+        assert (law["a"], law[other]) == pytest.approx((1, -0.5))
+        covariance = np.array(law["covariance"])
+        assert covariance[where, where] == pytest.approx(0.06 / 2)  # s^2 / sum (x - mean)^2
+        assert not covariance[3 - where].any() and not covariance[:, 3 - where].any()
+    law = fit_law(same[:2], same[:2], np.array([1.0, 4.0]))
+    assert (law["b"], law["c"], law["a"]) == (None, None, pytest.approx(math.log(2)))
+
+
+@pytest.mark.exercise("fit_law")
+@pytest.mark.parametrize("points", [
+    [], [(1, 1)], [(1, 1), (2, 1)], [(1, 1), (2, 1), (2, 3)], [(1, 2), (2, 4), (4, 8), (8, 16)]])
+def test_points_that_are_too_few_or_on_one_line_make_no_law(points):
+    N, D = np.array(points, float).reshape(-1, 2).T
+    with pytest.raises(BadInput, match=str(len(points))):
+        fit_law(N, D, np.ones(len(points)))
+
+
+def hand_law(**changes):
+    return {"a": -1.0, "b": -0.2, "c": 0.5, "dof": 2, "N": [1e6, 1e8], "D": [1e8, 1e9],
+            "covariance": np.diag([0.01, 0.0004, 0.0]).tolist(), **changes}
+
+
+@pytest.mark.exercise("predict_law")
+@pytest.mark.parametrize("N, D, decades", [
+    (1e7, 2e8, 0.0), (1e9, 1e9, 1.0), (1e5, 5e8, 1.0), (1e7, 1e11, 2.0), (1e10, 1e7, 2.0)])
+def test_a_prediction_is_the_law_with_its_t_interval(N, D, decades):
+    at = lr_law.predict_law(hand_law(), N, D)
+    lr = math.exp(-1) * N**-0.2 * D**0.5
+    half = 2.919986 * math.sqrt(0.01 + 0.0004 * math.log(N) ** 2)  # of Student's t, 2 dof, 90 %
+    assert at["lr"] == pytest.approx(lr) and at["decades"] == pytest.approx(decades, abs=1e-9)
+    assert at["interval"] == pytest.approx([lr * math.exp(-half), lr * math.exp(half)], rel=1e-5)
+    assert at["unknown"] == []
+    narrow = lr_law.predict_law(hand_law(dof=1), N, D, 0.5)["interval"]  # t = 1
+    assert narrow[1] / lr == pytest.approx(math.exp(half / 2.919986), rel=1e-5)
+    correlated = hand_law(covariance=[[0, 0, 0.001], [0, 0, 0], [0.001, 0, 0.01]])
+    at = lr_law.predict_law(correlated, N, D)
+    half = 2.919986 * math.sqrt(0.002 * math.log(D) + 0.01 * math.log(D) ** 2)
+    assert math.log(at["interval"][1] / lr) == pytest.approx(half, rel=1e-5)
+
+
+@pytest.mark.exercise("predict_law")
+def test_a_prediction_names_what_its_law_does_not_know():
+    law = hand_law(b=None, N=[1e6, 1e6])
+    for N, unknown in ((1e6, []), (1.005e6, []), (0.995e6, []), (1.02e6, ["N"]), (1e5, ["N"])):
+        at = lr_law.predict_law(law, N, 2e8)
+        assert at["unknown"] == unknown and at["lr"] == pytest.approx(math.exp(-1) * 2e8**0.5)
+    both = hand_law(b=None, c=None, N=[1e6, 1e6], D=[1e8, 1e8])
+    assert lr_law.predict_law(both, 1e7, 1e9)["unknown"] == ["N", "D"]
 
 
 def test_constants_and_covariance_are_those_of_scipy():

@@ -270,16 +270,18 @@ def ridge_by_lstsq(x, y, ridge):
 
 
 @pytest.mark.exercise("fit_affine")
-def test_the_fit_is_ridge_regression_on_the_difference_with_the_ridge_best_on_other_tokens():
-    """With few tokens, n = 1.33 d, least squares is worse on new tokens than leaving the block out;
+@pytest.mark.parametrize("size, noise, most", [(1.0, 0.1, 1.0), (1e-3, 1e-3, 1e-3)])
+def test_the_fit_is_ridge_regression_on_the_difference_with_the_ridge_best_on_other_tokens(
+        size, noise, most):
+    """With few noisy tokens, n = 1.33 d, least squares is worse on new tokens than no block at all;
     a ridge on A - I is not."""
     d, n = 60, 80
     mixing = randn(d, d, seed=9) @ torch.diag(torch.logspace(0, -1.5, d, dtype=torch.float64))
 
     def tokens(n, seed):
-        x = randn(n, d, seed=seed) @ mixing + 1
-        noise = 0.1 * randn(n, d, seed=seed + 1) * x.std()
-        return x, x + 0.03 * x @ randn(d, d, seed=8) / d**0.5 + noise - 0.2
+        x = size * (randn(n, d, seed=seed) @ mixing + 1)
+        error = noise * randn(n, d, seed=seed + 1) * x.std()
+        return x, x + 0.03 * x @ randn(d, d, seed=8) / d**0.5 + error - 0.2
 
     (x, y), other, new = tokens(n, 20), tokens(n, 30), tokens(5000, 40)
     W, b, ridge = fit_affine(moments(x, y, 3), moments(*other, 3))
@@ -292,9 +294,10 @@ def test_the_fit_is_ridge_regression_on_the_difference_with_the_ridge_best_on_ot
         return (x + x @ B + b - y).square().sum().item()
 
     grid = (math.inf, *(10.0 ** -j for j in range(13)))
-    assert min(grid, key=lambda r: error(*ridge_by_lstsq(x, y, r), other)) == ridge > 1e-12
+    assert min(grid, key=lambda r: error(*ridge_by_lstsq(x, y, r), other)) == ridge
+    assert 1e-12 < ridge <= most
     removed, plain = error(0 * B, 0 * b, new), error(*ridge_by_lstsq(x, y, 1e-12), new)
-    assert plain > removed > error(W.mT, b, new)
+    assert removed > error(W.mT, b, new) and (plain > removed) == (noise == 0.1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -811,6 +814,8 @@ def test_the_boundary_between_context_and_choice(enc):
         ids, start = encode_pair(enc, context, choice)
         assert ids[0] == enc.eot_token and enc.decode(ids[start:]) == ours
         assert enc.decode(ids[1:start]) == context.rstrip()
+    one_token = SimpleNamespace(eot_token=9, encode_ordinary=lambda text: [len(text)])
+    assert encode_pair(one_token, "the cat", "sat") == ([9, 11], 1), "a choice has a token"
 
 
 @pytest.mark.exercise("credit")
@@ -820,6 +825,8 @@ def test_ties_share_the_point():
     assert probes.credit([-3.0, -3.0, -5.0, -3.0], 2) == 0
     assert probes.credit([-3.0, -2.9999, -5.0], 1) == 1
     assert probes.credit([-3.0, -3.0 + 1e-7], 0) == 0.5, "rounding"
+    assert probes.credit([-1000.0, -1000.005], 1) == 0.5 and not probes.credit([-1e3, -1000.015], 1)
+    assert probes.credit([0.0, -1.0], 0) == 1
 
 
 @torch.no_grad()

@@ -162,7 +162,7 @@ def test_the_term_of_let_has_this_weight_and_is_over_at_0():
 
 @pytest.mark.exercise("pair_layers")
 def test_pairs_of_layers_by_hand():
-    assert th.pair_layers("L2E", 30, 24) == (30, 3) and th.pair_layers("M2L", 30, 24) == (15, 24)
+    assert th.pair_layers("L2E", 30, 72) == (30, 9) and th.pair_layers("M2L", 30, 24) == (15, 24)
     names = "L2E", "L2M", "L2L", "M2E", "M2M", "M2L"
     assert {th.pair_layers(p, 12, 8) for p in names} == {(12, 1), (12, 4), (12, 8), (6, 1), (6, 4),
         (6, 8)}

@@ -150,6 +150,7 @@ BPE_TEXTS = {
 }
 
 
+@pytest.mark.exercise("train_bpe")
 @pytest.mark.parametrize("name", BPE_TEXTS)
 def test_bpe_training_finds_the_merges_of_a_naive_trainer_in_their_order(name):
     texts = BPE_TEXTS[name]
@@ -478,12 +479,15 @@ def test_blocks_are_the_tokens_at_their_places_in_every_shard(lengths, block_siz
     assert targets.tolist() == [expected[i][1:] for i in numbers]
 
 
+@pytest.mark.exercise("block_numbers")
 @pytest.mark.parametrize("seed, n", [(0, 1), (0, 7), (3, 64), (3, 1000)])
 def test_each_epoch_is_a_permutation_of_all_blocks_and_another_one(seed, n):
     stream = t.block_numbers(seed, 0, 4 * n, n)
     epochs = [tuple(stream[i * n:(i + 1) * n]) for i in range(4)]
     assert all(sorted(epoch) == [*range(n)] for epoch in epochs)
     assert n < 64 or len({*epochs}) == 4
+    for first, count in ((0, 3), (n // 2, n), (2 * n + 1, 5), (n - 1, 2 * n)):
+        assert t.block_numbers(seed, first, count, n) == (stream * 8)[first:first + count] or n < 3
     orders = {tuple(t.block_numbers(s, n, n, n)) for s in range(6)} | {*epochs}
     assert n < 64 or len(orders) == 9  # nor is one seed's second epoch another seed's first
 
