@@ -190,7 +190,8 @@ def rope_tables(length: int, head_dim: int, base: float):
 
 def rotate(x, cos, sin):
     """Rotate each pair (a, b) = (x_j, x_{j+D/2}), paired as in Llama, by the angle of its position:
-    (a cos - b sin, b cos + a sin). x: (B, T, heads, D); cos, sin: (T, 1, D) from rope_tables."""
+    (a cos - b sin, b cos + a sin), in the dtype of x. x: (B, T, heads, D); cos, sin: (T, 1, D) from
+    rope_tables, whose sin is negated in the first half of the channels."""
     return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
 
 
@@ -209,6 +210,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, cache=None):
+        """Grouped-query attention from x (B, T, C) to (B, T, C), through self.qkv and self.o.
+
+        q and k, in heads of D channels, go through q_norm and k_norm, then through `rotate` with
+        cos, sin (T, 1, D). Query head h reads key/value head h // (n_head / n_kv_head); scores have
+        the factor self.scale; a token sees itself and those before it. cache: its append(k, v),
+        each (B, H_kv, T, D), returns the keys and values of all tokens so far; the queries are then
+        the last T of them."""
         B, T, _ = x.shape
         q, k, v = self.qkv(x)
         q = self.q_norm(q.view(B, T, self.n_head, self.head_dim))
@@ -437,6 +445,8 @@ class RMSNormOnCPU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        """The gradients (dx, dw, None) of y = x r w with respect to x (..., C), weight w (C,) and
+        eps, from dy (..., C): see the class. ctx.saved_tensors are x and w; ctx.eps is eps."""
         x, w = ctx.saved_tensors
         r = RMSNormOnCPU.inverse_rms(x, ctx.eps)
         n = x * r
@@ -457,7 +467,12 @@ class RMSNormOnCPU(torch.autograd.Function):
 
 
 def ssd_recurrence(x, dt, A, B, C, state=None):
-    """The definition, token by token, without D x. Arguments and results as those of ssd."""
+    """The recurrence of Mamba-2, token by token, without D x: h_t = exp(dt_t A) h_{t-1} + dt_t x_t
+    B_t^T and y_t = h_t C_t, in each head.
+
+    x: (b, T, H, P); dt: (b, T, H), positive; A: (H,), negative; B, C: (b, T, G, N), one for H / G
+    neighbouring heads each; state: h before the first token, (b, H, P, N), None for 0. Returns
+    (y (b, T, H, P) in the dtype of x, h after the last token)."""
     heads = x.shape[2] // B.shape[2]
     B, C = (t.repeat_interleave(heads, dim=2).to(dt.dtype) for t in (B, C))  # (b, T, H, N)
     h, ys = 0.0 if state is None else state, []
@@ -469,7 +484,12 @@ def ssd_recurrence(x, dt, A, B, C, state=None):
 
 
 def ssd(x, dt, A, B, C, chunk: int, state=None):
-    """The state-space dual form in chunks (section 6 of the paper), without D x. Any length.
+    """The recurrence of Mamba-2 by matrix products within chunks (section 6 of the paper), without
+    D x. Any length.
+
+    Within a chunk of Q tokens y = (L o C B^T)(dt x), with the decays L_ts = exp(sum of dt A from
+    s + 1 to t) for s <= t, else 0. Each chunk adds to the state at its end; a loop over the chunks
+    carries the state, which adds C_t h, decayed from the chunk's start to t, to y_t.
 
     x: (b, T, H, P); dt: (b, T, H), positive; A: (H,), negative; B, C: (b, T, G, N), H a multiple of
     G; state: (b, H, P, N) before the first token, None for 0. Returns (y (b, T, H, P), the state
@@ -623,7 +643,7 @@ class MoE(nn.Module):
 
 
 def load_balancing_loss(p, load):
-    """E sum_e f_e P_e (Fedus et al. 2022, arXiv 2101.03961, eq. 4). p: (tokens, E), the router's
+    """The load-balancing loss E sum_e f_e P_e (Fedus et al. 2022, arXiv 2101.03961, eq. 4). p: (tokens, E), the router's
     probabilities, P_e their means; load: f_e, each expert's share of the tokens, without gradient.
     It is 1 if both are uniform, and larger if both prefer the same experts."""
     return len(load) * (load * p.mean(0)).sum()
@@ -686,7 +706,8 @@ PARAM_RULES = {
 
 
 def param_factor(c: ModelConfig, kind: str, what: str) -> float:
-    """The factor of PARAM_RULES on `what` (init, lr, decay, eps) of a kind of tensor."""
+    """The factor m_N^a m_L^b of PARAM_RULES on `what` (init, lr, decay, eps) of a kind of tensor;
+    1 for what is not listed. m_N is c.width_ratio, m_L is c.depth_ratio."""
     a, b = PARAM_RULES[kind].get(what, (0, 0))
     return c.width_ratio ** a * c.depth_ratio ** b
 
@@ -1036,9 +1057,9 @@ class Cache:
 
 def pick(logits, temperature: float, top_k: int, top_p: float, uniform):
     """Sample one token per row. logits: (B, V); uniform: (B, 1), random numbers in [0, 1). Returns
-    (B, 1). Temperature 0 takes the likeliest. top_k keeps the k likeliest; 0: all. top_p keeps the
-    fewest of the likeliest whose probabilities add up to p (nucleus sampling, Holtzman et al. 2019,
-    arXiv 1904.09751).
+    (B, 1). Logits are divided by the temperature; 0 takes the likeliest. top_k keeps the k
+    likeliest; 0: all. top_p keeps the fewest of the likeliest whose probabilities add up to p
+    (nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751).
 
     The token is found by inversion: the first whose cumulated probability exceeds `uniform`."""
     if temperature == 0:

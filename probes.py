@@ -279,8 +279,8 @@ def fit_affine(fit: Moments, held_out: Moments):
 
     Ridge regression on W, not on I + W, because a block is near the identity: min over B = W^T of
     ||X B - D||^2 + ridge ||B||^2, X and D centred. The ridge, in units of the largest eigenvalue of
-    X^T X, is the one of a grid with the smallest error on the tokens of `held_out`. A ridge of inf
-    gives W = 0, a constant b."""
+    X^T X, is the one of inf, 1, 0.1, ..., 1e-12 with the smallest error on the tokens of
+    `held_out` (their sums about the mean of `fit`). A ridge of inf gives W = 0, a constant b."""
     d = len(fit.products) // 2
     xx, xd = fit.products[:d].split(d, dim=1)
     e, V = torch.linalg.eigh(xx)
@@ -378,8 +378,8 @@ def plain_loss(model, idx, targets):
 def hessian_product(model, batches):
     """The function v -> H v, where H is the Hessian of the mean loss over `batches`, pairs (idx,
     targets) of (B, T), with respect to all parameters as one vector (N,): H v = d/dw (dL/dw . v)
-    (Pearlmutter 1994). The choices of a router count as fixed: where they change there is no
-    derivative."""
+    (Pearlmutter 1994). The loss of a batch is plain_loss; every token of the batches weighs the
+    same. The choices of a router count as fixed: where they change there is no derivative."""
     params = list(model.parameters())
     sizes = [p.numel() for p in params]
     tokens = sum(idx.numel() for idx, _ in batches)
@@ -401,9 +401,11 @@ def lanczos(product, v, steps: int):
     """Estimates of the eigenvalues of a symmetric matrix H, given as the function v -> H v, from
     `steps` products.
 
-    Builds an orthonormal basis of v, H v, H^2 v, ... and the tridiagonal matrix T of H in it. Each
-    new vector is orthogonalised twice against all before it; otherwise rounding would give copies
-    of eigenvalues that have converged. Memory: `steps` vectors.
+    v: (N,), the first vector, of any norm. Builds an orthonormal basis of v, H v, H^2 v, ... and
+    the tridiagonal matrix T of H in it. Each new vector is orthogonalised twice against all before
+    it; otherwise rounding would give copies of eigenvalues that have converged. It stops early
+    where nothing is left: where the norm of the new vector is rounding, at most 100 eps times the
+    largest of T. Memory: `steps` vectors.
 
     Returns three float64 vectors (m,), m <= steps: the eigenvalues theta of T, rising, called Ritz
     values, of which the extreme ones converge first; weights w, the squared first components of T's
@@ -492,7 +494,7 @@ def encode_pair(enc, context: str, choice: str) -> tuple[list[int], int]:
     """(token ids of context and choice after an end-of-text token, position of the choice's first).
     The boundary is lm-evaluation-harness's: one space between the two, which belongs to the choice,
     as do all blanks at the end of the context. Both are encoded together and cut where the context
-    encoded alone ends."""
+    encoded alone ends. A choice has at least one token."""
     if context and not (context[-1].isspace() or choice[0].isspace()):
         choice = " " + choice
     ids = encode(enc, context + choice)
@@ -544,8 +546,12 @@ def standard_error(values) -> float:
 
 
 def evaluate_text(model, ids, n_bytes: int, stride: int, batch_tokens=1024) -> dict:
-    """Perplexity of a text of n_bytes; ids: its tokens after an end-of-text token. Windows of
-    block_size inputs each score their last `stride` tokens. nats: mean per token."""
+    """Perplexity and bits per byte of a text of n_bytes. ids: an end-of-text token and its tokens.
+
+    Each window scores the next `stride` tokens (the last one: those left) after as many inputs
+    before them as make block_size inputs in all, by `scored` and model.log_likelihoods, whose
+    at_once is batch_tokens * vocab_size. Returns a dict: nats, the mean per token; perplexity,
+    exp(nats); bits_per_byte, the sum in bits over n_bytes."""
     windows = []
     for begin in range(1, len(ids), stride):
         end = min(begin + stride, len(ids))

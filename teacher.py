@@ -140,8 +140,8 @@ def pair_layers(pair: str, teacher_layers: int, student_layers: int) -> tuple[in
     """(teacher's block, student's block) of a pair that the paper compares: L2E, L2M, L2L, M2E, M2M
     or M2L. The teacher's letter comes first. L2E, late to early, is LET.
 
-    The paper's block numbers are not known. Ours: early is an eighth of the depth (block 3 of 24),
-    middle a half, late the last."""
+    The paper's block numbers are not known. Ours, rounded up: early is an eighth of the depth
+    (block 3 of 24), middle a half, late the last."""
     depth = {"E": 1 / 8, "M": 1 / 2, "L": 1}
     return (math.ceil(teacher_layers * depth[pair[0]]),
             math.ceil(student_layers * depth[pair[2]]))

@@ -777,8 +777,12 @@ BYTES_PATTERN = r"[^\n]+|\n"
 
 def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
     """Byte-level byte-pair encoding (Sennrich et al. 2016): start from the 256 bytes and merge the
-    most frequent pair of neighbours, vocab_size - 256 times. Returns {token bytes: rank}; rank is
-    the order of merging, as tiktoken wants it.
+    most frequent pair of neighbours, vocab_size - 256 times or until no pair is left. Returns
+    {token bytes: rank}; rank is the order of merging, as tiktoken wants it.
+
+    A text is cut into words by PATTERN; pairs are within the UTF-8 bytes of a word. Ids are the
+    bytes 0 to 255, then the merges in their order. Of equally frequent pairs the one of lowest ids
+    is merged. Every merge calls progress.update(), if there is a progress.
 
     A token id is written as the character with that code, so a word is a string and str.replace
     merges a pair. Pairs are counted once, over the distinct words. A merge then updates the counts
@@ -887,7 +891,8 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 def block_numbers(seed: int, first: int, count: int, n: int) -> list[int]:
     """The blocks at the places first .. first + count - 1 of an endless stream of epochs. An epoch
-    is a seeded permutation of the n blocks. Resuming needs only `first`, and so do the ranks."""
+    is a seeded permutation of the n blocks, permutation(seed, epoch, n). Resuming needs only
+    `first`, and so do the ranks."""
     places = range(first, first + count)
     return [int(permutation(seed, place // n, n)[place % n]) for place in places]
 

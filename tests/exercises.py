@@ -59,9 +59,9 @@ class Exercise:
         return ast.get_docstring(self.function)
 
     def task(self) -> str:
-        """The first sentence of the docstring, or its first line if it ends in a colon."""
-        first = re.split(r"(?<=[.:])\s", " ".join(self.docstring().split("\n\n")[0].split()))[0]
-        return first.rstrip(":.")
+        """The first sentence of the docstring."""
+        paragraph = " ".join(self.docstring().split("\n\n")[0].split())
+        return re.split(r"(?<!al)(?<!eq)(?<! \.)\. ", paragraph)[0].rstrip(":.")
 
     def lines(self) -> int:
         """Lines of the solution, which say how difficult the exercise is."""

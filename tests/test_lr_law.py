@@ -28,13 +28,13 @@ def true_rate(N, D):
 def test_a_parabola_is_the_least_squares_fit_in_the_log_of_the_rate():
     """Its residuals are orthogonal to the powers 0, 1 and 2 of ln lr - ln lr*."""
     x = np.log(LR)
-    loss = 3 + 0.02 * (x + 4.6) ** 2 + 0.01 * np.random.default_rng(0).standard_normal(7)
+    loss = 3 + 0.02 * (x + 4.6) ** 2 + 0.006 * np.random.default_rng(0).standard_normal(7)
     got = fit_parabola(LR, loss)
     u = x - math.log(got["lr"])
     left = loss - got["L_min"] - got["C"] * u**2
     assert [(left * u**power).sum() for power in range(3)] == pytest.approx([0, 0, 0], abs=1e-9)
     assert got["r2"] == pytest.approx(1 - left.var() / loss.var(), abs=1e-6)
-    assert got["C"] == pytest.approx(0.02, rel=0.5) and 0.7 < got["r2"] < 0.99
+    assert got["C"] == pytest.approx(0.02, rel=0.5) and 0.5 < got["r2"] < 0.99
 
 
 @pytest.mark.exercise("fit_parabola")
