@@ -643,9 +643,11 @@ class MoE(nn.Module):
 
 
 def load_balancing_loss(p, load):
-    """The load-balancing loss E sum_e f_e P_e (Fedus et al. 2022, arXiv 2101.03961, eq. 4). p: (tokens, E), the router's
-    probabilities, P_e their means; load: f_e, each expert's share of the tokens, without gradient.
-    It is 1 if both are uniform, and larger if both prefer the same experts."""
+    """The load-balancing loss E sum_e f_e P_e (Fedus et al. 2022, arXiv 2101.03961, eq. 4).
+
+    p: (tokens, E), the router's probabilities, P_e their means; load: f_e, each expert's share of
+    the tokens, without gradient. It is 1 if both are uniform, and larger if both prefer the same
+    experts."""
     return len(load) * (load * p.mean(0)).sum()
 
 

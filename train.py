@@ -780,9 +780,9 @@ def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
     most frequent pair of neighbours, vocab_size - 256 times or until no pair is left. Returns
     {token bytes: rank}; rank is the order of merging, as tiktoken wants it.
 
-    A text is cut into words by PATTERN; pairs are within the UTF-8 bytes of a word. Ids are the
-    bytes 0 to 255, then the merges in their order. Of equally frequent pairs the one of lowest ids
-    is merged. Every merge calls progress.update(), if there is a progress.
+    A text is cut by model.pieces, a piece into words by PATTERN; pairs are within the UTF-8 bytes
+    of a word. Ids are the bytes 0 to 255, then the merges in their order. Of equally frequent pairs
+    the one of lowest ids is merged. Every merge calls progress.update(), if there is a progress.
 
     A token id is written as the character with that code, so a word is a string and str.replace
     merges a pair. Pairs are counted once, over the distinct words. A merge then updates the counts
