@@ -89,9 +89,9 @@ def find_exercises() -> dict[str, Exercise]:
         marked = {}
         tests = functions_of((ROOT / "tests" / f"test_{file}").read_text())
         for test, node in tests.items():
-            for mark in map(ast.unparse, node.decorator_list):
-                if mark.startswith("pytest.mark.exercise("):
-                    name = mark.split("'")[1]
+            for mark in node.decorator_list:
+                if getattr(getattr(mark, "func", None), "attr", "") == "exercise":
+                    name = mark.args[0].value
                     marked.setdefault(name, Exercise(name, file, functions[name]))
                     marked[name].tests.append(test)
         found |= {name: marked[name] for name in functions if name in marked}
