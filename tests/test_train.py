@@ -14,6 +14,7 @@ import sys
 import time
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -209,7 +210,7 @@ def test_a_run_of_a_million_characters_is_trained_on_and_encoded_without_a_loss(
                                          mergeable_ranks={bytes([i]): i for i in range(256)})):
         assert other.decode(encode(other, text), errors="strict") == text
     t.write_shard(tmp_path / "x.bin", [("a", text), ("b", text[-9:])], enc, "")
-    ids = t.open_shard(tmp_path / "x.bin", "").tolist()
+    ids = t.open_shard(tmp_path / "x.bin", enc.n_vocab).tolist()
     assert ids == [enc.eot_token, *encode(enc, text), enc.eot_token, *encode(enc, text[-9:])]
     assert [*t.train_bpe([text], 258)] == [*t.train_bpe([text[:6], run * 999], 258)]
 
@@ -314,7 +315,7 @@ def test_a_token_takes_two_bytes_where_the_vocabulary_fits_and_else_four(n_vocab
     enc = SimpleNamespace(n_vocab=n_vocab, eot_token=n_vocab - 1,
                           encode_ordinary_batch=lambda texts, num_threads: [[n_vocab - 2, 5]])
     t.write_shard(tmp_path / "x.bin", [("a", "text")], enc, "")
-    tokens = t.open_shard(tmp_path / "x.bin", "")
+    tokens = t.open_shard(tmp_path / "x.bin", n_vocab)
     assert tokens.dtype == dtype and tokens.tolist() == [n_vocab - 1, n_vocab - 2, 5]
 
 
@@ -323,7 +324,7 @@ def test_a_token_takes_two_bytes_where_the_vocabulary_fits_and_else_four(n_vocab
 def test_long_documents_lose_nothing_where_they_are_taken_in_pieces(text, tmp_path):
     enc = tokenizer_from_dict(t.make_tokenizer_for(t.Config(tokenizer="bytes"), ()))
     t.write_shard(tmp_path / "x.bin", [("a", text), ("b", "end")], enc, "")
-    ids = t.open_shard(tmp_path / "x.bin", "")
+    ids = t.open_shard(tmp_path / "x.bin", 257)
     assert len(text) > 2**18 and ids.tolist() == [256, *text.encode(), 256, *b"end"]
 
 
@@ -333,6 +334,13 @@ def test_text_is_found_by_folder_glob_and_name_but_not_what_is_hidden(folder):
                         ("*/a.*", ["a.md"]), ("b.txt", ["b.txt"])):
         root, files = t.find_files(str(folder / data))
         assert [p.relative_to(root).as_posix() for p in files] == names
+    for link, target in (("sub/up", ""), ("up", ""), ("same.txt", "b.txt"), ("far", "../far")):
+        (folder / link).symlink_to(folder / target)  # the first two would never end
+    write_text(folder.parent / "far", {"f.txt": "f", "deep/g.txt": "g"})
+    names = ["b.txt", "far/deep/g.txt", "far/f.txt", "sub/a.md"]
+    root, files = t.find_files(str(folder))
+    assert [p.relative_to(root).as_posix() for p in files] == names
+    assert t.find_files(f"{folder}/*.txt")[1] == [folder / "b.txt"]
     root, files = t.find_files("stdlib")
     names = [p.relative_to(root) for p in files]
     assert {Path("argparse.py"), Path("json/decoder.py")} <= {*names} and names == sorted(names)
@@ -349,10 +357,58 @@ def test_tokens_are_made_once_and_again_after_a_kill(folder, tiny, cache):
         assert files_below(cache) == made and again.tokenizer == first.tokenizer
         assert ids_of(again.train) == ids_of(first.train) and ids_of(again.val) == ids_of(first.val)
         expected = ids_of(first.train)
-        file, = (p for p in {*made} - before if p.name == "tokenizer.json")
+        file, = (p for p in {*made} - before if p.name == "checksums.json")
         file.unlink()  # it is written last, so a kill leaves none
         os.truncate(file.with_name("train.bin"), 100)
         assert ids_of(t.load_data(c).train) == expected
+
+
+def zero_tail(path: Path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-40] + bytes(40))
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.json", "checksums.json"])
+@pytest.mark.parametrize("damage", [
+    zero_tail, Path.unlink, lambda path: path.write_bytes(b""),
+    lambda path: os.truncate(path, path.stat().st_size - 1),
+    lambda path: path.write_bytes(path.read_bytes().replace(b"5", b"6", 1))],
+    ids=["zeros", "missing", "empty", "cut", "other"])
+def test_a_damaged_cache_is_named_and_made_again(damage, name, folder, tiny, cache, capsys):
+    write_text(folder, {f"{i}.txt": f"document {i} of 5\n" * 30 for i in range(9)})
+    c = tiny(data=str(folder))
+    before = t.load_data(c)
+    expected = ids_of(before.train), ids_of(before.val), before.tokenizer
+    file, = cache.rglob(name)
+    (file.parent / ".train.bin.0123456789abcdef.tmp").write_bytes(b"what a killed process left")
+    damage(file)
+    capsys.readouterr()
+    data = t.load_data(c)
+    assert (ids_of(data.train), ids_of(data.val), data.tokenizer) == expected
+    said = capsys.readouterr().out
+    assert str(file.parent) in said and said.count("\n") == 1
+    assert len([*file.parent.iterdir()]) == 4
+    t.load_data(c)
+    assert capsys.readouterr().out == ""
+
+
+def test_two_processes_with_one_process_id_share_a_cache(folder, tiny, cache):
+    """As in two containers. The second waits for the first, or finds what it made."""
+    write_text(folder, many_texts(200))
+    code = ("import os, sys, train\nos.getpid = lambda: 1\n"
+            "data = train.load_data(train.parse_flags(sys.argv[1:]))\n"
+            "print(sum(len(a) for p in (data.train, data.val) for a in p.arrays))")
+    flags = [*flags_of(tiny(data=str(folder), tokenizer="bpe", vocab_size=600))]
+    with ThreadPoolExecutor() as pool:
+        runs = [*pool.map(lambda _: run_python("-c", code, *flags), range(3))]
+    data = t.load_data(t.parse_flags(flags))
+    enc = tokenizer_from_dict(data.tokenizer)
+    texts = [*many_texts(200).values()]
+    found = rejoined(texts_of(data.train, enc), texts_of(data.val, enc), texts)
+    assert sorted(found) == sorted(texts)
+    for run in runs:
+        assert run.returncode == 0 and int(run.stdout) == len(ids_of(data.train) + ids_of(data.val))
+    assert len([p for p in cache.rglob("*") if p.is_file()]) == 4
 
 
 @pytest.mark.parametrize("change", [
@@ -422,6 +478,7 @@ WRITERS = {
     "nanogpt": (".bin", raw_uint16),
     "llm.c uint16": (".bin", llm_c),
     "llm.c uint32": (".bin", lambda tokens: llm_c(tokens, magic=20240801, code="I")),
+    "bare uint32": (".bin", lambda tokens: struct.pack(f"<{len(tokens)}I", *tokens)),
     "npy uint16": (".npy", lambda tokens: npy(np.array(tokens, np.uint16))),
     "npy uint32": (".npy", lambda tokens: npy(np.array(tokens, np.uint32))),
 }
@@ -447,13 +504,40 @@ def test_shards_of_each_format_are_read_as_written(form, folder, tiny):
     assert len(ids_of(single.val)) == pytest.approx(70, abs=1)
 
 
-def test_without_val_in_a_name_the_first_shard_is_held_out(folder, tiny):
-    for i in (2, 0, 1):
-        (folder / f"shard_{i}.bin").write_bytes(llm_c(random_tokens(i, 300)))
-    (folder / "other.bin").write_bytes(b"odd")
-    data = t.load_data(tiny(data=str(folder / "shard_*.bin")))
-    assert ids_of(data.val) == random_tokens(0, 300)
-    assert ids_of(data.train) == random_tokens(1, 300) + random_tokens(2, 300)
+@pytest.mark.parametrize("held_out, trained, pattern", [
+    ("val/000", "train/000 train/001", ""), ("wiki_val_0", "medieval_0 wiki_0", ""),
+    ("retrieval-VAL", "retrieval-train", ""), ("validation0 x/valid.1", "valley latest x/1", ""),
+    ("test.0", "0", ""), ("shard_0", "shard_1 shard_2", "shard_*"),
+    ("val/000", "val/001", "val")])  # the folder that is named does not decide
+def test_a_word_in_a_shards_name_decides_what_is_held_out_and_else_the_first_is(
+        held_out, trained, pattern, folder, tiny, capsys):
+    shards = {name: random_tokens(name, 300) for name in f"{held_out} {trained}".split()}
+    for name, tokens in shards.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.bin").write_bytes(llm_c(tokens))
+    if pattern == "shard_*":
+        (folder / "other.bin").write_bytes(b"odd")
+    data = t.load_data(tiny(data=str(folder / pattern)))
+    for part, names in ((data.val, held_out), (data.train, trained)):
+        assert sorted(a.tolist() for a in part.arrays) == sorted(shards[n] for n in names.split())
+    said = capsys.readouterr().out
+    assert all(Path(name).name + ".bin" in said for name in held_out.split()), said
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_the_width_of_tokens_is_known_or_refused(form, tmp_path):
+    """Tokens of 4 bytes are read as such with any tokenizer; a tokenizer of over 65,536 tokens has
+    not made tokens of 2 bytes."""
+    suffix, write = WRITERS[form]
+    path, tokens = tmp_path / f"x{suffix}", random_tokens(0, 1000, top=50_000)
+    path.write_bytes(write(tokens))
+    assert t.open_shard(path, 50_257).tolist() == tokens
+    if "uint32" in form:
+        path.write_bytes(write([*tokens, 100_000]))
+        assert t.open_shard(path, 100_277).tolist() == [*tokens, 100_000]
+    else:
+        with pytest.raises(t.BadInput, match=r"--x: .*uint16.*100,277"):
+            t.open_shard(path, 100_277, "--x")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1149,6 +1233,8 @@ BAD_DATA = {  # files; --data below their folder and further flags; names in the
     "no file": ({"a.txt": b"x"}, "nothing.txt", ["nothing.txt"]),
     "glob without a file": ({"a.txt": b"x"}, "*.md", ["*.md"]),
     "blank file": ({"a.txt": b" \n\n" + EOT.encode() + b"\n"}, "a.txt", ["a.txt"]),
+    **{f"unreadable {name}": ({"b.txt": b"fine\n" * 99, name: None}, "", [name, "cannot be read"])
+       for name in ("a.txt", "a.npy")},  # an error of the disk
     "not UTF-8": ({"a.txt": b"fine\n" * 99, "b.txt": b"caf\xe9 \n"}, "", ["b.txt", "3"]),
     "too short": ({"a.txt": b"short line\n" * 20}, "a.txt", ["held-out", "--block_size=32"]),
     "too few pairs": ({"a.txt": b"ab\n" * 99}, " --tokenizer=bpe --vocab_size=300",
@@ -1174,7 +1260,10 @@ BAD_DATA = {  # files; --data below their folder and further flags; names in the
 def test_bad_data_is_refused_by_name_before_anything_is_written(name, folder, tiny, cache):
     files, data, names = BAD_DATA[name]
     for file, content in files.items():
-        (folder / file).write_bytes(content)
+        if content is None:
+            (folder / file).symlink_to("/proc/self/mem")
+        else:
+            (folder / file).write_bytes(content)
     data, *flags = data.split(" ")
     with pytest.raises(t.BadInput) as error:
         t.train(t.parse_flags([*flags_of(tiny()), f"--data={folder / data}", *flags]))
