@@ -213,10 +213,11 @@ class Muon(torch.optim.Optimizer):
     def move(self, group, kappa, stack, O, sending):
         """Muon's change of a stack: W <- (1 - eta lambda) W - eta kappa O, in place.
 
-        group: a dict of "lr", eta; "weight_decay", lambda; "normuon". stack: see stacks; its list
-        "W" is changed. O: (number, out, in), in a dtype of its own. sending: handles; O is valid
-        after wait() of each. With "normuon" O goes through normalize_rows first, whose running mean
-        squares are the list "row_mean_square" of the stack, (out, 1) each, changed in place."""
+        group: a dict of "lr", eta; "weight_decay", lambda; "normuon". kappa: see update_scale.
+        stack: a dict; its list "W" holds the matrices (out, in) to change. O: (number, out, in), in
+        a dtype of its own. sending: handles; O is valid after wait() of each. With "normuon" O goes
+        through normalize_rows first, whose running mean squares are the stack's list
+        "row_mean_square", (out, 1) each, changed in place."""
         for handle in sending:
             handle.wait()
         W = stack["W"]
