@@ -135,12 +135,14 @@ def blanked(text: str, functions) -> str:
     return "".join(lines)
 
 
-def assignment(exercises) -> str:
+def assignment(exercises, with_tests: bool) -> str:
     """The text of ASSIGNMENT.md."""
+    where, folder = "the repository that made this folder", " FOLDER"
+    if with_tests:
+        where, folder = "this folder", ""
     parts = ["# Assignment\n\nWrite the bodies of these functions. Each now raises "
-             "NotImplementedError. They can be done in any order.\n\nTo grade them, run this from "
-             "the repository that made this folder:\n\n    python tests/exercises.py grade "
-             "FOLDER\n"]
+             "NotImplementedError. They can be done in any order.\n\nTo grade them, run this in "
+             f"{where}:\n\n    python tests/exercises.py grade{folder}\n"]
     for e in exercises:
         lines = (ROOT / e.file).read_text().splitlines()
         head = "\n".join(lines[e.function.lineno - 1:e.function.body[0].lineno - 1])
@@ -173,7 +175,7 @@ def make_command(a):
             (new / "tests").mkdir()
             for path in (ROOT / "tests").glob("*.py"):
                 shutil.copy(path, new / "tests")
-        (new / "ASSIGNMENT.md").write_text(assignment(exercises))
+        (new / "ASSIGNMENT.md").write_text(assignment(exercises, a.tests))
         new.chmod(0o755)
         os.replace(new, folder)
     finally:
