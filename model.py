@@ -801,14 +801,15 @@ def chunked_loss(loss, x, weight, *per_token, vocab_size: int, chunk: int = 1024
 
     x: (N, C); weight: W, (V_pad, C), of which the first vocab_size rows are tokens; per_token:
     further tensors (N, ...), such as targets. loss: a function of the logits (n, V) of some tokens,
-    in float32, and of the same n rows of per_token. It returns its sum over these tokens, 0-d, or
-    that and a dict of further 0-d sums, which get no gradient. Returns (the sum, the dict).
+    in float32 (float64 if x is), and of the same n rows of per_token. It returns its sum over these
+    tokens, 0-d, or that and a dict of further 0-d sums, which get no gradient. Returns (the sum,
+    the dict). The gradients have the dtypes of x and weight.
 
     One product forms the logits of `chunk` tokens. Autograd computes the gradient at these logits
     at once, for a few tokens at a time, so that on a CPU they stay in its caches. The gradient
-    overwrites the logits, and two products give the chunk's share of dx and dW. So nothing is
-    computed twice, and the loss cannot be differentiated twice. The products run in the autocast
-    dtype where autocast is on.
+    overwrites the logits, and two products give the chunk's share of dx and dW, which
+    KnownGradients hands on. So nothing is computed twice, and the loss cannot be differentiated
+    twice. The products run in the autocast dtype where autocast is on.
 
     compiled: torch.compile the loss with its gradient, one graph for each loss and shape, so that
     float32 logits need not be written to memory. Its speed on CUDA has not been measured."""

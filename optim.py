@@ -640,11 +640,11 @@ class Optimizers:
         Returns the norm before, a 0-d tensor.
 
         First the gradients of W~ become those of W, r and c, if there are multipliers, and the
-        gradients of `extra`, which is outside DDP, are averaged over the ranks. The norm is that of
-        the parameters in self.clipped; some may have no gradient. Without clip_multipliers the
-        gradients of r and c do not count and are not scaled: each sums over a row, a column or a
-        whole matrix. Early on they alone would set the norm, and shrink all other gradients. With
-        them the paper's gain was gone (section 4.3)."""
+        gradients of `extra`, which is outside DDP, are averaged over the ranks by dist.all_reduce,
+        which sums. The norm is that of the parameters in self.clipped; some may have no gradient.
+        Without clip_multipliers the gradients of r and c do not count and are not scaled: each sums
+        over a row, a column or a whole matrix. Early on they alone would set the norm, and shrink
+        all other gradients. With them the paper's gain was gone (section 4.3)."""
         if self.multipliers:
             self.multipliers.split_gradients()
         if dist.is_initialized():

@@ -410,7 +410,8 @@ def lanczos(product, v, steps: int):
     Returns three float64 vectors (m,), m <= steps: the eigenvalues theta of T, rising, called Ritz
     values, of which the extreme ones converge first; weights w, the squared first components of T's
     eigenvectors, with sum_i w_i theta_i^k = v^T H^k v / v^T v for all k < 2 m (Gauss quadrature);
-    bounds on the distance of each theta to the nearest eigenvalue of H."""
+    bounds on the distance of each theta to the nearest eigenvalue of H: the norm of the vector that
+    would come next, times the last component of T's eigenvector."""
     Q, alpha, beta = v.new_empty(steps, len(v)), [], []
     Q[0] = v / v.norm()
     for k in tqdm(range(steps), "Lanczos", unit="product", disable=None, leave=False):
@@ -492,8 +493,9 @@ def read_item(record: dict) -> tuple[str, list[str], int]:
 
 def encode_pair(enc, context: str, choice: str) -> tuple[list[int], int]:
     """(token ids of context and choice after an end-of-text token, position of the choice's first).
-    The boundary is lm-evaluation-harness's: one space between the two, which belongs to the choice,
-    as do all blanks at the end of the context. Both are encoded together and cut where the context
+    The boundary is lm-evaluation-harness's: one space between the two, if the context is not empty
+    and neither has a blank there. It belongs to the choice, as do all blanks at the end of the
+    context. Both are encoded together and cut where the context
     encoded alone ends. A choice has at least one token."""
     if context and not (context[-1].isspace() or choice[0].isspace()):
         choice = " " + choice
