@@ -27,7 +27,6 @@ Symbols
     slice    the runs of one (N, D, group), which differ in lr alone
     optimum  an (N, D) and its lr*, most often of the parabola through a slice
 """
-import argparse
 import contextlib
 import csv
 import functools
@@ -51,6 +50,7 @@ import torch
 from model import (
     GPT,
     BadInput,
+    Parser,
     command,
     read_text,
     reading,
@@ -1106,7 +1106,7 @@ def add_flag(parser, names: str, default, text: str):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lr_law.py", description="Fit and predict the optimum learning rate.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, text, flags) in COMMANDS.items():

@@ -1411,6 +1411,13 @@ def device_exists(name: str) -> bool:
     return True
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are BadInput: one line, without the usage."""
+
+    def error(self, message):
+        raise BadInput(message.removeprefix("argument "))
+
+
 def out_of_memory(e: Exception) -> bool:
     """Whether an error means that no memory is left; on a CPU torch raises RuntimeError."""
     return (isinstance(e, (MemoryError, torch.OutOfMemoryError))
@@ -1447,7 +1454,7 @@ def command(main):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="model.py", description="Sample text from a checkpoint of train.py.")
     add = parser.add_argument
     add("checkpoint")

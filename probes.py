@@ -52,6 +52,7 @@ from model import (
     AffineBlock,
     BadInput,
     Failed,
+    Parser,
     Term,
     checkpoint_file,
     command,
@@ -1151,11 +1152,6 @@ def plot_command(a) -> str:
 # The command line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(message)
 
 
 def positive(default):

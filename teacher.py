@@ -45,6 +45,7 @@ from model import (
     MIXERS,
     BadInput,
     ModelConfig,
+    Parser,
     Term,
     checkpoint_file,
     chunked_loss,
@@ -1205,7 +1206,7 @@ def numbers(kind):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="teacher.py", description="Let a model write text to learn from; export a model.")
     commands = parser.add_subparsers(dest="command", required=True)
     g = commands.add_parser("generate", help="let a model continue prompts, and keep the best",

@@ -73,6 +73,7 @@ from model import (
     HFEncoding,
     ModelConfig,
     NextToken,
+    Parser,
     Pass,
     Router,
     command,
@@ -1828,11 +1829,6 @@ def number(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError
     return value
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(message.removeprefix("argument "))
 
 
 def make_parser() -> Parser:
