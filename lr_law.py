@@ -449,6 +449,8 @@ def planned_runs(sizes: str, lrs: str, tokens: str, seeds: int, flags: list[str]
     its way. A full grid has a run for each horizon instead (the paper's saving)."""
     import train
     base, runs = train_config(flags), []
+    if not 1 <= seeds <= 10_000:
+        raise BadInput(f"--seeds={seeds}: from 1 to 10,000 are possible")
     if base.teacher == "auto":
         raise BadInput("--teacher=auto: depends on the length of a run, and these are read at "
                        "several; name a checkpoint")
@@ -466,8 +468,6 @@ def planned_runs(sizes: str, lrs: str, tokens: str, seeds: int, flags: list[str]
             model = GPT(train.model_config(c, V))
         N = model.num_params() - model.embed.weight.numel()
         runs.append(Run(c, N, steps, model.flops_per_token() * steps[-1] * c.batch_tokens))
-    if not runs:
-        raise BadInput(f"--seeds={seeds}: one seed is needed at least")
     return sorted(runs, key=lambda run: (run.flops, run.c.seed, run.c.lr))
 
 
@@ -761,10 +761,10 @@ def numbers(flag: str, text: str, kind=float) -> list:
     try:
         if ":" in text:
             low, high, count = text.split(":")
-            values = np.geomspace(float(low), float(high), int(count)).tolist()
+            values = np.geomspace(float(low), float(high), min(int(count), 10_000)).tolist()
         else:
             values = [kind(v) for v in text.split(",")]
-        if not all(0 < v < math.inf for v in values):
+        if not values or not all(0 < v < math.inf for v in values):
             raise ValueError
     except ValueError:
         raise BadInput(f"{flag}={text}: positive numbers of type {kind.__name__} are needed, as "
@@ -786,7 +786,8 @@ def train_config(flags: list[str]):
     import train
     c = train.parse_flags(flags)
     for f in fields(c):
-        if f.name in ("lr_law", "resume", "decay_now", "decay_fraction", "dry_run", "schedule"):
+        if f.name in ("lr_law", "resume", "decay_now", "decay_fraction", "dry_run", "schedule",
+                      "out_dir"):
             if getattr(c, f.name) != f.default:
                 raise BadInput(f"--{f.name}={getattr(c, f.name)}: cannot be used here")
     return c
@@ -828,8 +829,8 @@ def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
     for line, row in table.items():
         with reading(f"{path}, line {line}"):
             N, D, lr, loss = (float(row[name] or "nan") for name in named)  # empty: it diverged
-            if not all(0 < value < math.inf for value in (N, D, lr)):
-                raise BadInput("N, D and lr must be positive")
+            if not all(0 < value < math.inf for value in (N, D, lr)) or loss <= 0:
+                raise BadInput("N, D, lr and loss must be positive")
         group = ",".join(row[name] for name in groups)
         runs.append({"N": N, "D": D, "lr": lr, "loss": loss, "group": group})
     setting = operator.itemgetter("N", "D", "lr", "group")
@@ -892,6 +893,8 @@ def load_law(path, flag: str) -> dict:
         law = json.loads(read_text(path))
         if law["version"] != LAW_VERSION:
             raise ValueError(f"{LAW_VERSION} is needed")
+        if not all(0 < size < math.inf for size in law["N"] + law["D"]):
+            raise ValueError("N and D must be positive")
         for N, D in itertools.product(law["N"], law["D"]):
             found = predict_law(law, N, D)
             if law["dof"] < 1 or not np.isfinite([found["lr"], *found["interval"]]).all():
@@ -970,7 +973,7 @@ def plot_fit(fitted, law, path):
 
 
 def fit_command(a, _) -> str:
-    if not (a.basin > 0 and a.extrapolate >= 0):
+    if not (a.basin > 0 and 0 <= a.extrapolate < math.inf):
         raise BadInput(f"--basin={a.basin} --extrapolate={a.extrapolate}: must be positive")
     columns = {name: getattr(a, name) for name in ("N", "D", "lr", "loss", "group")}
     table, diverged = read_runs(a.runs, columns)

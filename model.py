@@ -1424,10 +1424,14 @@ def out_of_memory(e: Exception) -> bool:
             or isinstance(e, RuntimeError) and "DefaultCPUAllocator" in str(e))
 
 
+WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES,
+              errno.ENAMETOOLONG)
+
+
 def command(main):
-    """Run a command line. An error is printed as one line. The exit code is 2 for bad input, 1 for
-    a run that failed or an error of the disk, 130 and 143 after SIGINT and SIGTERM. What the
-    terminal's encoding lacks is printed as a question mark.
+    """Run a command line. An error is printed as one line. The exit code is 2 for bad input and
+    wrong paths, 1 for a run that failed or an error of the disk, 130 and 143 after SIGINT and
+    SIGTERM.
 
     Of torchrun's processes each prints its error with its rank, after two seconds: if rank 0 met
     the same error, it has printed it, and torchrun has ended the others by then."""
@@ -1450,7 +1454,7 @@ def command(main):
         if rank != "0":
             time.sleep(2)
         print(f"error{'' if rank == '0' else f' of rank {rank}'}: {message}", file=sys.stderr)
-        sys.exit(2 if isinstance(e, BadInput) else 1)
+        sys.exit(2 if isinstance(e, BadInput) or getattr(e, "errno", 0) in WRONG_PATH else 1)
 
 
 def main(argv):
@@ -1467,8 +1471,8 @@ def main(argv):
     add("--samples", type=int, default=1, help="continuations of the prompt")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args(argv)
-    need(a.tokens >= 1, a, "tokens", "at least 1")
-    need(a.samples >= 1, a, "samples", "at least 1")
+    for name in ("tokens", "samples"):
+        need(1 <= getattr(a, name) <= 10**6, a, name, "from 1 to 1,000,000")
     need(a.temperature == 0 or 1e-3 <= a.temperature < math.inf, a, "temperature",
          "0, or at least 0.001")
     need(0 <= a.seed < 2**63, a, "seed", "from 0 to 2^63 - 1")

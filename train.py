@@ -1317,7 +1317,8 @@ class Config:
     vocab_size: int = flag(4096, "tokens of the bpe tokenizer, end of text included", least=257,
                            needs="--tokenizer=bpe")
     block_size: int = flag(ModelConfig.block_size, "tokens in a sequence", least=1, most=2**24)
-    batch_tokens: int = flag(2048, "tokens in an optimizer step, over all devices", least=1)
+    batch_tokens: int = flag(2048, "tokens in an optimizer step, over all devices", least=1,
+                             most=2**30)
     micro_batch: int = flag(8, "sequences in one pass on one device", least=1)
     eval_tokens: int = flag(32_768, "held-out tokens that an evaluation reads, always the "
                             "same ones", least=1)
@@ -1434,7 +1435,7 @@ class Config:
     linearity_weight: float = flag(0.5, "weight of the regularizer (0.5 is the paper's)", least=0,
                                    needs="--linearity")
     # run
-    steps: int = flag(500, "optimizer steps of the run", least=1)
+    steps: int = flag(500, "optimizer steps of the run", least=1, most=2**40)
     eval_every: int = flag(100, "steps between evaluations; the last step has one too", least=1)
     log_every: int = flag(10, "steps between lines of metrics.jsonl", least=1)
     save_every: int = flag(100, "steps between checkpoints; the last step has one too", least=1)
@@ -1490,7 +1491,7 @@ def out_of_range(c: Config) -> list[str]:
         value, m = getattr(c, name), f.metadata
         if "\0" in str(value):
             bad.append(f"--{name}={value!r}: no NUL byte is possible")
-        if m["choices"] and value not in m["choices"]:
+        elif m["choices"] and value not in m["choices"]:
             bad.append(f"--{name}={value}: one of {', '.join(m['choices'])} is needed")
         if m["least"] is not None and not value >= m["least"]:
             bad.append(f"--{name}={value}: at least {m['least']:g} is needed")
@@ -1716,7 +1717,7 @@ def clear_out_of_memory(c: Config):
         if not out_of_memory(e):
             raise
         raise Failed(f"out of memory with --micro_batch={c.micro_batch}; a lower one needs less "
-                     f"({str(e)[:200].splitlines()[:1]})") from None
+                     f"({str(e)[:200]})") from None
 
 
 class StopSignals:
