@@ -27,7 +27,6 @@ Symbols
     slice    the runs of one (N, D, group), which differ in lr alone
     optimum  an (N, D) and its lr*, most often of the parabola through a slice
 """
-import contextlib
 import csv
 import functools
 import io
@@ -36,7 +35,6 @@ import json
 import math
 import operator
 import os
-import secrets
 import shlex
 from collections import defaultdict
 from collections.abc import Callable
@@ -52,6 +50,7 @@ from model import (
     BadInput,
     Parser,
     command,
+    fcntl,
     read_text,
     reading,
     tokenizer_from_dict,
@@ -852,16 +851,14 @@ def csv_line(values) -> bytes:
 def open_table(path) -> dict[tuple, str]:
     """Opens or begins a table of `sweep`. Returns (N, D, lr, seed) -> flags of each row.
 
-    Several processes may begin a table at once: each writes the header to a file of its own, and
-    links the table's name to that file, which fails if the name exists. A last row without a line
-    end comes from an interrupted write; it is cut off."""
+    Several processes may begin a table at once: the one that holds the file's lock first writes the
+    header. A last row without a line end comes from an interrupted write; it is cut off."""
     path, header = Path(path), csv_line(COLUMNS)
-    if not path.exists():
-        new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        new.write_bytes(header)
-        with contextlib.suppress(FileExistsError):
-            os.link(new, path)
-        new.unlink()
+    with open(path, "ab") as file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if file.tell() == 0:
+            file.write(header)
     text = read_text(path)
     rest = text[text.rfind("\n") + 1:]
     if not text.startswith(header.decode().strip()):

@@ -499,7 +499,7 @@ def read_records(data: str) -> list[tuple[str, str, str]]:
 
 def read_record(record: dict) -> tuple[str, str, str]:
     texts = tuple(record[name] for name in ("input", "label", "rationale"))
-    if not all(isinstance(text, str) and text.encode().strip() for text in texts):
+    if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError("input, label and rationale: texts are needed")
     return texts
 

@@ -562,7 +562,7 @@ def test_runs_of_a_sweep_keep_the_teachers_stop_of_the_longest(tiny_sweep):
 def test_a_foreign_or_unwritable_table_is_refused_and_kept(tmp_path, tiny_sweep, fake_train):
     words = ["--sizes=1x16", "--lrs=0.01", "--tokens=1280", *tiny_sweep]
     header = ",".join(COLUMNS).encode()
-    for i, data in enumerate((b"a,b\n1,2\n", b"\xff\xfe", b"a,b", header + b"\n1,2\n", b"")):
+    for i, data in enumerate((b"a,b\n1,2\n", b"\xff\xfe", b"a,b", header + b"\n1,2\n")):
         path = tmp_path / f"{i}.csv"
         path.write_bytes(data)
         with pytest.raises(BadInput, match=str(path)):

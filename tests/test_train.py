@@ -1133,6 +1133,16 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tiny, tmp_path,
     assert len([*(tmp_path / "run").iterdir()]) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("kind", ["plain", "multipliers", "mamba2", "experts", "sweep", "let"])
+def test_kills_lose_nothing_and_leave_nothing(kind):
+    """Ten of the kills of tests/kill.py. In a process of its own: one that has trained must not
+    fork."""
+    done = run_python(ROOT / "tests" / "kill.py", "--kills=10", f"--kinds={kind}")
+    assert "'lost': 0, 'files left': 0" in done.stdout, done.stdout + done.stderr
+
+
 # --------------------------------------------------------------------------------------------------
 # Flags, and what bad input is answered with
 
