@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, os.environ.get("NANOLET_SOURCES", str(ROOT)))  # exercises.py sets it to grade
 
 import train  # noqa: E402
-from model import GPT, ModelConfig, load_checkpoint  # noqa: E402
+from model import GPT, ModelConfig, command, load_checkpoint  # noqa: E402
 
 torch.set_num_threads(1)  # the models are so small that more threads only wait for each other
 
@@ -86,6 +87,39 @@ def run_python(*args, ranks=1, **kw):
     env = {**os.environ, "OMP_NUM_THREADS": "1", **kw.pop("env", {})}
     return subprocess.run([sys.executable, *launcher, *map(str, args)], cwd=kw.pop("cwd", ROOT),
                           env=env, text=True, capture_output=True, timeout=300, **kw)
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """refused(main, *words) runs a command in this process, in a folder of its own, and checks how
+    it refuses: in less than 10 seconds of computing, with exit code 2 and one line, which it returns, and with
+    nothing written."""
+    def run(main, *words):
+        before, begin = sorted(tmp_path.rglob("*")), time.process_time()
+        monkeypatch.setattr(sys, "argv", ["", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            command(main)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+        assert time.process_time() - begin < 10 and sorted(tmp_path.rglob("*")) == before
+        return said
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest keeps its own handlers
+    return run
+
+
+WRONG_FILES = {"empty": b"", "noise": random.Random(0).randbytes(999), "text": b"a b c\n",
+               "deep": b"[" * 100_000, "null": b"null", "latin": b"caf\xe9\n"}
+
+
+@pytest.fixture
+def wrong_files(tmp_path):
+    """Names of files that are not what a command needs: a missing one, a folder, and others."""
+    (tmp_path / "folder").mkdir()
+    for name, content in WRONG_FILES.items():
+        (tmp_path / name).write_bytes(content)
+    return ["nowhere.pt", "folder/none", "text/none", "n" * 300, *WRONG_FILES]
 
 
 def lines(run_dir) -> list[dict]:

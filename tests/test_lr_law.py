@@ -720,3 +720,39 @@ def test_commands_that_cannot_be_are_refused(tmp_path, words, named):
         main(words)
     assert named.replace("edge", "proxy.csv: at 2,560 tokens") in str(error.value)
     assert not (tmp_path / "new.csv").exists()
+
+
+def test_values_and_files_that_cannot_be_are_refused(
+        refused, wrong_files, tmp_path, tiny_sweep):
+    rows = write_table(tmp_path / "runs.csv", sweep_rows())
+    at = ("predict", "--law=step", "--n_params=1e6", "--tokens=1e9")
+    for name in ("n_params", "tokens", "batch_tokens", "anchor"):
+        for value in ("x", "nan", "inf", "-1", "1e999", "1:2:0"):
+            assert f"--{name}" in refused(main, *at, f"--{name}={value}")
+    for name in ("basin", "extrapolate"):
+        for value in ("x", "", "nan", "-1"):
+            assert f"--{name}" in refused(main, "fit", rows, "-o", "law", f"--{name}={value}")
+    grid = ("--sizes=1x16", "--lrs=0.01", "--tokens=512")
+    for name, values in {"sizes": "x 1 1x 0x16 1x0 -1x16 1x2x3 1e3x2 1x16,", "seeds": "x 0 -1 nan",
+                         "lrs": "x 0 -1 nan inf 1:2 1:2:x 1:2:0 1:0:3 1:2:-3 ,",
+                         "tokens": "x 0 -1 nan inf 1:2:3:4 1e300"}.items():
+        for command, value in itertools.product((["plan"], ["sweep", "new.csv"]), values.split()):
+            refused(main, *command, *grid, f"--{name}={value}", *tiny_sweep)
+    for value in ("x", "1", "0/1", "2/1", "1/0", "-1/2", ""):
+        assert f"--shard={value}" in refused(main, "sweep", "new.csv", *grid, f"--shard={value}",
+                                             *tiny_sweep)
+
+
+def test_a_coordinate_check_and_files_that_cannot_be_are_refused(refused, wrong_files, tmp_path):
+    rows = write_table(tmp_path / "runs.csv", sweep_rows())
+    for name, values in {"widths": "x 0 -1 nan", "depths": "x 0 -1", "params": "x mup,x",
+                         "steps": "x 0 2 nan", "seeds": "x 0 -1"}.items():
+        for value in values.split():
+            refused(main, "coordcheck", "--widths=16,32", "--depths=1,2", f"--{name}={value}")
+    for file in wrong_files:
+        for words in (["fit", file], ["transfer", file, "--proxy=2x32", "--target=4x64"],
+                      ["predict", f"--law={file}", "--n_params=1", "--tokens=1"]):
+            assert file in refused(main, *words)
+    for words in ([], ["odd"], ["fit"], ["predict"], ["fit", rows, "--odd"],
+                  ["fit", rows, "-o", rows]):
+        refused(main, *words)

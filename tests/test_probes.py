@@ -465,6 +465,34 @@ def test_what_cannot_be_pruned_is_refused_with_nothing_written(folder, text, fla
     assert [p.name for p in folder.iterdir()] == ["ckpt.pt"]
 
 
+NUMBERS = {"linearity": "context tokens characters", "curvature": "tokens steps probes",
+           "prune": "context tokens distil_steps distil_lr blocks seed",
+           "eval": "items tokens stride batch_tokens"}
+
+
+@pytest.mark.parametrize("command", NUMBERS)
+def test_values_and_files_that_cannot_be_are_refused(
+        command, folder, text, refused, wrong_files, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in NUMBERS[command].split():
+        for value in ("x", "", "nan", "-1e300", "1e999", "1" * 5000):
+            assert f"--{name}" in refused(probes.main, command, "none.pt", f"--{name}={value}")
+    for file in wrong_files:
+        assert file in refused(probes.main, command, file, f"--text={text}")
+        if command != "eval" or file not in ("text", "deep", "null"):
+            assert file in refused(probes.main, command, folder, f"--text={file}")
+        if command == "eval":
+            assert file in refused(probes.main, command, folder, f"--task={file}")
+    for flag in ("--device=tpu", "--odd=1"):
+        assert flag in refused(probes.main, command, folder, f"--text={text}", flag)
+
+
+def test_what_is_no_run_is_refused(refused, wrong_files):
+    for command in ("compare", "plot"):
+        for file in wrong_files:
+            assert file in refused(probes.main, command, file)
+
+
 def test_models_of_transformers_are_measured_and_those_that_are_ours_pruned(tmp_path, text):
     """A Llama is our own GPT and can be pruned; a GPT-NeoX is not and can be measured."""
     transformers, tokenizers = map(pytest.importorskip, ("transformers", "tokenizers"))

@@ -1222,6 +1222,24 @@ def test_flags_of_generate_that_make_no_sense_are_refused_and_nothing_is_written
     assert not (tmp_path / "out").exists()
 
 
+def test_values_files_and_folders_that_cannot_be_are_refused(
+        writer, corpus, refused, wrong_files, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("n_prompts", "prompt_tokens", "tokens", "temperatures", "seeds", "top_p", "best"):
+        for value in ("x", "", "nan", "1,x", "-1e300", "1e999", "1" * 5000):
+            assert f"--{name}" in refused(th.main, "generate", "none.pt", "new",
+                                          f"--{name}={value}")
+    for file in wrong_files:
+        for words in (("generate", file, "new", f"--data={corpus}"), ("export", file, "new"),
+                      ("generate", writer[1], "new", "--tokens=4", f"--data={file}")):
+            if file not in ("text", "deep", "null") or words[1] == file:
+                assert file in refused(th.main, *words)
+    for folder in ("empty", "text/none", "n" * 300):
+        assert folder.split("/")[0] in refused(th.main, "export", writer[1], folder)
+    for words in ((), ("odd",), ("export",), ("export", writer[1], "new", "--dtype=fp8")):
+        refused(th.main, *words)
+
+
 @pytest.mark.parametrize("kw", [
     dict(mixer="ALA"), dict(mlp="relu2"), dict(mlp="gelu", n_experts=2),
         dict(mixer="AMA", ssm_head_dim=16),

@@ -1183,13 +1183,35 @@ def finished(corpus, teacher, tmp_path_factory):
     return folder
 
 
+WRONG_VALUES = {int: ["x", "", "1.5", "nan", "-9", "1" * 5000], float: ["x", "", "nan", "1e999"],
+                bool: ["maybe", ""], str: ["a\0b"]}
+
+
+@pytest.mark.parametrize("name", t.FLAGS)
+def test_a_value_that_a_flag_cannot_have_is_refused_by_name(name, tiny, refused):
+    f = t.FLAGS[name]
+    for value in WRONG_VALUES[f.type] + (["odd", ""] if f.metadata["choices"] else []):
+        if (name, value) != ("let_teacher_layer", "-9"):
+            said = refused(t.main, *flags_of(tiny()), f"--{name}={value}")
+            assert f"--{name}" in said and value.split("\0")[0][:9] in said
+
+
+@pytest.mark.parametrize("flag", ["resume", "init_from", "teacher", "data", "lr_law", "out_dir"])
+def test_a_file_that_is_not_what_a_flag_needs_is_refused_by_name(
+        flag, tiny, refused, wrong_files, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    given = {"teacher": ["--let_student_layer=1"], "data": ["--distill=step_by_step"]}
+    for name in wrong_files:
+        if flag != "out_dir" or name not in ("nowhere.pt", "folder/none"):
+            said = refused(t.main, *flags_of(tiny()), *given.get(flag, []), f"--{flag}={name}")
+            assert name in said and (f"--{flag}" in said or name == "n" * 300)
+
+
 VALUES = {  # refused values
     "0": "block_size batch_tokens micro_batch eval_tokens n_layer n_embd n_head steps eval_every "
          "log_every save_every lr embedding_lr",
     "-1": "n_kv_head warmup_steps weight_decay clip seed sample_tokens n_experts beta1 momentum",
-    "1.0": "beta1 beta2 momentum", "nan": "lr clip", "many": "steps lr", "1.5": "steps seed",
-    "1e999": "lr", str(2**64): "seed",
-    "odd": " ".join(name for name, f in t.FLAGS.items() if f.metadata["choices"])}
+    "1.0": "beta1 beta2 momentum", str(2**64): "seed"}
 # Command lines. The message must have the name and value of each flag that is not in brackets.
 REFUSED = [f"--{name}={value}" for value, names in VALUES.items() for name in names.split()] + """
     --n_layers | --Steps | -steps | steps | --resume=auto | --steps | --qk_norm=maybe
