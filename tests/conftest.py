@@ -92,8 +92,8 @@ def run_python(*args, ranks=1, **kw):
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
     """refused(main, *words) runs a command in this process, in a folder of its own, and checks how
-    it refuses: in less than 10 seconds of computing, with exit code 2 and one line, which it returns, and with
-    nothing written."""
+    it refuses: in less than 10 seconds of the processor, with exit code 2 and one line, which it
+    returns, and with nothing written."""
     def run(main, *words):
         before, begin = sorted(tmp_path.rglob("*")), time.process_time()
         monkeypatch.setattr(sys, "argv", ["", *map(str, words)])
