@@ -429,6 +429,7 @@ not hold if the interval lies on the other side. Differences and ratios are pair
 {table_of_results(claim, found['results'])}
 
 Mean ± standard deviation over n seeds. {found['minutes']:.0f} minutes of runs, {found['device']}.
+Seconds are wall time; the runs shared the machine with each other.
 {picture}
 Flags of the runs:
 
