@@ -1328,7 +1328,8 @@ def locked(folder, wait=False, flag=""):
     """Makes a folder if needed, holds it for this process alone, and removes the temporary files
     that killed processes have left in it. The system releases the lock when the process ends in any
     way. Raises BadInput if another process holds the folder, unless `wait`. A process may lock a
-    folder again that it holds. Without effect where the system has no such locks."""
+    folder again that it holds. Without effect where the system or a network disk has no such locks.
+    """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if not fcntl or folder in HELD:
@@ -1336,20 +1337,28 @@ def locked(folder, wait=False, flag=""):
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise BadInput(f"{flag}{folder}: another process writes to this folder") from None
-            print(f"waiting for the process that writes to {folder}", file=sys.stderr)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        if take_lock(handle, folder, wait, flag):
+            for dead in folder.glob(".*.tmp"):
+                remove(dead)
         HELD.add(folder)
-        for dead in folder.glob(".*.tmp"):
-            remove(dead)
         yield
     finally:
         HELD.discard(folder)
         os.close(handle)
+
+
+def take_lock(handle: int, folder: Path, wait: bool, flag: str) -> bool:
+    """Locks an open folder. False on a disk that has no locks on folders, such as NFS."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise BadInput(f"{flag}{folder}: another process writes to this folder") from None
+        print(f"waiting for the process that writes to {folder}", file=sys.stderr)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 def remove(path: Path):

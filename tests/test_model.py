@@ -1,4 +1,5 @@
 """model.py: the network against other implementations of it, the loss, sampling, checkpoints."""
+import errno
 import functools
 import io
 import json
@@ -935,6 +936,25 @@ def test_what_the_terminal_cannot_print_is_a_question_mark(encoding):
                    env={"PYTHONIOENCODING": encoding})
     lost = "\u5317\u4eac" if encoding == "utf-8" else "??"
     assert (p.returncode, p.stdout) == (0, f"a {lost} ?.\n"), p.stderr
+
+
+def test_a_folder_is_held_by_one_process_and_only_its_holder_removes_dead_files(tmp_path,
+                                                                                monkeypatch):
+    dead = tmp_path / ".ckpt.pt.1.tmp"
+    other = f"import model\nwith model.locked({str(tmp_path)!r}): pass"
+    with lib.locked(tmp_path), lib.locked(tmp_path):
+        dead.touch()
+        p = run_python("-c", f"import model\nmodel.command(lambda _: exec({other!r}))")
+        assert p.returncode == 2 and str(tmp_path) in p.stderr and dead.exists()
+    assert run_python("-c", other).returncode == 0 and not dead.exists()
+
+    def no_locks(*_):
+        raise OSError(errno.EBADF, "a network disk")
+
+    monkeypatch.setattr(lib.fcntl, "flock", no_locks)
+    dead.touch()
+    with lib.locked(tmp_path):
+        assert dead.exists()
 
 
 def test_the_sampler_refuses_bad_values_by_flag_and_value(refused, wrong_files):
