@@ -857,7 +857,7 @@ def open_table(path) -> dict[tuple, str]:
     with open(path, "ab") as file:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)
-        if file.tell() == 0:
+        if os.fstat(file.fileno()).st_size == 0:  # now, not when it was opened
             file.write(header)
     text = read_text(path)
     rest = text[text.rfind("\n") + 1:]
