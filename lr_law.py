@@ -126,14 +126,14 @@ def linear_horizon(p, y) -> tuple[float, float, float]:
 
 
 def fit_law(N, D, lr) -> dict:
-    """Fits ln lr* = a + b ln N + c ln D by least squares (eq. 6). N, D, lr: (n,).
+    """Fits ln lr* = a + b ln N + c ln D by least squares (eq. 6). N, D, lr: (n,); n may be 0.
 
-    Where all N (or all D) are equal, b (or c) cannot be known: it is None. Returns a dict: a, b, c,
-    their "covariance" as lists (3, 3), dof, r2 (see r_squared), n, and the ranges "N" and "D" of
-    the data, [least, most]. The covariance is s^2 (X^T X)^-1, with a row (1, ln N, ln D) of X for
-    each optimum, s^2 the sum of squared residuals over dof, and dof = n minus the number of
-    constants. It is 0 for a constant that is None. Raises BadInput, with n in the message, if dof
-    is below 1 or the points do not determine the constants (rank of X)."""
+    Where all N (or all D) are equal, b (or c) cannot be known: it is None, and X has no such
+    column. Returns a dict: a, b, c; their "covariance", lists (3, 3); dof; r2 of ln lr*, see
+    r_squared; n; "N" and "D", the [least, most] of the data. The covariance is s^2 (X^T X)^-1,
+    with a row (1, ln N, ln D) of X for each optimum, s^2 the sum of squared residuals over dof, and
+    dof = n minus the number of columns; it is 0 in the rows and columns of a constant that is None.
+    Raises BadInput, with n in the message, if dof is below 1 or the columns are not independent."""
     y = np.log(lr)
     X = np.stack([np.ones_like(y), np.log(N), np.log(D)], 1)
     used = [i for i in range(3) if i == 0 or len(y) and np.ptp(X[:, i]) > 1e-9]

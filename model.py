@@ -467,12 +467,13 @@ class RMSNormOnCPU(torch.autograd.Function):
 
 
 def ssd_recurrence(x, dt, A, B, C, state=None):
-    """The recurrence of Mamba-2, token by token, without D x: h_t = exp(dt_t A) h_{t-1} + dt_t x_t
-    B_t^T and y_t = h_t C_t, in each head.
+    """The recurrence of Mamba-2, token by token, in each head: h_t = exp(dt_t A) h_{t-1} + dt_t x_t
+    B_t^T and y_t = h_t C_t. The caller adds the skip D x_t.
 
-    x: (b, T, H, P); dt: (b, T, H), positive; A: (H,), negative; B, C: (b, T, G, N), one for H / G
-    neighbouring heads each; state: h before the first token, (b, H, P, N), None for 0. Returns
-    (y (b, T, H, P) in the dtype of x, h after the last token)."""
+    x: (b, T, H, P); dt: (b, T, H), positive; A: (H,), negative; B, C: (b, T, G, N): the first H / G
+    heads use group 0, the next ones group 1, and so on; state: h before the first token, (b, H, P,
+    N), None for 0. x, B and C may have a lower dtype than dt and A. Returns (y (b, T, H, P) in the
+    dtype of x, h after the last token in the dtype of dt)."""
     heads = x.shape[2] // B.shape[2]
     B, C = (t.repeat_interleave(heads, dim=2).to(dt.dtype) for t in (B, C))  # (b, T, H, N)
     h, ys = 0.0 if state is None else state, []

@@ -67,15 +67,16 @@ def newton_schulz(G, coefficients="quintic", steps: int = 5, dtype=torch.bfloat1
     """About the nearest semi-orthogonal matrix: all singular values become about 1, and the
     singular vectors stay.
 
-    G: (..., m, n), one matrix or a stack of any scale. Returns the same shape in `dtype`, in which
-    all products run; 0 stays 0. X is G over its Frobenius norm, or over 1.02 times this norm with
-    polar_express, whose singular values must stay below 1. Each step then maps the singular values
-    s to a1 s + a3 s^3 + a5 s^5, by matrix products only: with A = X X^T,
+    G: (..., m, n), one matrix or a stack. Returns the same shape in `dtype`, in which all products
+    run; a matrix of zeros stays zero. X begins as G over its Frobenius norm; with polar_express
+    over 1.02 times the norm, because its polynomials need singular values below 1. Each step then
+    maps the singular values s to a1 s + a3 s^3 + a5 s^5, by matrix products only: with A = X X^T,
 
         X <- a1 X + (a3 A + a5 A A) X
 
-    (a1, a3, a5) is the step's entry of NS_COEFFICIENTS[coefficients]. Where m > n, the same is
-    done to the transpose, whose A is smaller: 4 m^2 n + 2 m^3 FLOPs a step for m <= n."""
+    Step i has the triple (a1, a3, a5) number i of NS_COEFFICIENTS[coefficients]; after the last
+    triple, the last one again. Where m > n, the same is done to the transpose, whose A is smaller:
+    4 m^2 n + 2 m^3 FLOPs a step for m <= n."""
     table = NS_COEFFICIENTS[coefficients]
     X = G.to(dtype).view(-1, *G.shape[-2:])
     tall = G.shape[-2] > G.shape[-1]

@@ -549,12 +549,14 @@ def standard_error(values) -> float:
 
 
 def evaluate_text(model, ids, n_bytes: int, stride: int, batch_tokens=1024) -> dict:
-    """Perplexity and bits per byte of a text of n_bytes. ids: an end-of-text token and its tokens.
+    """Perplexity and bits per byte of a text of n_bytes bytes. ids: a list, an end-of-text token
+    and then the text's tokens. All but the first are scored, each once.
 
-    Each window scores the next `stride` tokens (the last one: those left) after as many inputs
-    before them as make block_size inputs in all, by `scored` and model.log_likelihoods, whose
-    at_once is batch_tokens * vocab_size. Returns a dict: nats, the mean per token; perplexity,
-    exp(nats); bits_per_byte, the sum in bits over n_bytes."""
+    A window scores the next `stride` tokens; the last window scores those that are left. Its inputs
+    are the block_size tokens before its last scored token, or fewer where the text begins later.
+    Make the windows by `scored`, and score all by model.log_likelihoods with at_once = batch_tokens
+    * vocab_size. Returns a dict: nats, the mean per scored token; perplexity, exp(nats);
+    bits_per_byte, the sum in bits over n_bytes."""
     windows = []
     for begin in range(1, len(ids), stride):
         end = min(begin + stride, len(ids))

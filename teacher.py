@@ -347,10 +347,11 @@ def distillation_loss(student_logits, teacher_logits, targets, recipe: Recipe):
     """(hard_weight * nll + weight * soft, {name: value}), 0-d sums over counted tokens, in nats.
 
     student_logits: (n, V_M); teacher_logits: (n, V_T), without gradient; targets: (n,), of which
-    those equal to IGNORE do not count. soft is tau^2 D_beta(P || Q). Where the vocabularies differ
-    in size, P and Q are distributions over the tokens that both have. The dict: train_loss is nll,
-    distill_loss is soft, teacher_agreement the number of tokens whose likeliest next token is the
-    same for both."""
+    those equal to IGNORE do not count; recipe: from make_recipe, so hard_weight is not -1. nll is
+    the next-token loss over all V_M tokens. soft is D_beta(P || Q) by `divergence`, times tau^2 if
+    recipe.tau_squared. Where V_M and V_T differ, P and Q are over the first min(V_M, V_T) tokens,
+    which both have. The dict: train_loss is nll, distill_loss is soft, teacher_agreement the number
+    of counted tokens of which P and Q have the same likeliest next token."""
     tau, counted = recipe.temperature, targets != IGNORE
     V = min(student_logits.shape[-1], teacher_logits.shape[-1])
     z, v = student_logits[:, :V], teacher_logits[:, :V]

@@ -893,9 +893,9 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def block_numbers(seed: int, first: int, count: int, n: int) -> list[int]:
-    """The blocks at the places first .. first + count - 1 of an endless stream of epochs. An epoch
-    is a seeded permutation of the n blocks, permutation(seed, epoch, n). Resuming needs only
-    `first`, and so do the ranks."""
+    """The blocks at the places first, ..., first + count - 1 of an endless stream of epochs. Places
+    and epochs count from 0. Epoch e is permutation(seed, e, n), an order of all n blocks. Nothing
+    else is needed to resume, or on another rank."""
     places = range(first, first + count)
     return [int(permutation(seed, place // n, n)[place % n]) for place in places]
 

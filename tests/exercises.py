@@ -102,8 +102,9 @@ def chosen(names, exercises) -> list[Exercise]:
     """The exercises of these names, each once. Raises BadInput with the nearest name."""
     for name in names:
         if name not in exercises:
-            near = difflib.get_close_matches(name, exercises, 1, 0)
-            raise BadInput(f"{name}: no such exercise; the nearest name is {near[0]}")
+            near = difflib.get_close_matches(name, exercises, 1)
+            hint = f"the nearest name is {near[0]}" if near else "`list` shows their names"
+            raise BadInput(f"{name}: no such exercise; {hint}")
     return [exercises[name] for name in dict.fromkeys(names)]
 
 
@@ -140,9 +141,18 @@ def assignment(exercises, with_tests: bool) -> str:
     where, folder = "the repository that made this folder", " FOLDER"
     if with_tests:
         where, folder = "this folder", ""
-    parts = ["# Assignment\n\nWrite the bodies of these functions. Each now raises "
-             "NotImplementedError. They can be done in any order.\n\nTo grade them, run this in "
-             f"{where}:\n\n    python tests/exercises.py grade{folder}\n"]
+    parts = [f"""# Assignment
+
+Write the bodies of these functions. Each now raises NotImplementedError. They can be done in any
+order. The functions and the comments around each in its file belong to the task. A letter means
+what the docstring says, and else what the tables of symbols at the end say.
+
+To grade them, run this in {where}:
+
+    python tests/exercises.py grade{folder}
+
+`--only NAME ...` grades some of them. Every source file must parse.
+"""]
     for e in exercises:
         lines = (ROOT / e.file).read_text().splitlines()
         head = "\n".join(lines[e.function.lineno - 1:e.function.body[0].lineno - 1])
@@ -209,11 +219,12 @@ def grade(exercise: Exercise, sources: Path, limit: float) -> dict:
             kill_group(process.pid)
             process.wait()
         cases = [*ElementTree.parse(report).iter("testcase")] if report.exists() else []
-    errors = defaultdict(str)
+    errors = dict.fromkeys((case.get("name").partition("[")[0] for case in cases), "")
     for case in cases:
-        test = case.get("name").partition("[")[0]
-        problem = [part for kind in ("failure", "error") for part in case.findall(kind)]
-        errors[test] = errors[test] or (problem[0].get("message") or "failed" if problem else "")
+        test, _, parameters = case.get("name").partition("[")
+        for problem in (*case.findall("failure"), *case.findall("error")):
+            case_of = f"with {parameters[:-1]}: " if parameters else ""
+            errors[test] = errors[test] or case_of + (problem.get("message") or "failed")
     missing = exercise.tests if not cases else [t for t in exercise.tests if t not in errors]
     wrong = {test: error for test, error in errors.items() if error} | dict.fromkeys(missing, why)
     first = next((test for test in exercise.tests if test in wrong), None)
@@ -544,8 +555,8 @@ def main(argv) -> int:
     add = commands.add_parser("grade", help="run the tests of a submission's exercises")
     add.set_defaults(run=grade_command)
     add.add_argument("folder", nargs="?", default=str(ROOT), metavar="FOLDER")
-    add.add_argument("--only", nargs="+", metavar="NAME", help="these exercises; else those of "
-                     "ASSIGNMENT.md in the folder, or all")
+    add.add_argument("--only", nargs="+", action="extend", metavar="NAME", help="these exercises; "
+                     "else those of ASSIGNMENT.md in the folder, or all")
     add.add_argument("--json", action="store_true", help="print JSON")
     check = commands.add_parser("check", help="measure how well the tests tell right from wrong")
     check.set_defaults(run=check_command)

@@ -336,6 +336,18 @@ def test_the_recurrence_of_mamba2_is_a_loop_over_tokens_and_heads(T, G, state):
     assert_is_the_definition(lib.ssd_recurrence, T, G, state)
 
 
+@pytest.mark.exercise("ssd_recurrence")
+def test_the_recurrence_keeps_the_state_in_the_dtype_of_dt_and_y_in_that_of_x():
+    """Whatever the dtype of x, B and C; a decay in bf16 would be off by far more."""
+    x, dt, A, B, C, state = scan_inputs(64, 2, True)
+    low = [t.bfloat16() for t in (x, B, C)]
+    y, h = lib.ssd_recurrence(low[0], dt.float(), A.float(), *low[1:], state.float())
+    expected, end = head_by_head(*(t.double() for t in (low[0], dt, A, *low[1:], state)))
+    assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(h.double(), end, rtol=1e-4, atol=1e-4)
+    assert (y - expected).norm() < 0.01 * expected.norm()
+
+
 @pytest.mark.exercise("ssd")
 @pytest.mark.parametrize("T, G, state", SCANS)
 def test_the_scan_in_chunks_is_a_loop_over_tokens_and_heads(T, G, state):
