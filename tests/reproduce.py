@@ -516,8 +516,9 @@ def claims_table() -> str:
             continue
         sentence, test = next(iter(found["tests"].items()))
         verdict = f"[{found['verdict'] or 'no verdict'}](tests/results/{name}.md)"
-        rows.append((f"`{name}`: {claim.question}", claim.paper, f"{sentence}: {describe(test)}",
-                     verdict))
+        compared = re.fullmatch(r"\S+: (.+) [<>] \S+", test["rule"])[1]
+        here = f"{sentence}? {compared} = {describe(test)}"
+        rows.append((f"`{name}`: {claim.question}", claim.paper, here, verdict))
     table = probes.table(("claim", "paper", "here", "verdict"), *rows)
     return f"{table}\n\nNot run yet: {', '.join(others)}." if others else table
 
