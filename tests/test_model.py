@@ -1,7 +1,6 @@
 """model.py: the network against other implementations of it, the loss, sampling, checkpoints."""
 import errno
 import functools
-import io
 import json
 import math
 import random
@@ -18,10 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as lib
 from model import GPT, IGNORE, BadInput, Cache, ModelConfig, chunked_loss, generate, next_token_loss
+from teacher import to_hf
 
-torch.set_num_threads(1)
-LLAMA = dict(mlp="swiglu", qk_norm=False)
-QWEN = dict(mlp="swiglu", qk_norm=True)
 SSM = dict(mixer="mamba2", d_state=8, ssm_head_dim=16, n_groups=2, chunk_size=8)
 HYBRID = {**SSM, "mixer": "hybrid"}
 KINDS = {"mamba2": SSM, "hybrid": HYBRID, "pattern": {**SSM, "mixer": "MAH"},
@@ -42,92 +39,29 @@ def close(a, b, tolerance):
 
 
 # The transformer, against the code of others
-def hf_twin(name, config, weights):
-    """A transformers model of this config with these weights, all of which it must take."""
-    transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, f"{name}Config")(**config)
-    twin = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    missing, unexpected = twin.load_state_dict(weights, strict=False)
-    assert not unexpected and not [k for k in missing if "rotary" not in k], (missing, unexpected)
-    return twin
+TWINS = [dict(n_kv_head=2), dict(n_kv_head=1, tie_embeddings=True), dict(mlp="relu2"),
+         dict(mlp="gelu"),
+         dict(qk_norm=True, n_kv_head=4, rope_base=50.0, norm_eps=1e-2, mlp_hidden=40),
+         dict(qk_norm=True, n_experts=4, experts_per_token=2), SSM, {**SSM, "n_groups": 1}]
 
 
-def llama_twin(model):
-    """The same network in transformers: Llama, Qwen3 with qk_norm, Qwen3-MoE with experts."""
-    c = model.config
-    weights = {"model.embed_tokens.weight": model.embed.weight[:c.vocab_size],
-               "model.norm.weight": model.norm.weight,
-               "lm_head.weight": model.head.weight[:c.vocab_size]}
-    for i, b in enumerate(model.blocks):
-        p, m = f"model.layers.{i}.", b.mixer
-        q, k, v = m.qkv.weight.split(tuple(m.qkv.pieces.values()))
-        weights |= {f"{p}input_layernorm.weight": b.mixer_norm.weight,
-                    f"{p}post_attention_layernorm.weight": b.mlp_norm.weight,
-                    f"{p}self_attn.q_proj.weight": q, f"{p}self_attn.k_proj.weight": k,
-                    f"{p}self_attn.v_proj.weight": v, f"{p}self_attn.o_proj.weight": m.o.weight}
-        if c.qk_norm:
-            weights |= {f"{p}self_attn.q_norm.weight": m.q_norm.weight,
-                        f"{p}self_attn.k_norm.weight": m.k_norm.weight}
-        if c.n_experts:
-            names = "gate.weight", "experts.gate_up_proj", "experts.down_proj"
-            tensors = b.mlp.router.weight, b.mlp.up, b.mlp.down
-        else:
-            names = "gate_proj.weight", "up_proj.weight", "down_proj.weight"
-            tensors = *b.mlp.up.weight.chunk(2), b.mlp.down.weight
-        weights |= {f"{p}mlp.{name}": t for name, t in zip(names, tensors, strict=True)}
-    experts = dict(moe_intermediate_size=c.expert_hidden, num_experts=c.n_experts,
-                   num_experts_per_tok=c.experts_per_token, norm_topk_prob=True,
-                   decoder_sparse_step=1, mlp_only_layers=[]) if c.n_experts else {}
-    name = "Qwen3Moe" if c.n_experts else "Qwen3" if c.qk_norm else "Llama"
-    return hf_twin(name, dict(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.mlp_hidden,
-        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, head_dim=c.n_embd // c.n_head,
-        num_key_value_heads=c.n_kv_head, max_position_embeddings=c.block_size,
-        rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_embeddings, attention_bias=False,
-        rope_theta=c.rope_base,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_base}, **experts), weights)
-
-
-@pytest.mark.parametrize("kw", [
-    dict(n_kv_head=2), dict(n_kv_head=1, tie_embeddings=True), dict(n_kv_head=4),
-    dict(n_kv_head=2, rope_base=50.0, norm_eps=1e-2, mlp_hidden=40)], ids=str)
-@pytest.mark.parametrize("family", [LLAMA, QWEN], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("kw", TWINS, ids=str)
 @torch.no_grad()
-def test_logits_and_states_equal_those_of_transformers(family, kw):
-    model, idx = tiny_model(**family, **kw), random_tokens(2, 32)
+def test_logits_and_states_equal_those_of_transformers(kw):
+    """Of Llama, Arcee without a gate, Qwen3 with qk_norm, Qwen3-MoE and Mamba-2."""
+    transformers = pytest.importorskip("transformers")
+    model, idx = tiny_model(**{"mlp": "swiglu", "qk_norm": False, **kw}), random_tokens(2, 27)
+    settings, weights = to_hf(model)
+    twin = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**settings)).eval()
+    twin.load_state_dict(weights)
     x, states = model(idx, hidden=range(4))
-    theirs = llama_twin(model)(idx, output_hidden_states=True)
+    theirs = twin(idx, output_hidden_states=True)
     assert model.logits(x).std() > 0.3, "the comparison would mean little"
     close(model.logits(x), theirs.logits, 1e-4)
-    for ours, state in zip(states[:-1], theirs.hidden_states[:-1], strict=True):
+    before_norm = states[1:] if "mixer" in kw else states[:-1]  # as transformers gives them
+    for ours, state in zip((*before_norm, x), theirs.hidden_states, strict=True):
         close(ours, state, 1e-4)
-    close(x, theirs.hidden_states[-1], 1e-4)
-
-
-@torch.no_grad()
-def test_logits_equal_those_of_qwen3_moe():
-    model, idx = tiny_model(**QWEN, **KINDS["experts"]), random_tokens(2, 27)
-    close(logits_of(model, idx), llama_twin(model)(idx).logits, 1e-4)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@torch.no_grad()
-def test_logits_equal_those_of_mamba2(groups):
-    model, idx = tiny_model(**{**SSM, "n_groups": groups}), random_tokens(2, 27)
-    weights = {"backbone.embeddings.weight": model.embed.weight[:97],
-               "backbone.norm_f.weight": model.norm.weight,
-               "lm_head.weight": model.head.weight[:97]}
-    for i, b in enumerate(model.blocks):
-        m, p = b.ssm, f"backbone.layers.{i}.mixer."
-        weights |= {f"backbone.layers.{i}.norm.weight": b.mixer_norm.weight,
-                    f"{p}in_proj.weight": m.in_proj.weight, f"{p}conv1d.weight": m.conv.weight,
-                    f"{p}conv1d.bias": m.conv.bias, f"{p}A_log": m.A_log, f"{p}D": m.D,
-                    f"{p}dt_bias": m.dt_bias, f"{p}out_proj.weight": m.out.weight,
-                    f"{p}norm.weight": m.norm.weight}
-    twin = hf_twin("Mamba2", dict(
-        vocab_size=97, hidden_size=32, num_hidden_layers=3, num_heads=4, head_dim=16, state_size=8,
-        n_groups=groups, chunk_size=8, residual_in_fp32=False, layer_norm_epsilon=1e-6), weights)
-    close(logits_of(model, idx), twin(idx).logits, 1e-4)
 
 
 # The transformer, by its formulas
@@ -220,26 +154,16 @@ def test_rms_norm_on_a_cpu_equals_torchs_with_its_first_and_second_derivatives()
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind, act", [("relu2", lambda z: z.clamp(min=0) ** 2), (
-    "gelu", lambda z: z / 2 * (1 + torch.erf(z / math.sqrt(2))))])
-def test_an_ungated_mlp_is_its_formula(kind, act):
-    mlp, x = lib.MLP(ModelConfig(64, n_embd=16, mlp=kind)), torch.randn(3, 16)
-    torch.testing.assert_close(mlp(x), act(x @ mlp.up.weight.T) @ mlp.down.weight.T)
-
-
-def test_a_mixer_is_a_name_or_a_letter_a_block():
-    assert ModelConfig(64, n_layer=3, mixer="hybrid").kinds() == "HHH"
-    model = GPT(ModelConfig(64, n_layer=4, mixer="MALH", ssm_head_dim=16, n_embd=32))
-    parts = [(b.mixer is not None, b.ssm is not None, b.mlp is not None) for b in model.blocks]
-    assert parts == [(False, True, False), (True, False, True), (False,) * 3, (True,) * 3]
+def test_a_wrong_mixer_a_long_context_and_a_weight_without_a_rule_are_refused_by_name():
     for mixer in ("MA", "MXAA", "mamba"):
         with pytest.raises(ValueError, match=mixer):
             GPT(ModelConfig(64, n_layer=4, mixer=mixer))
-
-
-def test_more_tokens_than_the_context_are_refused():
+    model = tiny_model()
     with pytest.raises(ValueError, match="33.*32"):
-        tiny_model()(random_tokens(1, 33))
+        model(random_tokens(1, 33))
+    model.blocks[0].extra = torch.nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(ValueError, match="extra"):
+        lib.init_weights(model)
 
 
 def counted_flops(run):
@@ -368,9 +292,8 @@ def test_the_scan_in_chunks_is_made_of_the_products_that_its_docstring_counts():
     assert low.dtype == torch.bfloat16 and (low - y).norm() < 0.02 * y.norm()
 
 
-@pytest.mark.parametrize("cached", [False, True])
 @torch.no_grad()
-def test_weights_in_bf16_leave_the_decays_in_float32(cached):
+def test_weights_in_bf16_leave_the_decays_in_float32():
     """Decays over many steps: in bf16 their logs would be off by halves, the logits by 0.37."""
     flags = {**SSM, "chunk_size": 64, "block_size": 128}
     model, rounded, idx = tiny_model(**flags), tiny_model(**flags).bfloat16(), random_tokens(2, 128)
@@ -379,11 +302,10 @@ def test_weights_in_bf16_leave_the_decays_in_float32(cached):
         block.ssm.dt_bias.fill_(0.5)
     rounded.load_state_dict(model.state_dict())
     model.load_state_dict(rounded.state_dict())  # the same weights, in float32
-    caches = [Cache() for _ in model.blocks] if cached else None
-    parts = (idx[:, :-1], idx[:, -1:]) if cached else (idx,)
-    low = torch.cat([logits_of(rounded, part, caches) for part in parts], 1).float()
-    right = logits_of(model, idx)
-    assert (low - right).norm() < 0.1 * right.norm()  # dt itself comes from a product in bf16
+    right, caches = logits_of(model, idx), [Cache() for _ in model.blocks]
+    cached = [logits_of(rounded, part, caches) for part in (idx[:, :-1], idx[:, -1:])]
+    for low in (logits_of(rounded, idx), torch.cat(cached, 1)):
+        assert (low - right).norm() < 0.1 * right.norm()  # dt itself comes from a product in bf16
 
 
 # Experts
@@ -437,19 +359,6 @@ def test_grouped_products_on_a_gpu_agree_with_the_loop_in_bf16(expert_hidden, mo
 
 
 # Initialisation and muP
-@pytest.mark.parametrize("kw", [{}, dict(tie_embeddings=True), dict(mlp="swiglu"), *KINDS.values()],
-                         ids=str)
-@pytest.mark.parametrize("width, vocab", [(64, 1000), (256, 500)])
-@torch.no_grad()
-def test_a_fresh_model_starts_at_ln_vocab_and_as_the_identity(width, vocab, kw):
-    torch.manual_seed(0)
-    model = GPT(ModelConfig(vocab, 32, n_layer=3, n_embd=width, n_head=4, **kw))
-    idx, targets = (random_tokens(8, 32, vocab=vocab, seed=seed) for seed in (1, 2))
-    x, states = model(idx, hidden=range(4))
-    assert model.loss(x, targets).item() == pytest.approx(math.log(vocab), rel=0.01)
-    assert states[0].std() > 0 and all(torch.equal(state, states[0]) for state in states)
-
-
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("ratio", [1.0, 8.0], ids=["standard", "mup"])
 def test_initial_weights_have_the_published_scales(tied, ratio):
@@ -481,13 +390,6 @@ def test_initial_weights_have_the_published_scales(tied, ratio):
         else:
             assert part.endswith("norm") or part == "D"
             assert (p == 1).all(), name
-
-
-def test_a_parameter_without_an_initialisation_rule_is_refused():
-    model = tiny_model()
-    model.blocks[0].extra = torch.nn.Parameter(torch.zeros(4, 4))
-    with pytest.raises(ValueError, match="extra"):
-        lib.init_weights(model)
 
 
 @pytest.mark.exercise("param_factor")
@@ -523,13 +425,13 @@ def test_mup_is_a_standard_model_with_the_scales_in_its_weights(kw):
 
 
 # The loss over the vocabulary and its terms
-def loss_problem(dtype=torch.float64, padding=31.0):
-    """(x, weight, targets): 97 rows of tokens and 31 of padding, a third of targets not counted."""
+def loss_problem(dtype=torch.float64, padding=31.0, rows=23, vocab=97):
+    """(x, weight, targets): rows of tokens and 31 of padding, a third of targets not counted."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(23, 16, generator=g, dtype=torch.float64)
-    w = torch.randn(128, 16, generator=g, dtype=torch.float64)
-    w[97:] *= padding
-    targets = torch.randint(97, (23,), generator=g)
+    x = torch.randn(rows, 16, generator=g, dtype=torch.float64)
+    w = torch.randn(vocab + 31, 16, generator=g, dtype=torch.float64)
+    w[vocab:] *= padding
+    targets = torch.randint(vocab, (rows,), generator=g)
     targets[::3] = IGNORE
     return x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_(), targets
 
@@ -550,46 +452,38 @@ def test_the_chunked_loss_and_its_gradients_equal_the_plain_form(chunk, padding,
     assert (dw[97:] == 0).all() and (dx[targets == IGNORE] == 0).all()
 
 
-def weighted_squares(logits, weights, targets):
-    """Some loss on logits with two further tensors, and a value to be logged."""
-    squares = (weights * logits.sin()).square().sum()
-    return squares, {"chosen": logits.gather(1, targets.clamp(min=0)[:, None]).sum()}
-
-
 @pytest.mark.exercise("chunked_loss")
-def test_any_loss_on_logits_runs_in_chunks_with_its_further_values():
-    x, w, targets = loss_problem()
-    weights = torch.rand(23, 97, dtype=torch.float64)
-    loss, named = chunked_loss(weighted_squares, x, w, weights, targets, vocab_size=97, chunk=5)
-    plain, expected = weighted_squares(x @ w[:97].T, weights, targets)
+@pytest.mark.parametrize("rows, vocab, chunk", [(23, 97, 5), (150, 8_990, 100)])
+def test_any_loss_on_logits_runs_in_chunks_with_its_further_values(rows, vocab, chunk):
+    """With another tensor per token, and a value to be logged. Few logits are held at once."""
+    sizes = []
+
+    def loss_of(logits, weights, targets):
+        sizes.append(tuple(logits.shape))
+        chosen = logits.gather(1, targets.clamp(min=0)[:, None]).sum()
+        return (weights[:, None] * logits.sin()).square().sum(), {"chosen": chosen}
+
+    x, w, targets = loss_problem(rows=rows, vocab=vocab)
+    weights = torch.rand(rows, dtype=torch.float64)
+    loss, named = chunked_loss(loss_of, x, w, weights, targets, vocab_size=vocab, chunk=chunk)
+    assert all(n <= chunk and V == vocab for n, V in sizes)
+    plain, expected = loss_of(x @ w[:vocab].T, weights, targets)
     torch.testing.assert_close((loss, named["chosen"]), (plain, expected["chosen"].detach()))
     both = [torch.autograd.grad(v, (x, w), retain_graph=True) for v in (loss, plain)]
     for a, b in zip(*both, strict=True):
         torch.testing.assert_close(a, b)
-    with torch.no_grad():
-        loss, _ = chunked_loss(lambda logits, targets: logits.sum() * (
-            1 - logits.requires_grad), x, w, targets, vocab_size=97)
-    assert not loss.requires_grad and loss.item() == pytest.approx((x @ w[:97].T).sum().item())
     for i, (a, b) in enumerate(((x, w.detach()), (x.detach(), w))):  # one of them is frozen
-        loss, _ = chunked_loss(weighted_squares, a, b, weights, targets, vocab_size=97)
+        loss, _ = chunked_loss(loss_of, a, b, weights, targets, vocab_size=vocab)
         torch.testing.assert_close(torch.autograd.grad(loss, (x, w)[i])[0], both[1][i])
 
 
 @pytest.mark.exercise("chunked_loss")
-def test_of_a_large_vocabulary_few_logits_are_held_at_once():
-    x, w = (torch.randn(n, 4, dtype=torch.float64) for n in (150, 9_000))
-    targets, sizes = random_tokens(150, vocab=8_990), []
-
-    def loss_of(logits, targets):
-        sizes.append(logits.shape)
-        return next_token_loss(logits, targets)
-
-    x.requires_grad_()
-    loss, _ = chunked_loss(loss_of, x, w, targets, vocab_size=8_990, chunk=100)
-    plain = F.cross_entropy(x @ w[:8_990].T, targets, reduction="sum")
-    torch.testing.assert_close((loss, *torch.autograd.grad(loss, x)),
-                               (plain, *torch.autograd.grad(plain, x)))
-    assert max(n for n, _ in sizes) <= 100 and all(V == 8_990 for _, V in sizes)
+@torch.no_grad()
+def test_the_chunked_loss_builds_no_graph_where_no_gradient_is_asked_for():
+    x, w, targets = loss_problem()
+    loss, _ = chunked_loss(lambda logits, targets: logits.sum() * (1 - logits.requires_grad),
+                           x, w, targets, vocab_size=97)
+    assert not loss.requires_grad and loss.item() == pytest.approx((x @ w[:97].T).sum().item())
 
 
 @pytest.mark.exercise("chunked_loss")
@@ -620,20 +514,6 @@ def test_a_compiled_model_has_the_same_loss_and_gradients(kw, monkeypatch):
     lib.compiled_loss_of_logits.cache_clear()
     for eager, compiled in zip(*results, strict=True):
         close(eager, compiled, 1e-5)
-
-
-@pytest.mark.gpu
-def test_a_compiled_model_agrees_with_the_eager_one_on_a_gpu_in_bf16():
-    """Loosely: the compiler rounds intermediate results to bf16 in other places."""
-    model = tiny_model(vocab_size=1000, n_embd=256).cuda()
-    idx, results = random_tokens(4, 32, vocab=1000).cuda(), []
-    for prepare in (lambda: None, lambda: model.compile(dynamic=False)):
-        prepare()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model.loss(model(idx)[0], idx)
-        results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
-    for eager, compiled in zip(*results, strict=True):
-        assert (eager - compiled).norm() <= 0.05 * eager.norm()
 
 
 def test_the_loss_of_a_step_is_the_mean_over_its_tokens_however_it_is_cut_into_passes():
@@ -678,21 +558,22 @@ def test_the_routers_term_has_both_losses_and_hands_on_the_load_of_the_whole_ste
     assert logged["expert_load"] == [m.load.tolist() for m in model.moes()]
 
 
-@pytest.mark.parametrize("at_once", [1, 97 * 30, 1 << 25])
+@pytest.mark.parametrize("kind", ["attention", *KINDS])
 @torch.no_grad()
-def test_log_likelihoods_in_batches_are_those_of_one_sequence_at_a_time(at_once):
-    model, rng, sequences = tiny_model(), random.Random(0), []
+def test_log_likelihoods_in_batches_are_those_of_one_sequence_at_a_time(kind):
+    model, rng, sequences = tiny_model(**KINDS.get(kind, {})), random.Random(0), []
     question = [rng.randrange(97) for _ in range(21)]
     for length, shared in ((5, 0), (1, 0), (12, 0), (30, 0), (2, 0), (30, 21), (24, 21), (22, 19)):
         ids = question[:shared] + [rng.randrange(97) for _ in range(length + 1 - shared)]
         targets = [i if rng.random() < 0.6 else IGNORE for i in ids[1:]]
         targets[:shared] = [IGNORE] * shared
         sequences.append((ids[:-1], targets))
-    for (ids, targets), (score, n) in zip(
-            sequences, lib.log_likelihoods(model, sequences, at_once), strict=True):
-        log_p = logits_of(model, torch.tensor([ids]))[0].log_softmax(-1)
-        picked = [log_p[t, i].item() for t, i in enumerate(targets) if i != IGNORE]
-        assert n == len(picked) and score == pytest.approx(sum(picked), abs=1e-4)
+    for at_once in (1, 97 * 30, 1 << 25):
+        for (ids, targets), (score, n) in zip(
+                sequences, lib.log_likelihoods(model, sequences, at_once), strict=True):
+            log_p = logits_of(model, torch.tensor([ids]))[0].log_softmax(-1)
+            picked = [log_p[t, i].item() for t, i in enumerate(targets) if i != IGNORE]
+            assert n == len(picked) and score == pytest.approx(sum(picked), abs=1e-4)
 
 
 # Sampling
@@ -719,26 +600,18 @@ def test_greedy_generation_equals_whole_forward_passes(batch, prompt, block_size
 @pytest.mark.parametrize("kind", ["attention", *KINDS])
 @torch.no_grad()
 def test_reading_with_caches_equals_the_whole_forward_pass(kind):
+    """Also past the block size of 32, for which Mamba-2 needs no more memory."""
     model, idx = tiny_model(**KINDS.get(kind, {})).double(), random_tokens(2, 21)
-    full = logits_of(model, idx)
-    for cuts in ((21,), (5, 16), (1, 7, 1, 12), (20, 1), (12, 1, 1, 1, 6)):
+    full, sizes = logits_of(model, idx), set()
+    for cuts in ((21,), (5, 16), (1, 7, 1, 12), (20, 1), (12, 1, 1, 1, 6), (20,)):
         caches = [Cache() for _ in model.blocks]
-        parts = [logits_of(model, part, caches) for part in idx.split(cuts, 1)]
-        close(torch.cat(parts, 1), full, 1e-6)
+        parts = [logits_of(model, part, caches) for part in idx[:, :sum(cuts)].split(cuts, 1)]
+        close(torch.cat(parts, 1), full[:, :sum(cuts)], 1e-6)
+        sizes.add(sum(t.numel() for t in vars(caches[0]).values() if torch.is_tensor(t)))
+    assert (len(sizes) == 1) == (model.blocks[0].mixer is None)
     a, b, c = (generate(model, idx[:, :3], 40, 0.7, 20, 0.9, seed=seed, use_cache=use)
                for seed, use in ((3, True), (3, False), (4, True)))
     assert a.shape == (2, 43) and torch.equal(a, b) and not torch.equal(a, c)
-
-
-@torch.no_grad()
-def test_mamba_reads_on_past_the_block_size_in_constant_memory():
-    model, idx, sizes = tiny_model(**SSM), random_tokens(1, 40), set()  # block_size is 32
-    caches = [Cache() for _ in model.blocks]
-    for token in idx.split(1, dim=1):
-        logits = logits_of(model, token, caches)
-        sizes.add(sum(c.conv.numel() + c.state.numel() for c in caches))
-    close(logits[:, -1], logits_of(model, idx)[:, -1], 1e-3)
-    assert len(sizes) == 1 and caches[0].k is None
 
 
 def allowed(logits, temperature, top_k, top_p):
@@ -783,16 +656,6 @@ def test_a_token_is_picked_by_inversion_and_at_temperature_0_it_is_the_likeliest
     assert low == high, "one of two halves makes up 0.5"
 
 
-@torch.no_grad()
-def test_padding_of_the_vocabulary_is_never_sampled():
-    model, idx = tiny_model(), random_tokens(4, 3)
-    model.head.weight[97:] *= 1e4
-    assert (model.head(model(idx)[0]).argmax(-1) >= 97).any(), "the padding would win"
-    assert logits_of(model, idx).shape == (4, 3, 97)
-    for temperature in (0, 5.0):
-        assert generate(model, idx, 40, temperature=temperature).max() < 97
-
-
 # Tokenizers, checkpoints and the command line
 def small_encoding():
     ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" the": 258}
@@ -829,15 +692,13 @@ def test_a_checkpoint_gives_the_model_back(checkpoint):
     assert same(dict(model.named_parameters()), dict(saved.named_parameters()))
 
 
-ALTERED = {  # what is altered in a checkpoint, by an expression of it
+NOT_CHECKPOINTS = {  # by an expression of the checkpoint c, or by the file's bytes
     **{f"{name}={value}": f"c['model_config'].update({name}={value})" for name, values in {
-        "n_embd": (64, 0, 10**9, "'x'"), "n_layer": (1, 10**9, -1, None), "vocab_size": (0, 10**9),
+        "n_embd": (64, 0, 10**9, "'x'"), "n_layer": (1, 10**9), "vocab_size": (0, 10**9),
         "block_size": (-1, 10**12), "mixer": ("'AA'", "'MAX'", 3), "n_head": (5, 0),
-        "d_state": (10**9,), "mlp": ("'gelu_'", None), "n_experts": (10**8,), "odd": (1,),
-    }.items() for value in values},
+        "mlp": ("'gelu_'",), "n_experts": (10**8,), "odd": (1,)}.items() for value in values},
     **{f"without {name}": f"c.pop('{name}')" for name in ("model", "model_config", "tokenizer")},
-    "no settings": "c.update(model_config=[])", "no weights": "c.update(model={})",
-    "no vocab_size": "c['model_config'].pop('vocab_size')", "a text": "c.update(model='w')",
+    "no weights": "c.update(model={})", "a text": "c.update(model='w')",
     "a nan": "c['model']['norm.weight'].fill_(math.nan)",
     "a missing weight": "c['model'].pop('norm.weight')",
     "a strange weight": "c['model'].update(odd=torch.zeros(3))",
@@ -848,14 +709,19 @@ ALTERED = {  # what is altered in a checkpoint, by an expression of it
     "a bad pattern": "c['tokenizer'].update(pattern='(')",
     "no end of text": "c['tokenizer'].update(special={})",
     "a large token": "c['tokenizer'].update(special={'<|endoftext|>': 10**6})",
-    "no tokenizer.json": "c['tokenizer'].update(json='{')"}
+    "no tokenizer.json": "c['tokenizer'].update(json='{')",
+    "an older one": "c.update(format='nanolet-1')", "an object": "c.update(model=random.Random(0))",
+    "empty": b"", "random": random.Random(1).randbytes(1000), "a few bytes": b"\x80\x02"}
 
 
-@pytest.mark.parametrize("change", ALTERED.values(), ids=ALTERED)
-def test_an_altered_checkpoint_is_refused_by_its_name(checkpoint, change):
-    ckpt = lib.load_checkpoint(checkpoint)
-    eval(change, {"c": ckpt, "math": math, "torch": torch})
-    torch.save(ckpt, checkpoint)
+@pytest.mark.parametrize("change", NOT_CHECKPOINTS.values(), ids=NOT_CHECKPOINTS)
+def test_a_file_that_is_no_whole_checkpoint_is_refused_by_flag_and_name(checkpoint, change):
+    if isinstance(change, bytes):
+        checkpoint.write_bytes(change)
+    else:
+        ckpt = lib.load_checkpoint(checkpoint)
+        eval(change, {"c": ckpt, "math": math, "torch": torch, "random": random})
+        torch.save(ckpt, checkpoint)
     start = time.process_time()
     with pytest.raises(BadInput, match="--resume=.*ckpt.pt: ") as error:
         lib.load_checkpoint(checkpoint, flag="--resume=")
@@ -863,44 +729,21 @@ def test_an_altered_checkpoint_is_refused_by_its_name(checkpoint, change):
 
 
 def test_no_damaged_byte_of_a_checkpoint_goes_unseen(checkpoint):
-    """Bytes that are changed in the weights, which torch.load reads without a look at the sums, and
-    anywhere. What still loads is the same checkpoint: a file has some bytes of padding."""
+    """In the weights, which torch.load reads without a look at the sums, and anywhere. What still
+    loads is the same checkpoint: a file has some bytes of padding."""
     whole, content = lib.load_checkpoint(checkpoint), checkpoint.read_bytes()
-    weight = whole["model"]["embed.weight"].numpy().tobytes()
-    rng, refused = random.Random(0), 0
-    for n in range(60):
-        at = content.index(weight) + rng.randrange(len(weight)) if n < 20 else rng.randrange(
-            len(content))
+    weight, rng = whole["model"]["embed.weight"].numpy().tobytes(), random.Random(0)
+    begin = content.index(weight)
+    places = [begin + rng.randrange(len(weight)) for _ in range(10)]
+    for at in [*places, *(rng.randrange(len(content)) for _ in range(30))]:
         checkpoint.write_bytes(content[:at] + bytes([content[at] ^ 0x41]) + content[at + 1:])
         try:
-            assert same(lib.load_checkpoint(checkpoint), whole)
+            assert same(lib.load_checkpoint(checkpoint), whole) and at not in places
         except BadInput:
-            refused += 1
-        assert n != 19 or refused == 20
-    assert refused > 45
-
-
-def saved(what, length=None):
-    buffer = io.BytesIO()
-    torch.save(what, buffer)
-    return buffer.getvalue()[:length]
-
-
-NO_CHECKPOINTS = {
-    "empty": b"", "random": random.Random(1).randbytes(1000), "a few bytes": b"\x80\x02",
-    "truncated": saved({"format": "nanolet-2", "model": {"w": torch.zeros(1000)}}, 2000),
-    "object": saved({"format": "nanolet-2", "model": random.Random(0)}),
-    "foreign": saved({"epoch": 3, "state_dict": {}}), "list": saved([torch.zeros(3)]),
-    "old": saved({"format": "nanolet-1"}), "missing": None,
-    "incomplete": saved({"format": "nanolet-2", "model": {}, "tokenizer": {}})}
-
-
-@pytest.mark.parametrize("content", NO_CHECKPOINTS.values(), ids=NO_CHECKPOINTS)
-def test_a_file_that_is_no_checkpoint_is_refused_by_its_flag_and_name(tmp_path, content):
-    if content is not None:
-        (tmp_path / "broken.pt").write_bytes(content)
-    with pytest.raises(BadInput, match="--resume=.*broken.pt"):
-        lib.load_checkpoint(tmp_path / "broken.pt", flag="--resume=")
+            pass
+    checkpoint.write_bytes(content[:len(content) // 2])
+    with pytest.raises(BadInput, match="ckpt.pt"):
+        lib.load_checkpoint(checkpoint)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
