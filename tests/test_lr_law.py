@@ -1,7 +1,6 @@
 """lr_law.py: its fits against numpy's and scipy's, its intervals against simulated data, its sweeps
 against runs by hand, its transfer against the papers' rules."""
 import csv
-import itertools
 import json
 import math
 import multiprocessing
@@ -9,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 import lr_law
 import train
@@ -57,19 +55,15 @@ def test_a_slice_without_a_minimum_in_the_sweep_says_so(loss):
     assert not fit_slices(runs, 10.0)[0].inside
 
 
-def test_the_basin_is_the_unbroken_valley():
+def test_the_basin_is_the_unbroken_valley_and_a_neighbour_on_each_side_of_the_lowest_loss():
     assert lr_law.basin([2.09, 2.2, 2.08, 2.0, 2.05, 2.3, 2.01]) == slice(2, 5)
     assert lr_law.basin([3.0, 2.0, 2.05], 1.0) == slice(0, 3) == lr_law.basin([2.0, 2.05, 2.04])
-
-
-def test_the_basin_keeps_a_neighbour_on_each_side_of_the_lowest_loss():
+    steep = [9.0, 2.0, 7.0, 8.0]  # as of few rates, far apart
+    assert lr_law.basin(steep) == slice(0, 3) and lr_law.basin(steep[1:]) == slice(0, 2)
     lr, loss = np.array([1, 2, 4, 8, 16]) * 1e-3, np.array([2.25, 2.10, 2.03, 2.00, 2.12])
-    assert lr_law.basin(loss) == slice(1, 5)
     found, = fit_slices(runs_of((1.0, 1.0, *point, "") for point in zip(lr, loss, strict=True)))
     c2, c1, _ = np.polyfit(np.log(lr[1:]), loss[1:], 2)
     assert found.inside and found.lr == pytest.approx(math.exp(-c1 / (2 * c2)), rel=1e-9)
-    steep = [9.0, 2.0, 7.0, 8.0]  # as of few rates, far apart
-    assert lr_law.basin(steep) == slice(0, 3) and lr_law.basin(steep[1:]) == slice(0, 2)
 
 
 @pytest.mark.exercise("fit_horizon")
@@ -117,33 +111,24 @@ def runs_of(rows):
     return [dict(zip(("N", "D", "lr", "loss", "group"), row, strict=True)) for row in rows]
 
 
-def test_an_extrapolated_horizon_has_the_optimum_of_runs_there():
-    D = (1e5, 2e5, 4e5, 8e5)
+def test_an_extrapolated_horizon_has_the_losses_and_the_optimum_of_runs_there(tmp_path, capsys):
+    """What other choices of the learning rate cost on these runs is computed by hand."""
     rows = [(N, d, lr * (1 + 4e-3 * (d == 2e5)), N / 1e6 + moving(d, lr), "") for N in (1e5, 2e5)
-            for d in D for lr in LR]  # rates of one horizon are rounded
-    rows += [(1e5, 3.2e6, lr, 99.0, "") for lr in LR]  # runs there are not looked at
-    predicted = lr_law.extrapolate(runs_of(rows), 3.2e6)
+            for d in (1e5, 2e5, 4e5, 3.2e6) for lr in LR]  # rates of one horizon are rounded
+    runs = runs_of(rows)
+    predicted = lr_law.extrapolate(runs, 3.2e6)
     assert len(predicted) == 14 and {run["D"] for run in predicted} == {3.2e6}
     for run in predicted:
-        assert run["loss"] == pytest.approx(run["N"] / 1e6 + moving(3.2e6, run["lr"]), abs=1e-5)
-    for found in fit_slices(predicted, 10.0):
-        c2, c1, _ = np.polyfit(np.log(LR), moving(3.2e6, LR), 2)
-        assert found.lr == pytest.approx(math.exp(-c1 / (2 * c2)), rel=1e-3)
-    assert not lr_law.extrapolate(runs_of(rows), 4e5), "two shorter horizons are too few"
-
-
-def test_fit_extrapolates_and_says_what_that_costs_beside_real_runs(tmp_path, capsys):
-    rows = [(N, d, lr, moving(d, lr), "1") for N in (1e5, 2e5) for d in (1e5, 2e5, 4e5, 3.2e6)
-            for lr in LR]
+        assert run["loss"] == pytest.approx(run["N"] / 1e6 + moving(3.2e6, run["lr"]), abs=1e-4)
+    assert not lr_law.extrapolate(runs, 4e5), "two shorter horizons are too few"
     path, law = write_table(tmp_path / "runs.csv", rows), tmp_path / "law.json"
     main(["fit", path, "--extrapolate=3.2e6", "-o", str(law), "--basin=9"])
     assert "14 losses at D = 3.2e+06" in capsys.readouterr().out
     assert lr_law.load_law(law, "--law")["D"] == [1e5, 3.2e6]
-    runs = runs_of(rows)
-    fitted = fit_slices([r for r in runs if r["D"] < 3e6] + lr_law.extrapolate(runs, 3.2e6), 9)
+    fitted = fit_slices([r for r in runs if r["D"] < 3e6] + predicted, 9)
     costs = lr_law.check_horizon(fitted, runs, 3.2e6, 9)
     assert costs["the predicted losses"].shape == (2, 2)
-    assert costs["the predicted losses"][:, 0].max() < 1e-9
+    assert costs["the predicted losses"][:, 0].max() < 1e-7
     (c2, c1, _), (d2, d1, _) = (np.polyfit(np.log(LR), moving(d, LR), 2) for d in (3.2e6, 4e5))
     expected = c2 * (c1 / (2 * c2) - d1 / (2 * d2)) ** 2
     assert costs["the longest run's lr*"][:, 0] == pytest.approx([expected, expected], rel=1e-6)
@@ -157,15 +142,7 @@ def grid(noise=0.0, rng=None, n=5):
 
 
 @pytest.mark.exercise("fit_law")
-def test_a_law_gives_its_constants_back():
-    law = fit_law(*grid())
-    assert (math.exp(law["a"]), law["b"], law["c"]) == pytest.approx(TRUTH, rel=1e-6)
-    assert (law["n"], law["dof"], law["r2"]) == (25, 22, pytest.approx(1))
-    assert (law["N"], law["D"]) == ([1e6, pytest.approx(1e8)], [1e8, pytest.approx(1e10)])
-
-
-@pytest.mark.exercise("fit_law")
-def test_the_covariance_of_a_law_by_hand():
+def test_a_law_and_its_covariance_by_hand():
     """ln N and ln D take 1 - 1 and 1 + 1, each pair twice. About their means the columns are
     orthogonal: b has variance s^2 / 8, and a = (mean of ln lr*) - b - c."""
     signs = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)] * 2)
@@ -175,7 +152,9 @@ def test_the_covariance_of_a_law_by_hand():
     v = (e**2).sum() / 5 / 8
     expected = v * np.array([[3, -1, -1], [-1, 1, 0], [-1, 0, 1]])
     np.testing.assert_allclose(law["covariance"], expected, atol=1e-12)
-    assert law["dof"] == 5 and law["r2"] == pytest.approx(1 - 0.2 / (0.2 + 8 * 0.13))
+    assert (law["n"], law["dof"]) == (8, 5)
+    assert law["N"] == law["D"] == pytest.approx([1, math.exp(2)])
+    assert law["r2"] == pytest.approx(1 - 0.2 / (0.2 + 8 * 0.13))
 
 
 @pytest.mark.exercise("fit_law")
@@ -196,7 +175,7 @@ def test_a_law_of_one_size_or_one_horizon_has_no_exponent_for_it():
 
 @pytest.mark.exercise("fit_law")
 @pytest.mark.parametrize("points", [
-    [], [(1, 1)], [(1, 1), (2, 1)], [(1, 1), (2, 1), (2, 3)], [(1, 2), (2, 4), (4, 8), (8, 16)]])
+    [], [(1, 1)], [(1, 1), (2, 1), (2, 3)], [(1, 2), (2, 4), (4, 8), (8, 16)]])
 def test_points_that_are_too_few_or_on_one_line_make_no_law(points):
     N, D = np.array(points, float).reshape(-1, 2).T
     with pytest.raises(BadInput, match=str(len(points))):
@@ -234,13 +213,6 @@ def test_a_prediction_names_what_its_law_does_not_know():
         assert at["unknown"] == unknown and at["lr"] == pytest.approx(math.exp(-1) * 2e8**0.5)
     both = hand_law(b=None, c=None, N=[1e6, 1e6], D=[1e8, 1e8])
     assert lr_law.predict_law(both, 1e7, 1e9)["unknown"] == ["N", "D"]
-
-
-def test_the_quantile_of_students_t_is_scipys():
-    stats = pytest.importorskip("scipy.stats")
-    for dof, level in itertools.product((1, 2, 5, 22, 400), (0.5, 0.9, 0.99)):
-        exact = stats.t.ppf((1 + level) / 2, dof)
-        assert lr_law.student_t(level, dof) == pytest.approx(exact, rel=1e-6)
 
 
 @pytest.mark.parametrize("n", [2, 5])
@@ -318,18 +290,23 @@ def sweep_rows(batch="64"):
 
 
 def test_from_a_table_to_a_law_to_a_rate(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     diverged = [(1e6, 1e8, 5.0, "nan", "64"), (1e6, 1e8, 9.0, "inf", "64")]
     table = write_table(tmp_path / "runs.csv", sweep_rows() + diverged)
-    pytest.importorskip("matplotlib")
-    main(["fit", table, "--group=bs", "--joint", "-o", f"{tmp_path}/law.json",
-          f"--plot={tmp_path}/law.png"])
-    assert (tmp_path / "law.png").read_bytes().startswith(b"\x89PNG")
+    law, picture = tmp_path / "law.json", tmp_path / "law.png"
+    main(["fit", table, "--group=bs", "--joint", "-o", str(law), f"--plot={picture}"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "2 diverged" in out and "N^-0.222" in out and "D^-0.351" in out
-    main(["predict", f"--law={tmp_path}/law.json", "--n_params=1e7", "--tokens=1e12"])
+    main(["predict", f"--law={law}", "--n_params=1e7", "--tokens=1e12"])
     out = capsys.readouterr().out
     assert float(out.split()[1]) == pytest.approx(true_rate(1e7, 1e12), rel=1e-3)
     assert "2.00 decades" in out
+    table = write_table(tmp_path / "one.csv", [row for row in sweep_rows() if row[0] == 1e6])
+    main(["fit", table, "-o", str(law)])
+    out = capsys.readouterr().out
+    assert "D^-0.351" in out and "N^" not in out and "leaves N out" in out
+    assert lr_law.load_law(law, "--law")["b"] is None
 
 
 def test_a_rate_at_which_one_seed_diverged_is_not_scored_by_the_others(tmp_path):
@@ -359,14 +336,11 @@ def test_a_table_saved_by_a_spreadsheet_is_the_same_table_to_every_command(form,
     before = path.read_bytes()
     assert lr_law.open_table(path) == {(1000, 2560, row[2], 0): SMALL for row in rows}
     assert path.read_bytes() == before
-    lr_law.append_row(path, dict(zip(COLUMNS, [1, 2, 3, 4, 5, 6, 7, 8, 9, ""])))
-    assert len(lr_law.open_table(path)) == 7
+    path.write_bytes(before + b"1,2,3\n")
     number = 15 if form == "blank lines" else 8
-    for cells in ("1,2,3", "1,2,3,4,5,6,7,8,9,10,11", f"one,2,3,4,5,6,7,8,9,{SMALL}"):
-        path.write_bytes(before + f"{cells}\n".encode())
-        for read in (lambda: lr_law.read_runs(path, names), lambda: lr_law.open_table(path)):
-            with pytest.raises(BadInput, match=rf"runs.csv\W+line {number}\b"):
-                read()
+    for read in (lambda: lr_law.read_runs(path, names), lambda: lr_law.open_table(path)):
+        with pytest.raises(BadInput, match=rf"runs.csv\W+line {number}\b"):
+            read()
 
 
 def test_a_file_name_that_is_not_utf8_is_kept_in_a_table_and_known_again(tmp_path):
@@ -378,56 +352,22 @@ def test_a_file_name_that_is_not_utf8_is_kept_in_a_table_and_known_again(tmp_pat
     lr_law.refuse_settings("", stored, lr_law.settings(c))
 
 
-def test_one_size_or_one_horizon_is_left_out_and_said(tmp_path, capsys):
-    one_N = write_table(tmp_path / "N.csv", [r for r in sweep_rows() if r[0] == 1e6])
-    one_D = write_table(tmp_path / "D.csv", [r for r in sweep_rows() if r[1] == 1e8])
-    main(["fit", one_D])
-    assert "leaves D out" in capsys.readouterr().out
-    main(["fit", one_N, "-o", f"{tmp_path}/law.json"])
-    out = capsys.readouterr().out
-    assert "D^-0.351" in out and "N^" not in out and "leaves N out" in out
-    law = lr_law.load_law(tmp_path / "law.json", "--law")
-    assert law["b"] is None and law["c"] == pytest.approx(-0.3509, rel=1e-6)
-    for N, unknown in ((1e7, ["N"]), (1e6, [])):
-        assert lr_law.predict_law(law, N, 1e9)["unknown"] == unknown
-
-
-@pytest.mark.parametrize("rows, words, named", [
-    ([], [], "no runs"), (sweep_rows(), ["--loss=s"], "column s; there are N, D, lr, loss, bs"),
-    ([(1e6, 1e8, 0.1, "much", 1)], [], "line 2"), ([(1e6, -1e8, 0.1, 2.0, 1)], [], "line 2"),
-    ([(1e6, 1e8, 0.1)], [], "line 2"), (sweep_rows(), ["--basin=0"], "--basin=0.0"),
-    (sweep_rows(), ["--extrapolate=-1"], "--extrapolate=-1"), (sweep_rows()[:2], [], "0 optima"),
-    (sweep_rows()[:5], [], "1 optima"),
-    ([(1e6, 1e8, lr, 3 - lr, 1) for lr in (0.1, 0.2, 0.3, 0.4)], [], "0 optima")])
-def test_tables_that_make_no_law_are_refused(tmp_path, rows, words, named):
-    table = write_table(tmp_path / "runs.csv", rows)
-    with pytest.raises(BadInput) as error:
-        main(["fit", table, *words, "-o", f"{tmp_path}/law.json"])
-    message = str(error.value)
-    assert named in message and "\n" not in message and (named.startswith("--") or table in message)
-    assert not (tmp_path / "law.json").exists()
-
-
 GOOD = {"version": "nanolet-law-2", "units": "parameters, tokens", "a": -4.0, "b": None, "c": -0.3,
         "N": [1e6, 1e6], "D": [1e8, 1e9], "dof": 3,
         "covariance": [[1.0, 0, 0.1], [0, 0, 0], [0.1, 0, 1.0]]}
 
 
 @pytest.mark.parametrize("change", [
-    {"version": "nanolet-law-1"}, {"version": None}, {"a": None},
-    {"a": math.nan}, {"a": "1"}, {"a": 1e9}, {"a": 10**400}, {"b": math.inf},
-    {"c": [1]}, {"N": [0, 1]}, {"N": [1]}, {"N": None}, {"D": [-1, 1]}, {"D": [[1, 2]]}, {"dof": 0},
-    {"dof": None}, {"dof": -1}, {"covariance": [[1.0]]}, {"covariance": [[1], [1, 2], [3]]},
-    {"covariance": [[math.nan] * 3] * 3}, {"covariance": None},
-    b"{", b"[]", b"null", b"\xff\xfe{}", b"[" * 100_000], ids=lambda v: str(v)[:40])
-def test_a_file_that_is_no_sound_law_is_refused_in_one_line(tmp_path, change):
+    {"version": "nanolet-law-1"}, {"a": None}, {"a": math.nan}, {"a": "1"}, {"a": 10**400},
+    {"b": math.inf}, {"N": [0, 1]}, {"N": [1]}, {"D": [[1, 2]]}, {"dof": 0}, {"dof": None},
+    {"covariance": [[1.0]]}, {"covariance": [[math.nan] * 3] * 3}], ids=lambda v: str(v)[:40])
+def test_a_file_that_is_no_sound_law_is_refused(tmp_path, change):
     path = tmp_path / "law.json"
     path.write_text(json.dumps(GOOD))
     assert lr_law.load_law(path, "--law") == GOOD
-    path.write_bytes(change if isinstance(change, bytes) else json.dumps(GOOD | change).encode())
-    with pytest.raises(BadInput) as error:
+    path.write_text(json.dumps(GOOD | change))
+    with pytest.raises(BadInput, match=f"--law={path}"):
         lr_law.load_law(path, "--law")
-    assert f"--law={path}" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_plan_counts_runs_and_flops(capsys):
@@ -502,19 +442,21 @@ def test_a_run_that_diverges_has_an_infinite_loss_from_there_on(tmp_path, tiny_s
     assert table(tmp_path / "r.csv", "D", "loss") == [(256, math.inf), (512, math.inf)]
 
 
-def test_a_table_knows_the_flags_of_its_runs(tmp_path, tiny_sweep, fake_train):
+def test_a_table_knows_the_flags_of_its_runs(tmp_path, tiny_sweep, fake_train, capsys):
     path = f"{tmp_path}/runs.csv"
-    words = ["--sizes=1x16", "--lrs=0.005,0.01,0.02", "--tokens=1280", *tiny_sweep]
+    words = ["--sizes=1x16", "--lrs=0.005:0.02:3", "--tokens=1280", "--seeds=2", *tiny_sweep]
+    size = ["--proxy=1x16", "--target=2x32"]
     main(["sweep", path, *words, "--optimizer=adamw"])
     main(["sweep", path, *words, "--optimizer=adamw", "--log_every=3"])  # does not change a loss
-    assert len(fake_train) == 3
+    assert len(fake_train) == 6 and {c.seed for c in fake_train} == {0, 1}
+    _, c = transfer([path, *size, *tiny_sweep, "--optimizer=adamw"], capsys)
+    assert c.lr == pytest.approx(0.01)
     for other in (["--optimizer=muon", "--weight_decay=1.0"], ["--optimizer=adamw", "--beta2=0.9"]):
         name = other[-1].partition("=")[0]
         with pytest.raises(BadInput, match=f"{path}.*{name}"):
             main(["sweep", path, *words, *other])
         with pytest.raises(BadInput, match=f"{path}.*{name}"):
-            main(["transfer", path, "--proxy=1x16", "--target=2x32", *tiny_sweep, *other])
-    main(["transfer", path, "--proxy=1x16", "--target=2x32", *tiny_sweep, "--optimizer=adamw"])
+            main(["transfer", path, *size, *tiny_sweep, *other])
     main(["sweep", f"{tmp_path}/other.csv", *words])
     with open(path, "a") as both, open(f"{tmp_path}/other.csv") as other:
         both.writelines(other.readlines()[1:])
@@ -547,10 +489,9 @@ def test_processes_that_begin_one_table_together_write_one_header(tmp_path):
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    for i in range(rounds):
-        lines = (tmp_path / f"{i}.csv").read_text().splitlines()
-        assert lines[0] == ",".join(COLUMNS) and lines.count(lines[0]) == 1 and len(lines) == 5
-    assert len([*tmp_path.iterdir()]) == rounds, "no temporary file is left"
+    row = ",".join("1" * len(COLUMNS))
+    for path in tmp_path.iterdir():
+        assert path.read_text().splitlines() == [",".join(COLUMNS), *[row] * 4]
 
 
 def test_runs_of_a_sweep_keep_the_teachers_stop_of_the_longest(tiny_sweep):
@@ -559,19 +500,17 @@ def test_runs_of_a_sweep_keep_the_teachers_stop_of_the_longest(tiny_sweep):
     assert run.steps == [5, 10] and run.c.let_stop == 5
 
 
-def test_a_foreign_or_unwritable_table_is_refused_and_kept(tmp_path, tiny_sweep, fake_train):
-    words = ["--sizes=1x16", "--lrs=0.01", "--tokens=1280", *tiny_sweep]
-    header = ",".join(COLUMNS).encode()
-    for i, data in enumerate((b"a,b\n1,2\n", b"\xff\xfe", b"a,b", header + b"\n1,2\n")):
-        path = tmp_path / f"{i}.csv"
-        path.write_bytes(data)
-        with pytest.raises(BadInput, match=str(path)):
-            main(["sweep", str(path), *words])
-        assert path.read_bytes() == data
-    for path in (tmp_path / "none" / "runs.csv", tmp_path):
-        with pytest.raises(BadInput, match=str(path)):
-            main(["sweep", str(path), f"--folder={tmp_path}/f", *words])
-    assert not fake_train, "no run began whose row could not be kept"
+def test_a_foreign_or_unwritable_table_is_refused_before_a_run(
+        tmp_path, tiny_sweep, fake_train, refused):
+    foreign = {"other": b"a,b\n1,2\n", "utf16": b"\xff\xfe", "cut": b"a,b",
+               "short": ",".join(COLUMNS).encode() + b"\n1,2\n"}
+    for name, data in foreign.items():
+        (tmp_path / name).write_bytes(data)
+    for path in (*foreign, "none/runs.csv", "."):
+        words = ["--sizes=1x16", "--lrs=0.01", "--tokens=1280", "--folder=f", *tiny_sweep]
+        assert path in refused(main, "sweep", path, *words)
+    assert all((tmp_path / name).read_bytes() == data for name, data in foreign.items())
+    assert not fake_train
 
 
 SMALL = "--batch_tokens=256"
@@ -591,51 +530,27 @@ def transfer(words, capsys):
     return out, train.parse_flags(out.splitlines()[-1].removeprefix("python train.py ").split())
 
 
-def optimizers_of(c):
-    """The torch optimizers of a run by its flags, at the peak learning rate."""
-    with torch.device("meta"):
-        model = GPT(train.model_config(c, c.vocab_size))
-    c, cpu = replace(c, warmup_steps=0), train.Devices(torch.device("cpu"))
-    return train.make_optimizers(c, model, [], cpu).optimizers
-
-
-def test_transfer_gives_the_flags_of_the_target(tmp_path, capsys):
-    size = ["--proxy=2x32", "--target=4x128"]
-    path = proxy_table(tmp_path / "adamw.csv", "--optimizer=adamw")
-    out, c = transfer([path, *size, "--", "--optimizer=adamw"], capsys)
-    assert "lr* 0.02" in out and "m_N 4, m_L 2, m_D 4" in out
-    hidden = optimizers_of(c)["adamw"].param_groups[0]
-    assert hidden["lr"] == pytest.approx(0.005) and hidden["weight_decay"] == pytest.approx(0.4)
-    assert (c.param, c.base_n_embd, c.base_n_layer, c.lr) == ("completep", 32, 2, 0.02)
-    assert (c.n_layer, c.n_embd, c.steps) == (4, 128, 20)
-    path = proxy_table(tmp_path / "muon.csv", "--multipliers=vector")
-    longer = ["--param=mup", "--target_n_head=8", "--target_tokens=40960",
-              "--target_batch_tokens=512"]  # 8 times the tokens in 4 times the steps
-    _, c = transfer([path, *size, *longer, "--", "--multipliers=vector"], capsys)
-    assert (c.param, c.base_n_head, c.n_head, c.steps) == ("mup", 2, 8, 80)
-    assert (c.lr, c.weight_decay, c.beta1, c.beta2) == pytest.approx((0.01, 0.05, 0.975, 0.9875))
-    assert (c.multiplier_lr, c.multiplier_weight_decay) == (0.005, 0.001)
-
-
-def test_a_longer_horizon_lengthens_muons_momentum_too(tmp_path, capsys):
-    """1 - beta goes as 1 / steps under the square-root rule, that of Muon's momentum as Adam's."""
-    words = [proxy_table(tmp_path / "p.csv"), "--proxy=2x32", "--target=2x32",
-             "--target_tokens=20480"]
-    _, c = transfer([*words, "--"], capsys)
-    assert (c.momentum, c.beta1) == pytest.approx((1 - 0.05 / 4, 1 - 0.1 / 4))
-    _, c = transfer([*words, "--horizon=bjorck", "--"], capsys)
-    assert (c.momentum, c.beta1, c.lr) == pytest.approx((0.95, 0.9, 0.02 * 4**-0.32), rel=1e-3)
-    words[0] = proxy_table(tmp_path / "a.csv", "--optimizer=adamw")
-    _, c = transfer([*words, "--", "--optimizer=adamw"], capsys)
-    assert c.momentum == 0.95, "AdamW has none"
-
-
-def test_transfer_reads_the_table_of_a_sweep(tmp_path, tiny_sweep, capsys, fake_train):
-    words = ["--sizes=2x32", "--lrs=0.005:0.02:3", "--tokens=1280", "--seeds=2", *tiny_sweep]
-    main(["sweep", f"{tmp_path}/proxy.csv", *words])
-    assert len(fake_train) == 6 and {c.seed for c in fake_train} == {0, 1}
-    _, c = transfer([f"{tmp_path}/proxy.csv", "--proxy=2x32", "--target=2x64", *tiny_sweep], capsys)
-    assert c.lr == pytest.approx(0.01)
+@pytest.mark.parametrize("flag, words, expected", [
+    ("--optimizer=adamw", "--target=4x128", dict(
+        param="completep", n_layer=4, n_embd=128, base_n_layer=2, base_n_embd=32, steps=20,
+        lr=0.02)),
+    ("--optimizer=adamw", "--target=2x32 --target_tokens=20480", dict(
+        lr=0.01, beta1=0.975, momentum=0.95)),  # AdamW has no momentum
+    # 8 times the tokens in 4 times the steps; 1 - momentum goes as 1 / steps, as 1 - beta does
+    ("--multipliers=vector", "--target=4x128 --param=mup --target_n_head=8 --target_tokens=40960 "
+     "--target_batch_tokens=512", dict(
+        param="mup", base_n_head=2, n_head=8, steps=80, lr=0.01, weight_decay=0.05, beta1=0.975,
+        beta2=0.9875, momentum=0.9875, multiplier_lr=0.005, multiplier_weight_decay=0.001)),
+    ("--optimizer=muon", "--target=2x32 --target_tokens=20480 --horizon=bjorck", dict(
+        lr=0.02 * 4**-0.32, beta1=0.9, momentum=0.95))])
+def test_transfer_gives_the_flags_of_the_target(flag, words, expected, tmp_path, capsys):
+    stored = "" if flag == "--optimizer=muon" else flag  # the default
+    path = proxy_table(tmp_path / "proxy.csv", stored)
+    out, c = transfer([path, "--proxy=2x32", *words.split(), "--", flag], capsys)
+    assert "lr* 0.02" in out and ("m_N 4" in out) == ("4x128" in words)
+    for name, value in expected.items():
+        found = getattr(c, name)
+        assert found == (value if isinstance(value, str) else pytest.approx(value, rel=1e-3)), name
 
 
 def moves(sizes, **flags):
@@ -680,79 +595,87 @@ def test_coordcheck_prints_a_table(capsys):
         assert float(exponent) == pytest.approx(math.log2(float(second) / float(first)), abs=0.02)
 
 
-BASE = {"predict": "--n_params=1e9 --tokens=1e9", "coordcheck": "",
-        "sweep": "{folder}/new.csv --sizes=1x16 --lrs=1 --tokens=1e6",
-        "transfer": "{folder}/proxy.csv --proxy=2x32 --target=4x128"}
-
-
-@pytest.mark.parametrize("words, named", [
+TABLES = {
+    "edge": [(1e6, 1e8, lr, 3 - lr, 1) for lr in (0.1, 0.2, 0.3, 0.4)],  # the best rate is the last
+    "empty": [], "text": [(1e6, 1e8, 0.1, "much", 1)], "negative": [(1e6, -1e8, 0.1, 2.0, 1)],
+    "loss": [(1e6, 1e8, 0.1, -2.0, 1)], "short": [(1e6, 1e8, 0.1)], "two": sweep_rows()[:2],
+    "five": sweep_rows()[:5], "runs": sweep_rows()}
+BASE = {  # the flags that a command needs
+    "fit": "-o law.json", "predict": "--n_params=1e9 --tokens=1e9", "coordcheck": "",
+    "plan": "--sizes=1x16 --lrs=1 --tokens=1e6",
+    "sweep": "new.csv --sizes=1x16 --lrs=1 --tokens=1e6",
+    "transfer": "proxy.csv --proxy=2x32 --target=4x128"}
+REFUSED = [  # a command line, and what the message names; more of the line goes behind the --
+    ("fit empty.csv", "empty.csv"), ("fit runs.csv --loss=s", "runs.csv s N D lr loss bs"),
+    ("fit text.csv", "text.csv 2"), ("fit negative.csv", "negative.csv 2"),
+    ("fit loss.csv", "loss.csv 2"), ("fit short.csv", "short.csv 2"),
+    ("fit two.csv", "two.csv 0"), ("fit five.csv", "five.csv 1"), ("fit edge.csv", "edge.csv 0"),
     ("predict --law=nobody", "--law=nobody"), ("predict --law=zhou", "--anchor"),
-    ("predict --law=step --n_params=-1", "--n_params=-1"),
     ("predict --law=step --anchor=1,2", "--anchor=1,2"),
-    ("predict --law=step --anchor=a", "--anchor=a"),
-    ("predict --law=step --batch_tokens=-1", "--batch_tokens=-1"),
     ("predict --law=kaplan --batch_tokens=5e5", "--batch_tokens=500000"),
-    ("predict --law=kaplan --n_params=1e11", "--law=kaplan: gives -"),
-    ("predict --law=kaplan --anchor=1e11,1e9,1e-3", "--law=kaplan: gives -"),
-    ("sweep --sizes=64", "--sizes=64"), ("sweep --lrs=1:2", "--lrs=1:2"),
-    ("sweep --lrs=0", "--lrs=0"), ("sweep --seeds=0", "--seeds=0"),
-    ("sweep --shard=3/2", "--shard=3/2"), ("sweep -- --tokenizer=nobody", "--tokenizer=nobody"),
-    ("sweep --sizes=1x15", "--n_embd=15"), ("sweep -- --stepz=3", "--stepz"),
-    ("sweep -- --lr_law=law.json", "--lr_law=law.json"),
+    ("predict --law=kaplan --n_params=1e11", "--law=kaplan -"),
+    ("predict --law=kaplan --anchor=1e11,1e9,1e-3", "--law=kaplan -"),
+    ("sweep --sizes=1x15", "--n_embd=15"), ("sweep -- --tokenizer=nobody", "--tokenizer=nobody"),
+    ("sweep -- --stepz=3", "--stepz"), ("sweep -- --lr_law=law.json", "--lr_law=law.json"),
     ("sweep -- --schedule=cosine", "--schedule=cosine"),
-    ("sweep -- --teacher=auto", "--teacher=auto"),
-    ("sweep -- --dry_run=true", "--dry_run=True"), ("transfer --proxy=3x32", "--proxy=3x32"),
+    ("sweep -- --teacher=auto", "--teacher=auto"), ("sweep -- --dry_run=true", "--dry_run=True"),
+    ("transfer --proxy=3x32", "--proxy=3x32 proxy.csv"),
+    ("transfer --proxy=1x16", "--proxy=1x16 proxy.csv 2,560"),
     ("transfer --target=128", "--target=128"),
     ("transfer --target_tokens=-1", "--target_tokens=-1"),
-    ("transfer --target_tokens=nan", "--target_tokens=nan"), ("transfer --proxy=1x16", "edge"),
+    ("transfer --target_tokens=nan", "--target_tokens=nan"),
     ("transfer --target_n_head=3", "--n_head=3"), ("transfer -- --param=mup", "--param=mup"),
-    ("coordcheck --widths=a", "--widths=a"), ("coordcheck --steps=2", "--steps=2"),
     ("coordcheck --widths=64 --depths=", "--widths=64"), ("coordcheck --params=mu", "--param=mu"),
-    ("coordcheck --widths=15,30", "--n_embd=15"), ("coordcheck -- --lr_law=x", "--lr_law=x")])
-def test_commands_that_cannot_be_are_refused(tmp_path, words, named):
-    edge = [(1000, 2560, lr, 3 - lr, 0, 1, 16, 0, 0, SMALL) for lr in (0.1, 0.2, 0.3)]
-    proxy_table(tmp_path / "proxy.csv", more=edge)  # edge: its best rate is the highest
-    command, *words = words.split()
-    words = [command, *BASE[command].format(folder=tmp_path).split(), *words]
-    if command == "transfer":
-        words += [SMALL] if "--" in words else ["--", SMALL]
-    with pytest.raises(BadInput) as error:
-        main(words)
-    assert named.replace("edge", "proxy.csv: at 2,560 tokens") in str(error.value)
-    assert not (tmp_path / "new.csv").exists()
+    ("coordcheck --widths=15,30", "--n_embd=15"), ("coordcheck -- --lr_law=x", "--lr_law=x"),
+    ("coordcheck odd", "odd"), ("fit", "runs"), ("predict", "--law"), ("odd", "odd"),
+    ("fit runs.csv -o runs.csv", "runs.csv"), ("fit runs.csv --odd", "--odd")]
+VALUES = {  # command -> {flag: values that it refuses}
+    "predict --law=step": dict.fromkeys(
+        ("n_params", "tokens", "batch_tokens", "anchor"), "x nan inf -1 1e999 1:2:0"),
+    "fit runs.csv": dict.fromkeys(("basin", "extrapolate"), "x nan -1") | {"extrapolate": "inf"},
+    "plan": {"sizes": "x 1 1x 0x16 1x0 -1x16 1x2x3 1e3x2 1x16,", "seeds": "x 0 -1 nan",
+             "lrs": "x 0 -1 nan inf 1:2 1:2:x 1:2:0 1:0:3 1:2:-3 ,",
+             "tokens": "x 0 -1 nan inf 1:2:3:4 1e300", "flops_per_second": "0 nan inf"},
+    "sweep": {"shard": "x 1 0/1 2/1 1/0 -1/2"},
+    "coordcheck --widths=16,32 --depths=1,2": {
+        "widths": "x 0 -1 nan", "depths": "x 0 -1", "params": "x mup,x", "steps": "x 0 2 nan",
+        "seeds": "x 0 -1"}}
 
 
-def test_values_and_files_that_cannot_be_are_refused(
-        refused, wrong_files, tmp_path, tiny_sweep):
-    rows = write_table(tmp_path / "runs.csv", sweep_rows())
-    at = ("predict", "--law=step", "--n_params=1e6", "--tokens=1e9")
-    for name in ("n_params", "tokens", "batch_tokens", "anchor"):
-        for value in ("x", "nan", "inf", "-1", "1e999", "1:2:0"):
-            assert f"--{name}" in refused(main, *at, f"--{name}={value}")
-    for name in ("basin", "extrapolate"):
-        for value in ("x", "", "nan", "-1"):
-            assert f"--{name}" in refused(main, "fit", rows, "-o", "law", f"--{name}={value}")
-    grid = ("--sizes=1x16", "--lrs=0.01", "--tokens=512")
-    for name, values in {"sizes": "x 1 1x 0x16 1x0 -1x16 1x2x3 1e3x2 1x16,", "seeds": "x 0 -1 nan",
-                         "lrs": "x 0 -1 nan inf 1:2 1:2:x 1:2:0 1:0:3 1:2:-3 ,",
-                         "tokens": "x 0 -1 nan inf 1:2:3:4 1e300"}.items():
-        for command, value in itertools.product((["plan"], ["sweep", "new.csv"]), values.split()):
-            refused(main, *command, *grid, f"--{name}={value}", *tiny_sweep)
-    for value in ("x", "1", "0/1", "2/1", "1/0", "-1/2", ""):
-        assert f"--shard={value}" in refused(main, "sweep", "new.csv", *grid, f"--shard={value}",
-                                             *tiny_sweep)
+@pytest.fixture
+def refused_words(refused, tmp_path):
+    """refused_words(line): the message of a command line that lacks its BASE."""
+    small = [(1000, 2560, lr, 3 - lr, 0, 1, 16, 0, 0, SMALL) for lr in (0.1, 0.2, 0.3)]
+    proxy_table(tmp_path / "proxy.csv", more=small)
+    for name, rows in TABLES.items():
+        write_table(tmp_path / f"{name}.csv", rows)
+
+    def run(line):
+        first, _, last = line.partition(" -- ")
+        command, *words = first.split()
+        base = BASE.get(command, "").split() if words or last else []
+        return refused(main, command, *base, *words, "--", *last.split(), SMALL)
+
+    return run
 
 
-def test_a_coordinate_check_and_files_that_cannot_be_are_refused(refused, wrong_files, tmp_path):
-    rows = write_table(tmp_path / "runs.csv", sweep_rows())
-    for name, values in {"widths": "x 0 -1 nan", "depths": "x 0 -1", "params": "x mup,x",
-                         "steps": "x 0 2 nan", "seeds": "x 0 -1"}.items():
+@pytest.mark.parametrize("line, names", REFUSED, ids=[line for line, _ in REFUSED])
+def test_command_lines_that_cannot_be_are_refused(line, names, refused_words):
+    said = refused_words(line)
+    assert all(name in said for name in names.split()), said
+
+
+@pytest.mark.parametrize("command", VALUES)
+def test_values_that_cannot_be_are_refused(command, refused_words):
+    for flag, values in VALUES[command].items():
         for value in values.split():
-            refused(main, "coordcheck", "--widths=16,32", "--depths=1,2", f"--{name}={value}")
+            said = refused_words(f"{command} --{flag}={value}")
+            names = f"--{flag}", "--n_", "--param", "--steps"
+            assert any(name in said for name in names), said
+
+
+def test_files_that_cannot_be_are_refused(refused, wrong_files):
     for file in wrong_files:
         for words in (["fit", file], ["transfer", file, "--proxy=2x32", "--target=4x64"],
                       ["predict", f"--law={file}", "--n_params=1", "--tokens=1"]):
             assert file in refused(main, *words)
-    for words in ([], ["odd"], ["fit"], ["predict"], ["fit", rows, "--odd"],
-                  ["fit", rows, "-o", rows]):
-        refused(main, *words)
