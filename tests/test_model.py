@@ -154,6 +154,13 @@ def test_rms_norm_on_a_cpu_equals_torchs_with_its_first_and_second_derivatives()
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_a_mixer_is_a_name_or_a_letter_a_block():
+    assert ModelConfig(64, n_layer=3, mixer="hybrid").kinds() == "HHH"
+    model = GPT(ModelConfig(64, n_layer=4, mixer="MALH", ssm_head_dim=16, n_embd=32))
+    parts = [(b.mixer is not None, b.ssm is not None, b.mlp is not None) for b in model.blocks]
+    assert parts == [(False, True, False), (True, False, True), (False,) * 3, (True,) * 3]
+
+
 def test_a_wrong_mixer_a_long_context_and_a_weight_without_a_rule_are_refused_by_name():
     for mixer in ("MA", "MXAA", "mamba"):
         with pytest.raises(ValueError, match=mixer):
