@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import tiny_model
+from conftest import randn, random_tokens, tiny_model
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,14 +17,9 @@ import optim
 from model import GPT, ModelConfig, logical_pieces
 from optim import Multipliers, Muon, Optimizers, place_multipliers, place_parameters, update_scale
 
-torch.set_num_threads(1)
 SSM = dict(d_state=8, ssm_head_dim=16, chunk_size=8)
 MIXED = dict(mixer="hybrid", n_experts=4, **SSM)
 SCALES = ("match_rms_adamw", "original", "spectral")
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def parameter(*shape, seed=0, dtype=torch.float32):
@@ -32,7 +27,7 @@ def parameter(*shape, seed=0, dtype=torch.float32):
 
 
 def tokens(steps, seed=0):
-    return torch.randint(97, (steps, 2, 9), generator=torch.Generator().manual_seed(seed))
+    return random_tokens(steps, 2, 9, seed=seed)
 
 
 def loss_of(model, batch):
@@ -70,7 +65,7 @@ PUBLISHED = {"quintic": [(3.4445, -4.7750, 2.0315)] * 7, "polar_express": [
 @pytest.mark.exercise("newton_schulz")
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (24, 24)], ids=["wide", "tall", "square"])
 @pytest.mark.parametrize("coefficients", PUBLISHED)
-@pytest.mark.parametrize("steps", [0, 5, 7])
+@pytest.mark.parametrize("steps", [0, 7])
 def test_newton_schulz_is_the_published_polynomial_of_singular_values(coefficients, shape, steps):
     """Of each matrix of a stack, whatever its scale; in bf16 about so, at those not too small."""
     U, s, Vh = torch.linalg.svd(randn(3, *shape, dtype=torch.float64), full_matrices=False)
@@ -353,6 +348,7 @@ def test_multiplier_gradients_are_finite_differences(r, c, number):
 
 @pytest.mark.parametrize("kw, free", [
     ({}, "embed:rc q:r o:rc gate:r down:rc z:r dt:r out:r"),
+    (dict(mlp="swiglu"), "embed:rc q:r o:rc gate:r down:rc z:r dt:r out:r"),
     (dict(mlp="gelu"), "embed:rc q:r o:rc gate:r up:r down:rc z:r dt:r out:r"),
     (dict(ssm_norm=False), "embed:rc q:r o:rc gate:r down:rc z:r dt:r out:rc"),
     (dict(tie_embeddings=True), "embed:c q:r o:rc gate:r down:rc z:r dt:r out:r")], ids=str)
@@ -364,26 +360,6 @@ def test_placement_of_multipliers_is_that_of_appendix_c(kw, free):
         assert found == ("r" in sides, "c" in sides), piece
         rows = not (piece == "embed" and config.tie_embeddings)
         assert place_multipliers(piece, "all", config) == (rows, True), piece
-
-
-@pytest.mark.parametrize("mlp, power", [("swiglu", 1), ("relu2", 2)])
-def test_of_two_multipliers_that_do_the_same_symmetry_free_keeps_one(mlp, power):
-    """Rows of one times t and rows or columns of its partner over t give the same model."""
-    model = tiny_model(mlp=mlp, n_kv_head=4)
-    idx, block = tokens(1)[0], model.blocks[1]
-    before = model(idx)[0].detach()
-    q, k, v = block.mixer.qkv.weight.detach().split(32)
-    down, o = block.mlp.down.weight.detach(), block.mixer.o.weight.detach()
-    up = block.mlp.up.weight.detach()[-down.shape[1]:]
-    t, per_head = torch.rand(len(up)) + 0.5, (torch.rand(4) + 0.5).repeat_interleave(8)
-    for rows, name, partner, its_name, side, factor, back in (
-            (q, "q", k.T, "k", 0, per_head, per_head), (v, "v", o, "o", 1, per_head, per_head),
-            (up, "up", down, "down", 1, t, t**power)):
-        rows *= factor[:, None]
-        partner /= back
-        torch.testing.assert_close(model(idx)[0], before, rtol=1e-4, atol=1e-4)
-        row, _ = place_multipliers(name, "symmetry_free", model.config)
-        assert row != place_multipliers(its_name, "symmetry_free", model.config)[side], name
 
 
 @pytest.mark.parametrize("kind", ["scalar", "vector"])
@@ -456,23 +432,20 @@ def test_gradients_outside_ddp_are_averaged_over_the_ranks_before_the_norm(to_cl
     assert to_clip.extra[0].grad.item() == 12 and to_clip.extra[1].grad is None
 
 
-def test_the_clip_norm_is_that_of_w_or_with_the_multipliers():
+def test_the_clip_norm_is_that_of_w_and_on_request_of_the_multipliers_too():
+    """dL/dW = r c G, and W~ = r c W."""
     model = tiny_model()
-    multipliers = Multipliers(model)
+    multipliers, expected = Multipliers(model), 0.0
     made = multipliers.named_multipliers().values()
     for v in made:
         v.data.uniform_(0.5, 2.0)
     multipliers.fold()
-    expected = 0.0
-    for name, p in model.named_parameters():  # dL/dW = r c G, and W~ = r c W
+    for name, p in model.named_parameters():
         p.grad = torch.randn_like(p)
         expected += (p.grad * p / multipliers.W.get(name, p)).square().sum()
-    norm = make(model, multipliers=multipliers).clip(0.0)
+    norm = make(model, multipliers=multipliers, clip_multipliers=True).clip(0.0)
+    expected += sum(v.grad.square().sum() for v in made)
     assert norm.item() == pytest.approx(expected.sqrt().item(), rel=1e-4)
-    kept = [v.grad.clone() for v in made]
-    with_them = make(model, multipliers=multipliers, clip_multipliers=True).clip(0.0)
-    expected += sum(g.square().sum() for g in kept)
-    assert with_them.item() == pytest.approx(expected.sqrt().item(), rel=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -555,7 +528,6 @@ def test_with_grouped_queries_keys_and_values_grow_as_their_own_rows_do(head_rat
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("base, size", [
     (dict(n_head=2, n_kv_head=2), dict(n_head=2, n_kv_head=2, head_ratio=4.0)),
-    (dict(n_head=2, n_kv_head=2), dict(n_head=8, n_kv_head=2, head_ratio=1.0)),
     (dict(n_head=2, n_kv_head=2), dict(n_head=8, n_kv_head=4, head_ratio=1.0)),
     (dict(n_head=4, n_kv_head=2), dict(n_head=8, n_kv_head=2, head_ratio=2.0))], ids=str)
 def test_muons_update_has_the_norm_of_the_spectral_condition(scale, base, size, monkeypatch):
@@ -589,15 +561,11 @@ def test_muons_update_has_the_norm_of_the_spectral_condition(scale, base, size, 
         assert grown / norm == pytest.approx(math.sqrt(m / n / (rows / columns)), rel=1e-3), piece
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("", {}), ("head=0.5,mlp=2", {"head": 0.5, "mlp": 2.0}), ("ssm=0.1", {"ssm": 0.1}),
-    ("nose=1", "nose"), ("mlp=1,mlp=2", "mlp=2"), ("mlp=x", "mlp=x"), ("mlp", "mlp"),
-    ("head=-1", "head=-1"), ("head=inf", "head=inf"), ("head=nan", "head=nan")])
-def test_factors_of_modules_are_read_or_refused_by_name(text, expected):
-    if isinstance(expected, dict):
-        assert optim.module_factors(text) == expected
-    else:
-        with pytest.raises(ValueError, match=expected):
+def test_factors_of_modules_are_read_or_refused_by_name():
+    assert optim.module_factors("") == {}
+    assert optim.module_factors("head=0.5,mlp=2") == {"head": 0.5, "mlp": 2.0}
+    for text in ("nose=1", "mlp=x", "mlp", "head=-1", "head=inf", "head=nan", "head=1,mlp=1,mlp=2"):
+        with pytest.raises(ValueError, match=text.split(",")[-1]):
             optim.module_factors(text)
 
 
@@ -695,8 +663,9 @@ def test_other_multipliers_begin_at_1_and_the_rest_goes_on():
     optimizers = make(model, multipliers=Multipliers(model, "vector"))
     train(model, optimizers, 3)
     twin, again, known = restarted(model, optimizers, kind="scalar")
-    old, new = optimizers.state_dict(), again.state_dict()
-    assert not known and not new["multipliers"] and new["muon"].keys() == old["muon"].keys()
+    new = again.state_dict()
+    assert not known and not new["multipliers"]
+    assert new["muon"].keys() == optimizers.state_dict()["muon"].keys()
     assert all((v == 1).all() for v in again.multipliers.named_multipliers().values())
     assert all(torch.equal(W, twin.get_parameter(n)) for n, W in again.multipliers.W.items())
 

@@ -971,7 +971,7 @@ REFUSED = [
      "--init_from=x --n_layer=4: 3"),
     (lambda at: lambda: th.init_from(torch.nn.Linear(2, 2), where="--init_from=x"),
      "--init_from=x:"),
-    (generated("--tokens=90"), "--prompt_tokens=16 --tokens=90: 64"),
+    (generated("--tokens=48"), "--prompt_tokens=16 --tokens=48: 64"),
     (generated("--best=1", "--score=none"), "--best=1 --score=none"),
     (generated("--device=nosuch"), "--device=nosuch"),
     (generated("--score=my_reward:bad"), "--score=my_reward:bad nan"),
