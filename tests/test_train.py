@@ -1,6 +1,5 @@
 """train.py: tokenizers, tokens, order of the data, evaluation, the run, resuming, several ranks,
 signals and failures, flags."""
-import ast
 import json
 import math
 import os
@@ -38,7 +37,6 @@ from conftest import (
 
 import train as t
 from model import (
-    IGNORE,
     encode,
     generate,
     load_checkpoint,
@@ -108,10 +106,7 @@ def texts_of(part: t.Blocks, enc: tiktoken.Encoding) -> list[str]:
             for start, end in zip(starts, starts[1:] + [len(ids)])]
 
 
-# --------------------------------------------------------------------------------------------------
 # Tokenizers
-
-
 def replace_pair(word, pair, new):
     out = []
     for token in word:
@@ -198,12 +193,13 @@ def test_every_text_survives_encoding_with_end_of_text_as_plain_characters(token
             assert ids == list(text.encode())
 
 
-RUNS = [" ", "\t", "\xa0", "a", "-", "ab", "ACGTTGCA", "\u5317"]
+RUNS = [" ", "\xa0", "a", "-", "ACGTTGCA", "\u5317", "line of text \xe4\xf6\xfc\n"]
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_of_a_million_characters_is_trained_on_and_encoded_without_a_loss(run, tokenizer,
                                                                               tmp_path):
+    """Also where a document is cut into pieces to be encoded, at line ends if there are some."""
     enc = tokenizer_from_dict(tokenizer)
     text = f"x = 1\n{run * (10**6 // len(run))}\nend\n"
     for other in (enc, tiktoken.Encoding("o200k", pat_str=O200K, special_tokens={EOT: 256},
@@ -229,10 +225,7 @@ def test_a_text_without_blanks_has_the_merges_of_a_naive_trainer_that_reads_its_
     assert len(pieces(text)) == 24 and "".join(pieces(text)) == text
 
 
-# --------------------------------------------------------------------------------------------------
 # Text to tokens, and their cache
-
-
 def rejoined(trained, held_out, texts) -> list[str]:
     """All documents, where at most one of these texts was cut in two."""
     cut = [(head, tail) for head in trained for tail in held_out if head + tail in texts]
@@ -243,6 +236,7 @@ def rejoined(trained, held_out, texts) -> list[str]:
 
 @pytest.mark.parametrize("flags", [{"tokenizer": "bytes"}, {"tokenizer": "bpe", "vocab_size": 300}])
 def test_tokens_are_the_documents_each_after_an_end_of_text_token(flags, folder, tiny, cache):
+    """A tokenizer is trained on the training documents alone."""
     texts = many_texts()
     write_text(folder, texts)
     data = t.load_data(tiny(data=str(folder), **flags))
@@ -251,15 +245,9 @@ def test_tokens_are_the_documents_each_after_an_end_of_text_token(flags, folder,
     trained, held_out = texts_of(data.train, enc), texts_of(data.val, enc)
     assert sorted(rejoined(trained, held_out, texts.values())) == sorted(texts.values())
     assert data.train.arrays[0].dtype == np.uint16
-
-
-def test_the_tokenizer_is_trained_on_the_training_documents_alone(folder, tiny, cache):
-    write_text(folder, {f"{i}.txt": " ".join(few_letters(i, "abcde")) for i in range(30)})
-    data = t.load_data(tiny(data=str(folder), tokenizer="bpe", vocab_size=300))
-    enc = tokenizer_from_dict(data.tokenizer)
-    tokens = [enc.decode_single_token_bytes(i) for i in range(299)]
-    trained, held_out = texts_of(data.train, enc), texts_of(data.val, enc)
-    assert tokens == naive_bpe(trained, 299)[0] != naive_bpe(trained + held_out, 299)[0]
+    if flags["tokenizer"] == "bpe":
+        tokens = [enc.decode_single_token_bytes(i) for i in range(299)]
+        assert tokens == naive_bpe(trained, 299)[0] != naive_bpe(trained + held_out, 299)[0]
 
 
 @pytest.mark.parametrize("sizes", [range(20, 120), [19_000, 200_000], [500] * 30 + [300_000],
@@ -319,15 +307,6 @@ def test_a_token_takes_two_bytes_where_the_vocabulary_fits_and_else_four(n_vocab
     assert tokens.dtype == dtype and tokens.tolist() == [n_vocab - 1, n_vocab - 2, 5]
 
 
-@pytest.mark.parametrize("text", ["line of text äöü\n" * 20_000, "no line end " * 30_000],
-                         ids=["lines", "one line"])
-def test_long_documents_lose_nothing_where_they_are_taken_in_pieces(text, tmp_path):
-    enc = tokenizer_from_dict(t.make_tokenizer_for(t.Config(tokenizer="bytes"), ()))
-    t.write_shard(tmp_path / "x.bin", [("a", text), ("b", "end")], enc, "")
-    ids = t.open_shard(tmp_path / "x.bin", 257)
-    assert len(text) > 2**18 and ids.tolist() == [256, *text.encode(), 256, *b"end"]
-
-
 def test_text_is_found_by_folder_glob_and_name_but_not_what_is_hidden(folder):
     write_text(folder, {"b.txt": "b", "sub/a.md": "a", ".git/x": "x", "sub/.hidden": "h"})
     for data, names in (("", ["b.txt", "sub/a.md"]), ("*.txt", ["b.txt"]), ("**/*.md", ["a.md"]),
@@ -347,49 +326,39 @@ def test_text_is_found_by_folder_glob_and_name_but_not_what_is_hidden(folder):
     assert not any({"test", "site-packages", "__pycache__"} & {*p.parts} for p in names)
 
 
-def test_tokens_are_made_once_and_again_after_a_kill(folder, tiny, cache):
-    write_text(folder, many_texts(10))
-    for flags in ({"tokenizer": "bytes"}, {"tokenizer": "bpe", "vocab_size": 270}):
-        c, before = tiny(data=str(folder), **flags), {*files_below(cache)}
-        first = t.load_data(c)
-        made = files_below(cache)
-        again = t.load_data(c)
-        assert files_below(cache) == made and again.tokenizer == first.tokenizer
-        assert ids_of(again.train) == ids_of(first.train) and ids_of(again.val) == ids_of(first.val)
-        expected = ids_of(first.train)
-        file, = (p for p in {*made} - before if p.name == "checksums.json")
-        file.unlink()  # it is written last, so a kill leaves none
-        os.truncate(file.with_name("train.bin"), 100)
-        assert ids_of(t.load_data(c).train) == expected
-
-
 def zero_tail(path: Path):
     content = path.read_bytes()
     path.write_bytes(content[:-40] + bytes(40))
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.json", "checksums.json"])
+def as_after_a_kill(path: Path):
+    path.with_name("checksums.json").unlink()  # it is written last
+    os.truncate(path.with_name("train.bin"), 100)
+
+
 @pytest.mark.parametrize("damage", [
-    zero_tail, Path.unlink, lambda path: path.write_bytes(b""),
+    zero_tail, as_after_a_kill, Path.unlink, lambda path: path.write_bytes(b""),
     lambda path: os.truncate(path, path.stat().st_size - 1),
     lambda path: path.write_bytes(path.read_bytes().replace(b"5", b"6", 1))],
-    ids=["zeros", "missing", "empty", "cut", "other"])
-def test_a_damaged_cache_is_named_and_made_again(damage, name, folder, tiny, cache, capsys):
+    ids=["zeros", "kill", "missing", "empty", "cut", "other"])
+def test_tokens_are_made_once_and_a_damaged_cache_is_named_and_made_again(
+        damage, folder, tiny, cache, capsys):
     write_text(folder, {f"{i}.txt": f"document {i} of 5\n" * 30 for i in range(9)})
-    c = tiny(data=str(folder))
+    c = tiny(data=str(folder), tokenizer="bpe", vocab_size=260)
     before = t.load_data(c)
     expected = ids_of(before.train), ids_of(before.val), before.tokenizer
-    file, = cache.rglob(name)
-    (file.parent / ".train.bin.0123456789abcdef.tmp").write_bytes(b"what a killed process left")
-    damage(file)
-    capsys.readouterr()
-    data = t.load_data(c)
-    assert (ids_of(data.train), ids_of(data.val), data.tokenizer) == expected
-    said = capsys.readouterr().out
-    assert str(file.parent) in said and said.count("\n") == 1
-    assert len([*file.parent.iterdir()]) == 4
-    t.load_data(c)
-    assert capsys.readouterr().out == ""
+    for name in ("train.bin", "val.bin", "tokenizer.json", "checksums.json"):
+        file, = cache.rglob(name)
+        (file.parent / ".train.bin.0123456789abcdef.tmp").write_bytes(b"of a killed process")
+        damage(file)
+        capsys.readouterr()
+        data = t.load_data(c)
+        assert (ids_of(data.train), ids_of(data.val), data.tokenizer) == expected
+        said, made = capsys.readouterr().out, files_below(cache)
+        assert str(file.parent) in said and said.count("\n") == 1 and len(made) == 4
+        data = t.load_data(c)
+        assert (ids_of(data.train), ids_of(data.val), data.tokenizer) == expected
+        assert files_below(cache) == made and capsys.readouterr().out == ""
 
 
 def test_two_processes_with_one_process_id_share_a_cache(folder, tiny, cache):
@@ -540,10 +509,7 @@ def test_the_width_of_tokens_is_known_or_refused(form, tmp_path):
             t.open_shard(path, 100_277, "--x")
 
 
-# --------------------------------------------------------------------------------------------------
 # The order of the data
-
-
 @pytest.mark.parametrize("lengths, block_size", [
     ((50,), 7), ((10, 3, 0, 17, 1, 4, 5, 9), 4), ((8, 9), 8), ((9, 9), 1)])
 def test_blocks_are_the_tokens_at_their_places_in_every_shard(lengths, block_size):
@@ -610,50 +576,35 @@ def test_a_run_resumed_with_another_batch_size_reads_on_where_it_was(batch_token
     assert read == [*zip(t.block_numbers(2, 0, len(read), 45), range(len(read)))]
 
 
-@pytest.fixture
-def evaluation(tokenizer):
-    """evaluation(eval_tokens) -> (all of a Run that evaluate reads, (nats, bits per byte) by
-    hand), with a model in float64 and 21 blocks."""
+@pytest.mark.parametrize("eval_tokens", [1, 32, 7 * 32, 8 * 32 + 31, 21 * 32, 10**6])
+def test_evaluation_is_the_plain_mean_over_its_blocks_whatever_the_rows(eval_tokens, tokenizer):
+    """Nats per token and bits per byte, of up to 21 blocks in two shards."""
     enc, rng, T = tokenizer_from_dict(tokenizer), random.Random(1), 32
     ids = [rng.choice([enc.eot_token, rng.randrange(256), rng.randrange(enc.n_vocab)])
            for _ in range(700)]
     shards = [np.array(ids[:400], np.uint16), np.array(ids[400:], np.uint16)]  # 12 and 9 blocks
-    model = tiny_model(vocab_size=enc.n_vocab, block_size=T).double()
     blocks = [shard[i:i + T + 1] for shard in shards for i in range(0, len(shard) - T, T)]
-    assert len(blocks) == 21
-
-    def make(eval_tokens, rows=4, rank=0, world=1):
-        n = max(1, min(21, eval_tokens // T))
-        nats = n_bytes = 0
-        for block in (torch.from_numpy(blocks[i * 21 // n].astype(np.int64)) for i in range(n)):
-            with torch.no_grad():
-                logits = model.logits(model(block[None, :-1])[0])[0]
-            nats += F.cross_entropy(logits, block[1:], reduction="sum").item()
-            plain = [i for i in block[1:].tolist() if i != enc.eot_token]
-            n_bytes += len(enc.decode_bytes(plain))
+    model = tiny_model(vocab_size=enc.n_vocab, block_size=T).double()
+    n, nats, n_bytes = max(1, min(21, eval_tokens // T)), 0, 0
+    for i in range(n):
+        block = torch.from_numpy(blocks[i * 21 // n].astype(np.int64))
+        with torch.no_grad():
+            logits = model.logits(model(block[None, :-1])[0])[0]
+        nats += F.cross_entropy(logits, block[1:], reduction="sum").item()
+        n_bytes += len(enc.decode_bytes([i for i in block[1:].tolist() if i != enc.eot_token]))
+    expected = nats / (n * T), nats / math.log(2) / n_bytes
+    before = torch.get_rng_state()
+    for rows in (1, 2, 4, 16, 64):
         run = SimpleNamespace(
             c=t.Config(block_size=T, eval_tokens=eval_tokens), records_per_pass=rows, model=model,
             data=t.Data(None, t.Blocks(shards, T), tokenizer), token_bytes=t.token_lengths(enc),
-            devices=t.Devices(torch.device("cpu"), rank, world))
-        return run, (nats / (n * T), nats / math.log(2) / n_bytes)
-
-    return make
-
-
-@pytest.mark.parametrize("eval_tokens", [1, 32, 7 * 32, 8 * 32 + 31, 21 * 32, 10**6])
-def test_evaluation_is_the_plain_mean_over_its_blocks_whatever_the_rows(evaluation, eval_tokens):
-    before = torch.get_rng_state()
-    for rows in (1, 2, 4, 16, 64):
-        run, expected = evaluation(eval_tokens, rows)
+            devices=t.Devices(torch.device("cpu"), 0, 1))
         assert t.evaluate(run) == pytest.approx(expected, rel=1e-6)
     assert torch.equal(before, torch.get_rng_state())
-    assert all(p.grad is None for p in run.model.parameters())
+    assert all(p.grad is None for p in model.parameters())
 
 
-# --------------------------------------------------------------------------------------------------
 # A run
-
-
 @pytest.fixture(scope="module")
 def teacher(corpus, tmp_path_factory):
     """A checkpoint of ours, narrower than the student, on the same tokens."""
@@ -682,16 +633,6 @@ def step_by_step(records, **flags):
     return dict(data=records, distill="step_by_step", block_size=64, batch_tokens=512, **flags)
 
 
-def first_batch(c):
-    """(initial model, inputs, targets) of a run's first step."""
-    data = t.load_data(c)
-    torch.manual_seed(c.seed)
-    model = t.GPT(t.model_config(c, 257))
-    count = c.batch_tokens // c.block_size // data.train.rows
-    numbers = t.block_numbers(c.seed, 0, count, len(data.train))
-    return model, *data.train.batch(numbers)
-
-
 def test_the_loss_falls_and_everything_is_written(tiny):
     result = t.train(tiny(steps=60, eval_every=20, lr=0.02))
     out = Path(result["out_dir"])
@@ -710,7 +651,6 @@ def test_the_loss_falls_and_everything_is_written(tiny):
 MICRO_BATCHES = {
     "plain": {}, "muon on experts": dict(n_experts=4), "linearity": dict(linearity="cosine"),
     "let": "let", "gkd": dict(distill="gkd", distill_on_policy=1.0),
-    "distilbert": dict(distill="distilbert"), "salt": dict(distill="salt", distill_stop=0.5),
     "step_by_step": "step_by_step"}
 
 
@@ -735,7 +675,8 @@ def test_all_kinds_of_blocks_train_resume_bitwise_and_sample(
         mixer, flags, optimizer, tiny, teacher, tmp_path):
     if mixer != "attention":
         flags = dict(flags, d_state=8, ssm_head_dim=16)
-    flags = dict(flags, mixer=mixer, optimizer=optimizer, lr=0.01, **let(teacher))
+    flags = dict(flags, mixer=mixer, optimizer=optimizer, lr=0.01,
+                 **let(teacher, let_resize="project"))
     straight = t.train(tiny(**flags, out_dir="straight"))
     history = figures(straight["history"])
     assert history[10, "val_loss"] < history[0, "val_loss"] - 0.1
@@ -801,8 +742,10 @@ def test_the_first_loss_with_let_is_the_sum_of_its_parts(tiny, teacher):
     """From the student's state after block 1, the teacher's last normed state and the cosine."""
     c = tiny(**let(teacher), steps=6)
     first = next(h for h in t.train(c)["history"] if "train_loss" in h)
-    student, idx, targets = first_batch(c)
-    T = model_from_checkpoint(load_checkpoint(teacher))
+    data = t.load_data(c)
+    idx, targets = data.train.batch(t.block_numbers(c.seed, 0, 8, len(data.train)))
+    torch.manual_seed(c.seed)
+    student, T = t.GPT(t.model_config(c, 257)), model_from_checkpoint(load_checkpoint(teacher))
     x, (h_M,) = student(idx, hidden=(1,))
     h_T = F.interpolate(T(idx)[0], size=32, mode="linear")
     cosine = F.cosine_similarity(h_M, h_T, dim=-1).mean().item()
@@ -812,17 +755,11 @@ def test_the_first_loss_with_let_is_the_sum_of_its_parts(tiny, teacher):
     assert first["loss"] == pytest.approx(nll - cosine, abs=1e-5)
 
 
-def test_the_loss_of_step_by_step_is_the_mean_over_each_tasks_counted_tokens(tiny, records):
-    c = tiny(**step_by_step(records, distill_weight=0.25), steps=2)
-    first = next(h for h in t.train(c)["history"] if "train_loss" in h)
-    student, idx, targets = first_batch(c)
-    logits = student.logits(student(idx)[0])
-    label, rationale = (F.cross_entropy(logits[row::2].flatten(0, 1), targets[row::2].flatten(),
-                                        ignore_index=IGNORE).item() for row in (0, 1))
-    assert first["train_loss"] == pytest.approx(label, abs=1e-5)
-    assert first["loss"] == pytest.approx(0.75 * label + 0.25 * rationale, abs=1e-5)
-    lengths = (targets != IGNORE).sum(1)
-    assert len({*lengths.tolist()}) > 4  # else a mean of means would do as well
+def test_step_by_step_weighs_the_two_tasks_as_it_is_told(tiny, records):
+    history = t.train(tiny(**step_by_step(records, distill_weight=0.25), steps=2))["history"]
+    for line in (line for line in history if "train_loss" in line):
+        expected = 0.75 * line["train_loss"] + 0.25 * line["rationale_loss"]
+        assert line["loss"] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("flags", [dict(let_stop=5.0), dict(let_stop=5.0, let_resize="project"),
@@ -902,53 +839,6 @@ def test_a_run_starts_from_a_checkpoints_weights_and_architecture(
     assert again["step"] == 2
 
 
-def test_ten_steps_are_bitwise_five_and_five_in_a_new_process(tiny, teacher, tmp_path):
-    flags = let(teacher, let_resize="project", multipliers="vector", schedule="wsd_sqrt")
-    straight = t.train(tiny(**flags, out_dir="straight"))
-    checkpoint = stop_at(tiny(**flags, out_dir="halved"), 5)
-    done = run_python(ROOT / "train.py", f"--resume={checkpoint}")
-    assert done.returncode == 0, done.stderr
-    assert same(state(straight["checkpoint"]), state(checkpoint))
-    assert figures(straight["history"]) == figures(lines(tmp_path / "halved"))
-
-
-KILLER = """
-import os, random, signal, sys, time
-sys.path.insert(0, sys.argv[1])
-import train
-checkpoint, flags, rng, kills = sys.argv[2], sys.argv[3:], random.Random(0), 0
-def stamp():
-    return os.path.exists(checkpoint) and os.stat(checkpoint).st_mtime_ns
-while kills < 3:
-    pid = os.fork()
-    if pid == 0:
-        words = [f"--resume={checkpoint}"] if os.path.exists(checkpoint) else flags
-        train.train(train.parse_flags(words))
-        os._exit(0)
-    time_saved = stamp()
-    while stamp() == time_saved:
-        time.sleep(0.001)
-    time.sleep(rng.uniform(0, 0.1))
-    os.kill(pid, signal.SIGKILL)
-    kills += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-    if os.path.exists(checkpoint):
-        train.load_checkpoint(checkpoint)
-train.train(train.parse_flags([f"--resume={checkpoint}"]))
-"""
-
-
-@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-def test_a_run_killed_at_random_moments_comes_to_the_same_end(tiny, tmp_path):
-    """kill -9, three times, of a run that saves at every step."""
-    flags = dict(steps=60, save_every=1, eval_every=20, log_every=5)
-    straight = t.train(tiny(**flags, out_dir="straight"))
-    c = tiny(**flags, out_dir="killed")
-    done = run_python("-c", KILLER, ROOT, f"{c.out_dir}/ckpt.pt", *flags_of(c))
-    assert done.returncode == 0, done.stderr
-    assert same(state(straight["checkpoint"]), state(tmp_path / "killed" / "ckpt.pt"))
-    assert figures(straight["history"]) == figures(lines(tmp_path / "killed"))
-
-
 def test_a_resumed_run_takes_the_checkpoints_flags_and_folder(tiny, tmp_path):
     checkpoint = t.train(tiny(steps=4, lr=0.003))["checkpoint"]
     c = t.parse_flags([f"--resume={checkpoint}", "--steps=6"])
@@ -1002,9 +892,7 @@ def test_a_teacher_stops_where_it_did_in_a_branch_and_in_a_longer_run(
     assert weights == pytest.approx({s: (last - s) / last for s in range(5, end)})
 
 
-# --------------------------------------------------------------------------------------------------
 # Several ranks, in one process group for all runs
-
 RANKS = """
 import gc, json, sys
 sys.path.insert(0, sys.argv[1])
@@ -1069,7 +957,7 @@ def test_a_signal_saves_at_the_next_step_on_all_ranks_and_exits_with_its_code(
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] * (ranks > 1)
     run = subprocess.Popen([sys.executable, *launcher, ROOT / "train.py", *flags_of(c)],
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 300
     while not (metrics.exists() and "train_loss" in metrics.read_text()):
         assert time.monotonic() < end and run.poll() is None
         time.sleep(0.02)
@@ -1079,7 +967,7 @@ def test_a_signal_saves_at_the_next_step_on_all_ranks_and_exits_with_its_code(
                                   capture_output=True).stdout.split()
         asked = int(children[-1])
     os.kill(asked, number)
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=300)
     assert run.returncode == (128 + number if ranks == 1 else 1), err
     assert f"--resume={c.out_dir}/ckpt.pt" in out and (ranks > 1 or "Traceback" not in err)
     assert load_checkpoint(f"{c.out_dir}/ckpt.pt")["step"] == lines(c.out_dir)[-1]["step"] > 0
@@ -1133,20 +1021,18 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tiny, tmp_path,
     assert len([*(tmp_path / "run").iterdir()]) == 3
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("kind", ["plain", "multipliers", "mamba2", "experts", "sweep", "let"])
-def test_kills_lose_nothing_and_leave_nothing(kind):
-    """Ten of the kills of tests/kill.py. In a process of its own: one that has trained must not
+@pytest.mark.parametrize("kind, kills", [("plain", 4)] + [
+    pytest.param(kind, 10, marks=pytest.mark.slow)
+    for kind in ("plain", "multipliers", "mamba2", "experts", "sweep", "let")])
+def test_kills_lose_nothing_and_leave_nothing(kind, kills):
+    """Some of the kills of tests/kill.py. In a process of its own: one that has trained must not
     fork."""
-    done = run_python(ROOT / "tests" / "kill.py", "--kills=10", f"--kinds={kind}")
+    done = run_python(ROOT / "tests" / "kill.py", f"--kills={kills}", f"--kinds={kind}")
     assert "'lost': 0, 'files left': 0" in done.stdout, done.stdout + done.stderr
 
 
-# --------------------------------------------------------------------------------------------------
 # Flags, and what bad input is answered with
-
-
 @pytest.mark.parametrize("line, expected", [
     ("", {}), ("--steps 7 --lr 1e-3", {"steps": 7, "lr": 0.001}), ("--out_dir=", {}),
     ("--dry_run --steps=7 --qk_norm", {"dry_run": True, "steps": 7, "qk_norm": True}),
@@ -1303,11 +1189,6 @@ def test_bad_data_is_refused_by_name_before_anything_is_written(name, folder, ti
     assert not Path(tiny().out_dir).exists()
 
 
-def test_a_model_without_a_run_is_not_resumed_by_a_direct_call_either(tiny, finished):
-    with pytest.raises(t.BadInput, match="--resume=.*bare.pt"):
-        t.train(tiny(resume=str(finished / "bare.pt")))
-
-
 def test_step_by_step_without_rationales_trains_with_a_micro_batch_of_one(tiny, records):
     t.check(tiny(**step_by_step(records, distill_weight=0.0), micro_batch=1))
     with pytest.raises(t.BadInput, match="--micro_batch=1"):
@@ -1330,13 +1211,6 @@ def test_ranks_must_share_the_sequences_and_have_a_gpu_each(tiny):
         assert all(name in str(error.value) for name in names)
 
 
-def test_the_command_says_one_error_exits_with_2_and_writes_nothing(tmp_path):
-    done = run_python(ROOT / "train.py", "--device=cpu", "--steps=x", cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "--steps" in done.stderr and not [*tmp_path.iterdir()]
-
-
 def test_the_commands_of_the_readme_are_understood(monkeypatch):
     monkeypatch.setattr(t, "load_pretrained", lambda *_, **__: (tiny_model(), {}))
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
@@ -1348,24 +1222,11 @@ def test_the_commands_of_the_readme_are_understood(monkeypatch):
             t.check(t.parse_flags(words))
 
 
-# --------------------------------------------------------------------------------------------------
 # The house
-
-
-def imports(name: str) -> set[str]:
-    """The project's own modules that a source file imports outside its functions."""
-    tree = ast.parse((ROOT / f"{name}.py").read_text())
-    found = set()
-    for node in tree.body:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add(node.module)
-    return found & {"model", "optim", "teacher", "probes", "lr_law", "train"}
-
-
 def test_the_rooms_import_the_ground_and_the_roof_imports_them_all():
-    assert imports("model") == set()
-    for room in ("optim", "teacher", "probes", "lr_law"):
-        assert imports(room) == {"model"}
-    assert imports("train") == {"model", "optim", "teacher", "probes", "lr_law"}
+    rooms = {"optim", "teacher", "probes", "lr_law"}
+    for name, needed in {"model": set(), **dict.fromkeys(rooms, {"model"}),
+                         "train": rooms | {"model"}}.items():
+        text = (ROOT / f"{name}.py").read_text()
+        found = {*re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)}
+        assert found & (rooms | {"model", "train"}) == needed, name
