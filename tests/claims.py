@@ -460,7 +460,8 @@ CLAIMS["let-pairs"] = Claim(
     {"late to early ends lower than late to late": "loss: L2E - L2L < 0",
      "and lower than late to middle": "loss: L2E - L2M < 0",
      "and lower than middle to early": "loss: L2E - M2E < 0",
-     "late to early ends lower than plain training": "loss: L2E - plain < 0"}, LOSS)
+     "late to early ends lower than plain training": "loss: L2E - plain < 0"}, LOSS,
+    picture=curves("plain", "L2E", "L2L", "M2M"))
 CLAIMS["let-stop"] = Claim(
     "Should the teacher leave early?", "LET, arXiv 2602.05393: the weight falls to 0 at step 1,500 "
     "or 3,000, early in the run; late to late has a jump in perplexity after the end",
