@@ -1135,22 +1135,23 @@ def tokenizer_id(d: dict) -> str:
     return hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:16]
 
 
-RUN = re.compile(r"\s*|\w*|[^\s\w]*")  # blanks, letters and digits, or signs
+UNBROKEN = re.compile(r"\s*|\w*|[^\s\w]*")  # blanks, letters and digits, or signs
 
 
-def pieces(text: str, width: int = 128) -> list[str]:
+def cut_text(text: str, width: int = 128) -> list[str]:
     """Cuts a text for a tokenizer, whose time grows with the square of the longest word: at the
     multiples of `width` where the last `width` characters are one run of blanks, of letters and
     digits, or of signs. Ordinary text stays whole. A lone surrogate, which stands for no character,
     becomes a question mark."""
     text = text.encode(errors="replace").decode()
-    cuts = [end for end in range(width, len(text), width) if RUN.fullmatch(text, end - width, end)]
+    cuts = [end for end in range(width, len(text), width)
+            if UNBROKEN.fullmatch(text, end - width, end)]
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])]
 
 
 def encode(enc, text: str) -> list[int]:
     """The token ids of a text. Special tokens in it are encoded as any other text."""
-    return [i for piece in pieces(text) for i in enc.encode_ordinary(piece)]
+    return [i for piece in cut_text(text) for i in enc.encode_ordinary(piece)]
 
 
 class HFEncoding:

@@ -496,8 +496,8 @@ def encode_pair(enc, context: str, choice: str) -> tuple[list[int], int]:
     """(token ids of context and choice after an end-of-text token, position of the choice's first).
     The boundary is lm-evaluation-harness's: one space between the two, if the context is not empty
     and neither has a blank there. It belongs to the choice, as do all blanks at the end of the
-    context. Both are encoded together and cut where the context
-    encoded alone ends. A choice has at least one token."""
+    context. Both are encoded together and cut where the context encoded alone ends. A choice has at
+    least one token."""
     if context and not (context[-1].isspace() or choice[0].isspace()):
         choice = " " + choice
     ids = encode(enc, context + choice)

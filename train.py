@@ -77,6 +77,7 @@ from model import (
     Pass,
     Router,
     command,
+    cut_text,
     device_exists,
     generate,
     load_checkpoint,
@@ -85,7 +86,6 @@ from model import (
     model_from_checkpoint,
     naming,
     out_of_memory,
-    pieces,
     read_text,
     reading,
     save_checkpoint,
@@ -783,7 +783,7 @@ def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
     most frequent pair of neighbours, vocab_size - 256 times or until no pair is left. Returns
     {token bytes: rank}; rank is the order of merging, as tiktoken wants it.
 
-    A text is cut by model.pieces, a piece into words by PATTERN; pairs are within the UTF-8 bytes
+    A text is cut by model.cut_text, a piece into words by PATTERN; pairs are within the UTF-8 bytes
     of a word. Ids are the bytes 0 to 255, then the merges in their order. Of equally frequent pairs
     the one of lowest ids is merged. Every merge calls progress.update(), if there is a progress.
 
@@ -792,7 +792,7 @@ def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
     in the words that contain its pair. The heap can hold outdated counts: an entry that differs
     from `pairs` is replaced when it is popped."""
     counts = Counter(itertools.chain.from_iterable(
-        re.findall(PATTERN, piece) for text in texts for piece in pieces(text)))
+        re.findall(PATTERN, piece) for text in texts for piece in cut_text(text)))
     tokens = [bytes([i]) for i in range(256)]
     words = [word.encode().decode("latin-1") for word in counts]
     counts = [*counts.values()]
@@ -1154,7 +1154,7 @@ def write_shard(path: Path, documents, enc, what: str):
     format (see open_shard). The tokenizer's threads share 256 pieces of about 256 kB at a time.
     what: the title of the progress bar."""
     magic = 20240520 if enc.n_vocab <= 2**16 else 20240801
-    characters, count, parts = sum(len(text) for _, text in documents), 0, pieces_of(documents)
+    characters, count, parts = sum(len(text) for _, text in documents), 0, cut_documents(documents)
     with open(path, "wb") as f, progress_bar(characters, what, "char", unit_scale=True) as progress:
         f.write(bytes(1024))  # the header, written at the end
         while some := list(itertools.islice(parts, 256)):
@@ -1170,14 +1170,14 @@ def write_shard(path: Path, documents, enc, what: str):
         np.array([magic, 1, count], np.int32).tofile(f)
 
 
-def pieces_of(documents):
-    """Cuts the documents at line ends after 256 kB, and as model.pieces does. Yields (whether a
+def cut_documents(documents):
+    """Cuts the documents at line ends after 256 kB, and as model.cut_text does. Yields (whether a
     document begins, piece of text)."""
     for _, text in documents:
         start = 0
         while start < len(text):
             end = text.find("\n", start + (1 << 18)) + 1 or len(text)
-            for i, piece in enumerate(pieces(text[start:end])):
+            for i, piece in enumerate(cut_text(text[start:end])):
                 yield start == i == 0, piece
             start = end
 

@@ -37,11 +37,11 @@ from conftest import (
 
 import train as t
 from model import (
+    cut_text,
     encode,
     generate,
     load_checkpoint,
     model_from_checkpoint,
-    pieces,
     tokenizer_from_dict,
 )
 
@@ -221,8 +221,8 @@ def test_ordinary_text_is_encoded_whole_and_a_lone_surrogate_as_a_question_mark(
 
 def test_a_text_without_blanks_has_the_merges_of_a_naive_trainer_that_reads_its_pieces():
     text = "".join(random.Random(0).choices("ACGT", k=3000))
-    assert list(t.train_bpe([text], 270)) == naive_bpe(pieces(text), 270)[0]
-    assert len(pieces(text)) == 24 and "".join(pieces(text)) == text
+    assert list(t.train_bpe([text], 270)) == naive_bpe(cut_text(text), 270)[0]
+    assert len(cut_text(text)) == 24 and "".join(cut_text(text)) == text
 
 
 # Text to tokens, and their cache
