@@ -86,7 +86,7 @@ def basin(loss, tolerance: float = 0.05) -> slice:
     """The points around the lowest loss that a parabola can describe. loss is in order of lr.
 
     They are the unbroken stretch around the lowest with loss <= (1 + tolerance) times the lowest,
-    and at least one neighbour on each side of the lowest. Further out, runs begin to diverge."""
+    and at least one neighbor on each side of the lowest. Further out, runs begin to diverge."""
     loss = np.asarray(loss, float)
     best = int(np.argmin(loss))
     high = np.flatnonzero(loss > (1 + tolerance) * loss[best])
@@ -99,7 +99,7 @@ def fit_horizon(D, loss, gammas=(0.01, 3.0)) -> dict:
     """Fits L(D) = L_0 + A D^-gamma by least squares, L_0 >= 0, A >= 0, gamma in `gammas` (eq. 4).
 
     D, loss: (n,), 3 or more. For a given gamma, L_0 and A are a linear problem (linear_horizon).
-    gamma comes from a grid search over `gammas`, repeated 6 times between the neighbours of the
+    gamma comes from a grid search over `gammas`, repeated 6 times between the neighbors of the
     best point. Returns a dict of floats: L_0, A, gamma."""
     D, y = np.asarray(D, float), np.asarray(loss, float)
     low, high = gammas
@@ -112,7 +112,7 @@ def fit_horizon(D, loss, gammas=(0.01, 3.0)) -> dict:
 
 
 def linear_horizon(p, y) -> tuple[float, float, float]:
-    """L_0, A >= 0 that minimise the sum of (y - L_0 - A p)^2, and that sum. p = D^-gamma; y > 0.
+    """L_0, A >= 0 that minimize the sum of (y - L_0 - A p)^2, and that sum. p = D^-gamma; y > 0.
 
     The sum is convex. If a constant comes out negative, it is 0 at the constrained minimum and the
     other one is fitted alone. They cannot both be negative."""
@@ -1059,7 +1059,7 @@ COMMANDS = {
         **{f"--{name}": (name, "name of the column") for name in ("N", "D", "lr", "loss")},
         "--group": ("", "names of columns that tell runs apart, such as the batch size"),
         "--basin": (0.05, "losses above (1 + this) times the lowest are left out, except the "
-                    "neighbours of the lowest"),
+                    "neighbors of the lowest"),
         "--extrapolate": (0.0, "a number of tokens D: losses there are predicted by L(D) and join "
                           "those of shorter runs; runs from D on are left out"),
         "--joint": (False, "take the best learning rate over all groups of an (N, D)"),

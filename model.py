@@ -7,7 +7,7 @@ rotary positions, grouped-query attention, an MLP (squared ReLU, gated or GELU).
 AffineBlock have biases. Mamba-2 can take the place of attention or stand beside it (`mixer`), a
 mixture of experts can take the place of the MLP (`n_experts`).
 
-The file in order: attention, MLP, block, GPT; Mamba-2; experts; initialisation and muP; the loss
+The file in order: attention, MLP, block, GPT; Mamba-2; experts; initialization and muP; the loss
 over the vocabulary; the terms of a training loss; scoring and sampling; tokenizers, checkpoints and
 the command line.
 
@@ -676,7 +676,7 @@ def expert_loop(x, weight, counts):
 
 
 # --------------------------------------------------------------------------------------------------
-# Initialisation, and how it and AdamW depend on the size of the model (--param)
+# Initialization, and how it and AdamW depend on the size of the model (--param)
 #
 # m_N, m_L, m_D: width, number of blocks and channels of a head over those of a base model, for
 # which the settings were chosen. An entry (a, b) below is a factor m_N^a m_L^b on the base model's
@@ -694,7 +694,7 @@ def expert_loop(x, weight, counts):
 # and learning rates. The head has the first, the only one possible for a tied matrix; a router has
 # the second. An expert is a hidden matrix (muP for mixtures of experts, arXiv 2508.09752). We know
 # of no source for Mamba's B and C, whose number of rows does not grow with the width: they are
-# initialised like a router and have the learning rate of in_proj. The width of MLPs and experts is
+# initialized like a router and have the learning rate of in_proj. The width of MLPs and experts is
 # taken to grow with n_embd. The standard deviation of hidden matrices is fan_in^-1/2 already. Muon
 # needs no learning rates by width, only an update of the right norm: see optim.py.
 
@@ -716,7 +716,7 @@ def param_factor(c: ModelConfig, kind: str, what: str) -> float:
 
 
 def init_tensor(p, module: str, c: ModelConfig):
-    """Initialise a parameter. module: the last part of its name without .weight and .bias."""
+    """Initialize a parameter. module: the last part of its name without .weight and .bias."""
     small = 0.1 * c.n_embd ** -0.5
     match module:
         case "norm" | "mixer_norm" | "mlp_norm" | "q_norm" | "k_norm" | "D":
@@ -737,12 +737,12 @@ def init_tensor(p, module: str, c: ModelConfig):
             dt = p.uniform_(math.log(1e-3), math.log(1e-1)).exp()
             p.copy_(dt + (-(-dt).expm1()).log())  # the inverse of softplus: log(e^dt - 1)
         case _:
-            raise ValueError(f"no initialisation rule for {module}")
+            raise ValueError(f"no initialization rule for {module}")
 
 
 @torch.no_grad()
 def init_weights(model: GPT):
-    """Initialise every parameter by its name; one without a rule raises ValueError.
+    """Initialize every parameter by its name; one without a rule raises ValueError.
 
     Matrices that write into the residual stream are 0, so that every block starts as the identity.
     Those that read it are N(0, 1 / fan_in). The embedding is N(0, 1), near the scale that the norms
@@ -845,7 +845,7 @@ def chunked_loss(loss, x, weight, *per_token, vocab_size: int, chunk: int = 1024
 
 
 # --------------------------------------------------------------------------------------------------
-# Terms of the training loss. A step minimises the sum of weight(step) * term(p) over its terms.
+# Terms of the training loss. A step minimizes the sum of weight(step) * term(p) over its terms.
 
 
 @dataclass

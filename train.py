@@ -780,7 +780,7 @@ BYTES_PATTERN = r"[^\n]+|\n"
 
 def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
     """Byte-level byte-pair encoding (Sennrich et al. 2016): start from the 256 bytes and merge the
-    most frequent pair of neighbours, vocab_size - 256 times or until no pair is left. Returns
+    most frequent pair of neighbors, vocab_size - 256 times or until no pair is left. Returns
     {token bytes: rank}; rank is the order of merging, as tiktoken wants it.
 
     A text is cut by model.cut_text, a piece into words by PATTERN; pairs are within the UTF-8 bytes
@@ -798,7 +798,7 @@ def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
     counts = [*counts.values()]
     pairs, where = Counter(), defaultdict(set)  # pair of ids -> its count, indices of its words
     for i, word in enumerate(words):
-        for pair in neighbours(word):
+        for pair in neighbors(word):
             pairs[pair] += counts[i]
             where[pair].add(i)
     heap = [(-n, pair) for pair, n in pairs.items()]  # ties: lowest ids first
@@ -813,8 +813,8 @@ def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
         tokens.append(b"".join(tokens[ord(half)] for half in pair))
         for i in where.pop(pair):
             old, words[i] = words[i], words[i].replace(pair, new)
-            change = Counter(neighbours(words[i]))
-            change.subtract(neighbours(old))
+            change = Counter(neighbors(words[i]))
+            change.subtract(neighbors(old))
             for p, difference in change.items():
                 pairs[p] += difference * counts[i]
                 if difference > 0:
@@ -828,8 +828,8 @@ def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
     return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
 
 
-def neighbours(word: str):
-    """The pairs of neighbours in a word."""
+def neighbors(word: str):
+    """The pairs of neighbors in a word."""
     return map(operator.add, word, word[1:])
 
 
@@ -1430,7 +1430,7 @@ class Config:
                                "1 a fraction of the run; 0: at the end", least=-1,
                                needs="--teacher and another --distill")
     # linearity
-    linearity: str = flag("none", "regularizer that pulls neighbouring residual states together",
+    linearity: str = flag("none", "regularizer that pulls neighboring residual states together",
                           ("none", "cosine", "mse"))
     linearity_weight: float = flag(0.5, "weight of the regularizer (0.5 is the paper's)", least=0,
                                    needs="--linearity")

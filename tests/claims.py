@@ -665,7 +665,7 @@ MAMBA = NARROW + "--mixer=mamba2 --n_layer=6 --ssm_head_dim=32 "
 PRUNED = TEXT + "--n_layer=6 --n_embd=48 "
 CLAIMS["linearity-profile"] = Claim(
     "How linear are blocks, and does it fall over training?",
-    LINEAR + "full score 0.99 between neighbouring layers; it falls over training",
+    LINEAR + "full score 0.99 between neighboring layers; it falls over training",
     {"ours": OVER_TIME, "smollm2": "pretrained smollm2"},
     {"the residual-free score falls from step 100 to 400": "free_fall: ours < 0",
      "the full score at the end is above 0.98": "full: ours > 0.98"},
@@ -674,8 +674,8 @@ CLAIMS["linearity-profile"] = Claim(
      "free": linearity("free_held_out"), "free_100": linearity("free_held_out", 100),
      "free_fall": difference(linearity("free_held_out"), linearity("free_held_out", 100))},
     seeds=5)
-CLAIMS["linearity-regulariser"] = Claim(
-    "Does the regulariser make blocks less linear, and the model better?",
+CLAIMS["linearity-regularizer"] = Claim(
+    "Does the regularizer make blocks less linear, and the model better?",
     LINEAR + "cosine 0.5: the residual-free score falls at every layer; SuperGLUE 43.3 to 46.1",
     {"none": NARROW, "cosine": NARROW + "--linearity=cosine", "mse": NARROW + "--linearity=mse",
      "mamba": MAMBA, "mamba_cosine": MAMBA + "--linearity=cosine"},
@@ -686,7 +686,7 @@ CLAIMS["linearity-regulariser"] = Claim(
     ONE | {"free": linearity("free_held_out"), "full": linearity("full_held_out"),
            "added/stream": linearity("ratio_mean"), "python": python}, seeds=5, gpu=GPU)
 CLAIMS["linearity-prune"] = Claim(
-    "Is a regularised model cheaper to prune?",
+    "Is a regularized model cheaper to prune?",
     LINEAR + "the press release: yes, 10 to 15 % of the blocks go; the most linear ones first",
     {"none": PRUNED, "cosine": PRUNED + "--linearity=cosine"},
     {"removing two of six blocks costs less after cosine": "remove_2: cosine - none < 0",

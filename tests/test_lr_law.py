@@ -55,7 +55,7 @@ def test_a_slice_without_a_minimum_in_the_sweep_says_so(loss):
     assert not fit_slices(runs, 10.0)[0].inside
 
 
-def test_the_basin_is_the_unbroken_valley_and_a_neighbour_on_each_side_of_the_lowest_loss():
+def test_the_basin_is_the_unbroken_valley_and_a_neighbor_on_each_side_of_the_lowest_loss():
     assert lr_law.basin([2.09, 2.2, 2.08, 2.0, 2.05, 2.3, 2.01]) == slice(2, 5)
     assert lr_law.basin([3.0, 2.0, 2.05], 1.0) == slice(0, 3) == lr_law.basin([2.0, 2.05, 2.04])
     steep = [9.0, 2.0, 7.0, 8.0]  # as of few rates, far apart

@@ -365,7 +365,7 @@ def test_grouped_products_on_a_gpu_agree_with_the_loop_in_bf16(expert_hidden, mo
     assert (grouped - looped).norm() < 0.02 * looped.norm()
 
 
-# Initialisation and muP
+# Initialization and muP
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("ratio", [1.0, 8.0], ids=["standard", "mup"])
 def test_initial_weights_have_the_published_scales(tied, ratio):

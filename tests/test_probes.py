@@ -141,7 +141,7 @@ def test_the_profile_reads_the_states_of_each_block_and_can_leave_position_0_out
         assert got[0]["full"] == pytest.approx(r_squared(x, y), abs=1e-6)
 
 
-# Linearity: the regulariser
+# Linearity: the regularizer
 @pytest.mark.exercise("linearity_penalty")
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("kind", ["cosine", "mse"])

@@ -73,8 +73,8 @@ def plain_logsum(student, teacher, power=4.0, eps=1e-5):
     for h in (student, teacher):
         columns = []
         for column in h.reshape(-1, h.shape[-1]).unbind(1):
-            centred = column - column.sum() / len(column)
-            columns.append(centred / ((centred * centred).sum() / len(column) + eps).sqrt())
+            centered = column - column.sum() / len(column)
+            columns.append(centered / ((centered * centered).sum() / len(column) + eps).sqrt())
         normed.append(torch.stack(columns, 1))
     return torch.log(((normed[0] - normed[1]).abs() ** power).mean())
 
@@ -94,7 +94,7 @@ def test_lets_loss_is_minus_the_mean_cosine_over_tokens_in_float32():
 
 
 def interpolation_matrix(d, width):
-    """(width, d): row j reads x_j = max(0, (j + 0.5) d / width - 0.5) between its neighbours i and
+    """(width, d): row j reads x_j = max(0, (j + 0.5) d / width - 0.5) between its neighbors i and
     i + 1."""
     matrix = torch.zeros(width, d, dtype=torch.float64)
     for j in range(width):
@@ -282,7 +282,7 @@ def test_the_distillation_loss_is_the_plain_formula(recipe, V_M, V_T, divergence
     """Over the tokens that both have, with the gradient at the logits; tokens without a target do
     not count."""
     z, v = randn(9, V_M, dtype=torch.float64), randn(9, V_T, seed=1, dtype=torch.float64)
-    z[:, 17:] += 5  # a student's favourite that the teacher does not have
+    z[:, 17:] += 5  # a student's favorite that the teacher does not have
     v[:, 17:] += 5
     targets = random_tokens(9, vocab=17)
     targets[[3, 8]] = IGNORE
@@ -599,7 +599,7 @@ def byte_level(pre=BYTE_LEVEL):
     return t
 
 
-def normalising():
+def normalizing():
     t = byte_level()
     t.normalizer = tokenizers.normalizers.NFC()
     t.add_tokens(["    ", "  "])  # as Pythia's: found before text is cut into pieces
@@ -633,7 +633,7 @@ def odd_documents():
 
 @pytest.mark.parametrize("make, eos", [
     (byte_level, "<|endoftext|>"), (lambda: byte_level(SPLIT), "<|endoftext|>"),
-    (normalising, "<|endoftext|>"), (sentencepiece, "</s>")])
+    (normalizing, "<|endoftext|>"), (sentencepiece, "</s>")])
 def test_a_tokenizer_of_hugging_face_gives_its_own_ids_and_fits_into_a_checkpoint(
         make, eos, tmp_path):
     t = make()
