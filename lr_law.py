@@ -578,7 +578,7 @@ def target_flags(c, lr: float, factors: dict) -> dict:
 
 
 def at_size(c, param: str, size: tuple[int, int], base: tuple[int, int]):
-    """c with this parametrisation, and with this size and base size, both (blocks, width)."""
+    """c with this parametrization, and with this size and base size, both (blocks, width)."""
     import train
     flags = {"param": param, "n_layer": size[0], "n_embd": size[1]}
     if param != "standard":
@@ -612,7 +612,7 @@ def proxy_optimum(path, proxy: str, c) -> tuple[SimpleNamespace, int]:
 
 def transfer_command(a, flags) -> str:
     """muTransfer: the best learning rate of a proxy, and what the rules make of it at the target.
-    The proxy has the base size, where every parametrisation is the standard model."""
+    The proxy has the base size, where every parametrization is the standard model."""
     import train
     c = train_config(flags)
     proxy, size = parse_size("--proxy", a.proxy), parse_size("--target", a.target)
@@ -668,7 +668,7 @@ def coordinate_check(c, steps: int = 5, seeds: int = 1) -> dict[str, float]:
     """RMS over all elements of the change of each kind of activation after `steps` steps at the
     constant learning rate c.lr, mean over seeds.
 
-    Under a parametrisation that transfers it is the same at every size (Yang et al. 2022, appendix
+    Under a parametrization that transfers it is the same at every size (Yang et al. 2022, appendix
     D.1). The text is 4 sequences of 32 random tokens out of 256, the same at every step and size.
     Matrices that write into the stream start at 0: all of the model moves from step 3 on."""
     import train
@@ -700,7 +700,7 @@ def slope(sizes, values) -> float:
 
 
 def coordcheck_command(a, flags) -> str:
-    """The table of coordinate_check over widths and over depths, for each parametrisation."""
+    """The table of coordinate_check over widths and over depths, for each parametrization."""
     c, params = train_config(flags), a.params.split(",")
     widths = numbers("--widths", a.widths, int)
     depths = numbers("--depths", a.depths, int) if a.depths else [c.n_layer]
@@ -1081,14 +1081,14 @@ COMMANDS = {
     "transfer": (transfer_command, "muTransfer from a sweep of a small proxy", {
         "csv": (str, "the proxy's table of runs, made by `sweep`"),
         "--proxy": (str, "LAYERSxWIDTH, the base size"), "--target": (str, "LAYERSxWIDTH"),
-        "--param": (("completep", "mup"), "parametrisation of the target"),
+        "--param": (("completep", "mup"), "parametrization of the target"),
         "--target_tokens": (0.0, "0: the proxy's"), "--target_batch_tokens": (0, "0: the proxy's"),
         "--target_n_head": (0, "0: the proxy's number, of wider heads"),
         "--horizon": (("sqrt", "bjorck", "none"), "rule for another number of steps")}),
     "coordcheck": (coordcheck_command, "how far activations move at each size", {
         "--widths": ("64,128,256,512,1024", "the first is the base"),
         "--depths": ("2,4,8,16,32", "the first is the base; empty: only widths"),
-        "--params": ("standard,mup,completep", "parametrisations"), "--steps": (5, "of training"),
+        "--params": ("standard,mup,completep", "parametrizations"), "--steps": (5, "of training"),
         "--seeds": (2, "to average over")})}
 
 

@@ -476,7 +476,7 @@ def test_every_parameter_has_one_place_and_only_matrices_and_head_decay(optimize
         torch.testing.assert_close(p.detach(), kept * before[name], msg=name)
 
 
-def test_adam_walks_as_in_the_other_form_of_the_same_parametrisation():
+def test_adam_walks_as_in_the_other_form_of_the_same_parametrization():
     """A factor on the output, or a head whose values, rate and decay have it (Yang et al. 2022,
     lemma J.1); likewise 1 / m_L. An epsilon of the size of the gradients, so that it counts."""
     m_N, m_L, lr, decay, eps = 4.0, 3.0, 0.01, 0.3, 0.02
