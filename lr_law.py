@@ -644,7 +644,7 @@ def transfer_command(a, flags) -> str:
 # --------------------------------------------------------------------------------------------------
 # Coordinate check: do activations move as much at every size?
 
-ACTIVATIONS = {"embed": "embedding", "mixer": "attention", "ssm": "ssm", "router": "router",
+ACTIVATIONS = {"embed": "embedding", "attention": "attention", "ssm": "ssm", "router": "router",
                "mlp": "mlp"}  # the kind of activation, by the name of its module
 
 

@@ -262,22 +262,22 @@ class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)): the mixer moves information between tokens, the
     MLP acts on each token by itself. kind is a letter of ModelConfig.kinds(): A, attention; M,
     Mamba-2, which has a gate of its own and no MLP after it; H, the sum of both mixers on the same
-    input. Attention is `self.mixer`, Mamba-2 is `self.ssm`, and what a block lacks is None. Each
-    branch is multiplied by 1 / m_L, see PARAM_RULES."""
+    input. Attention is `self.attention`, Mamba-2 is `self.ssm`, and what a block lacks is None.
+    Each branch is multiplied by 1 / m_L, see PARAM_RULES."""
 
     def __init__(self, c: ModelConfig, kind: str):
         super().__init__()
         self.scale = 1 / c.depth_ratio
         self.mixer_norm = RMSNorm(c.n_embd, c.norm_eps)
-        self.mixer = Attention(c) if kind in "AH" else None
+        self.attention = Attention(c) if kind in "AH" else None
         self.ssm = Mamba2(c) if kind in "MH" else None
         self.mlp_norm = RMSNorm(c.n_embd, c.norm_eps) if kind in "AH" else None
         self.mlp = (MoE(c) if c.n_experts else MLP(c)) if kind in "AH" else None
 
     def forward(self, x, cos, sin, cache=None):
         u = self.mixer_norm(x)
-        if self.mixer is not None:
-            x = torch.add(x, self.mixer(u, cos, sin, cache), alpha=self.scale)
+        if self.attention is not None:
+            x = torch.add(x, self.attention(u, cos, sin, cache), alpha=self.scale)
         if self.ssm is not None:
             x = torch.add(x, self.ssm(u, cache), alpha=self.scale)
         if self.mlp is not None:
@@ -289,7 +289,7 @@ class AffineBlock(nn.Module):
     """x + (W x + b) / m_L for each token by itself. `probes.py prune` puts it in a block's place.
     It starts at W = 0 and b = 0, the identity, and weight decay pulls it back there."""
 
-    mixer = ssm = mlp = None  # the parts of a Block, of which it has none
+    attention = ssm = mlp = None  # the parts of a Block, of which it has none
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -398,7 +398,7 @@ class GPT(nn.Module):
         c, forward = self.config, 2 * self.head.weight.numel() if head else 0
         for b in self.blocks[:blocks]:
             forward += 2 * sum(p.numel() for p in b.parameters() if p.ndim == 2)
-            if b.mixer is not None:
+            if b.attention is not None:
                 forward += 4 * c.n_head * c.head_dim * (length or c.block_size)
             if b.ssm is not None:
                 forward += b.ssm.flops_per_token() + 2 * b.ssm.conv.weight.numel()
@@ -409,9 +409,9 @@ class GPT(nn.Module):
 
 def logical_pieces(model: nn.Module) -> dict[str, list[tuple[str, int]]]:
     """(piece, rows) of each logical matrix that a weight holds, by the weight's name:
-    {"blocks.0.mixer.qkv.weight": [("q", 64), ("k", 32), ("v", 32)], "blocks.0.mixer.o.weight":
-    [("o", 64)], ...}. A stack of experts lists the pieces of expert 0, then those of expert 1, ...
-    """
+    {"blocks.0.attention.qkv.weight": [("q", 64), ("k", 32), ("v", 32)],
+     "blocks.0.attention.o.weight": [("o", 64)], ...}. A stack of experts lists the pieces of
+    expert 0, then those of expert 1, ..."""
     pieces = {"embed.weight": [("embed", model.embed.weight.shape[0])]}
     for name, m in model.named_modules():
         if isinstance(m, Fused):
@@ -1205,6 +1205,9 @@ class HFEncoding:
 # Checkpoints
 
 
+CHECKPOINT_FORMAT = "nanolet-3"  # changes when older checkpoints can no longer be read
+
+
 def checkpoint_file(name) -> str:
     """The checkpoint in a run's folder when `name` is such a folder; any other name as it is."""
     inside = Path(name, "ckpt.pt")
@@ -1259,7 +1262,7 @@ def load_checkpoint(path, device="cpu", flag="") -> dict:
             if damaged := archive.testzip():  # torch.load does not look at the checksums
                 raise ValueError(f"the checksum of {damaged} is wrong")
         ckpt = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(ckpt, dict) or ckpt.get("format") != "nanolet-2":
+        if not isinstance(ckpt, dict) or ckpt.get("format") != CHECKPOINT_FORMAT:
             raise BadInput("not a checkpoint of this version of nanolet")
         check_weights(ckpt["model"], ckpt["model_config"])
         check_tokenizer(ckpt["tokenizer"], ckpt["model_config"]["vocab_size"])
@@ -1308,7 +1311,7 @@ def save_checkpoint(path, state: dict):
     """Writes a checkpoint, whole or not at all. Raises OSError when the disk is full."""
     with written_whole(path) as tmp:
         try:
-            torch.save(state, tmp)
+            torch.save({"format": CHECKPOINT_FORMAT, **state}, tmp)
         except RuntimeError as e:  # torch hides the OSError
             reason = str(e).splitlines()[0][:80]
             raise OSError(errno.ENOSPC, f"not written, disk full? ({reason})") from None

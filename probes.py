@@ -1062,7 +1062,7 @@ def prune_command(a) -> str:
 def write_pruned(path: Path, found: Pruned, tokenizer: dict):
     """Write a checkpoint that is read like any other; training goes on by train.py --init_from."""
     how = {"order": found.order, "arm": found.arm, "blocks": found.blocks}
-    ckpt = {"format": "nanolet-2", "model": found.model.state_dict(), "tokenizer": tokenizer,
+    ckpt = {"model": found.model.state_dict(), "tokenizer": tokenizer,
             "model_config": asdict(found.model.config), "step": 0, "config": {}, "pruned": how}
     save_checkpoint(path, ckpt)
 

@@ -706,11 +706,11 @@ HF_NAMES = {
         "head.weight": "lm_head.weight",
         "blocks": "model.layers",
         "mixer_norm.weight": "input_layernorm.weight",
-        "mixer.qkv.weight":
+        "attention.qkv.weight":
             "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight",
-        "mixer.q_norm.weight": "self_attn.q_norm.weight",
-        "mixer.k_norm.weight": "self_attn.k_norm.weight",
-        "mixer.o.weight": "self_attn.o_proj.weight",
+        "attention.q_norm.weight": "self_attn.q_norm.weight",
+        "attention.k_norm.weight": "self_attn.k_norm.weight",
+        "attention.o.weight": "self_attn.o_proj.weight",
         "mlp_norm.weight": "post_attention_layernorm.weight",
         "mlp.up.weight": "mlp.gate_proj.weight mlp.up_proj.weight",
         "mlp.down.weight": "mlp.down_proj.weight",
@@ -765,8 +765,8 @@ HF_FIXED = {
 
 def hf_names(kind: str, name: str) -> list[str]:
     """The names in transformers of the weight `name` of our GPT: ("llama",
-    "blocks.3.mixer.o.weight") gives ["model.layers.3.self_attn.o_proj.weight"]. kind: the type of
-    model there."""
+    "blocks.3.attention.o.weight") gives ["model.layers.3.self_attn.o_proj.weight"]. kind: the type
+    of model there."""
     names = HF_NAMES["mamba2" if kind == "mamba2" else "attention"]
     if not name.startswith("blocks."):
         return [names[name]]

@@ -365,7 +365,7 @@ class Run:
         self.state = State(**{f.name: checkpoint[f.name] for f in fields(State)})
 
     def save(self):
-        checkpoint = {"format": "nanolet-2", "model": self.model.state_dict(),
+        checkpoint = {"model": self.model.state_dict(),
                       "model_config": asdict(self.model.config), "config": asdict(self.c),
                       "tokenizer": self.data.tokenizer, "optimizers": self.optimizers.state_dict(),
                       "terms": {term.name: term.state_dict() for term in self.terms},

@@ -157,7 +157,7 @@ def test_rms_norm_on_a_cpu_equals_torchs_with_its_first_and_second_derivatives()
 def test_a_mixer_is_a_name_or_a_letter_a_block():
     assert ModelConfig(64, n_layer=3, mixer="hybrid").kinds() == "HHH"
     model = GPT(ModelConfig(64, n_layer=4, mixer="MALH", ssm_head_dim=16, n_embd=32))
-    parts = [(b.mixer is not None, b.ssm is not None, b.mlp is not None) for b in model.blocks]
+    parts = [(b.attention is not None, b.ssm is not None, b.mlp is not None) for b in model.blocks]
     assert parts == [(False, True, False), (True, False, True), (False,) * 3, (True,) * 3]
 
 
@@ -211,7 +211,7 @@ def test_parameters_are_counted_once_and_of_experts_only_the_active_ones():
 def test_logical_pieces_share_out_the_rows_of_every_matrix():
     model = tiny_model(**{**KINDS["hybrid-experts"], "mixer": "HML"}, mlp="swiglu")
     pieces, weights = lib.logical_pieces(model), dict(model.named_parameters())
-    assert pieces["blocks.0.mixer.qkv.weight"] == [("q", 32), ("k", 16), ("v", 16)]
+    assert pieces["blocks.0.attention.qkv.weight"] == [("q", 32), ("k", 16), ("v", 16)]
     assert pieces["blocks.2.affine.weight"] == [("affine", 32)]
     assert [piece for piece, _ in pieces["blocks.0.mlp.up"]] == ["gate", "up"] * 3
     matrices = {n for n, p in weights.items() if p.ndim > 1 and "conv" not in n}
@@ -615,7 +615,7 @@ def test_reading_with_caches_equals_the_whole_forward_pass(kind):
         parts = [logits_of(model, part, caches) for part in idx[:, :sum(cuts)].split(cuts, 1)]
         close(torch.cat(parts, 1), full[:, :sum(cuts)], 1e-6)
         sizes.add(sum(t.numel() for t in vars(caches[0]).values() if torch.is_tensor(t)))
-    assert (len(sizes) == 1) == (model.blocks[0].mixer is None)
+    assert (len(sizes) == 1) == (model.blocks[0].attention is None)
     a, b, c = (generate(model, idx[:, :3], 40, 0.7, 20, 0.9, seed=seed, use_cache=use)
                for seed, use in ((3, True), (3, False), (4, True)))
     assert a.shape == (2, 43) and torch.equal(a, b) and not torch.equal(a, c)
@@ -686,7 +686,7 @@ def test_a_tokenizer_survives_json_and_its_id_is_of_what_it_does():
 @pytest.fixture
 def checkpoint(tmp_path):
     model, enc = tiny_model(vocab_size=261, mixer="MA", n_layer=2), small_encoding()
-    torch.save({"format": "nanolet-2", "model": model.state_dict(),
+    torch.save({"format": "nanolet-3", "model": model.state_dict(),
                 "model_config": asdict(model.config), "tokenizer": lib.tokenizer_to_dict(enc)},
                tmp_path / "ckpt.pt")
     return tmp_path / "ckpt.pt"
@@ -760,7 +760,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
         def __reduce__(self):
             return open, (str(proof), "w")
 
-    torch.save({"format": "nanolet-2", "model": Trap()}, path)
+    torch.save({"format": "nanolet-3", "model": Trap()}, path)
     torch.load(path, weights_only=False)
     assert proof.exists(), "the trap works"
     proof.unlink()

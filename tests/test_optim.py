@@ -472,7 +472,7 @@ def test_every_parameter_has_one_place_and_only_matrices_and_head_decay(optimize
             lr = 0.3
         assert groups[name]["lr"] == pytest.approx(lr), name
         decays = p.ndim > 1 and name != "embed.weight" and "conv" not in name
-        kept = 1 - decays * lr * (0.1 if ".mixer." in name else 0.5)
+        kept = 1 - decays * lr * (0.1 if ".attention." in name else 0.5)
         torch.testing.assert_close(p.detach(), kept * before[name], msg=name)
 
 

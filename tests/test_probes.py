@@ -128,7 +128,7 @@ def test_rank_deficient_and_ill_conditioned_states_are_solved():
 def test_the_profile_reads_the_states_of_each_block_and_can_leave_position_0_out():
     model, batches = tiny_model(n_layer=3), token_batches(6, length=32)
     with torch.no_grad():  # this block adds nothing
-        for p in (model.blocks[1].mixer.o.weight, model.blocks[1].mlp.down.weight):
+        for p in (model.blocks[1].attention.o.weight, model.blocks[1].mlp.down.weight):
             p.zero_()
     for first in (0, 1):
         got = probes.linearity_profile(model, batches, skip_first=first == 1)
@@ -293,7 +293,7 @@ def test_distilling_comes_nearer_to_the_whole_model_and_moves_only_what_it_may(e
     assert all(torch.equal(v, before[k]) for k, v in replaced.state_dict().items()), "a copy moves"
     moved = {k for k, v in distilled.state_dict().items() if not torch.equal(v, before[k])}
     if everything:
-        assert {"embed.weight", "blocks.0.mixer.o.weight", "blocks.3.mlp.down.weight"} < moved
+        assert {"embed.weight", "blocks.0.attention.o.weight", "blocks.3.mlp.down.weight"} < moved
     else:
         assert moved == {"blocks.1.affine.weight", "blocks.1.affine.bias"}
 
@@ -314,7 +314,7 @@ def text(tmp_path, corpus):
 
 
 def save_untrained(model, config, path):
-    torch.save({"format": "nanolet-2", "model": model.state_dict(), "step": 0,
+    torch.save({"format": "nanolet-3", "model": model.state_dict(), "step": 0,
                 "model_config": vars(model.config), "config": vars(config),
                 "tokenizer": train_module.make_tokenizer_for(config, ())}, path)
 
@@ -803,7 +803,7 @@ def test_weight_scales_are_root_mean_squares_by_piece_expert_by_expert():
     W = {name: 2 * p.detach() for name, p in model.named_parameters() if "qkv" in name}
     got = probes.weight_scales(model, SimpleNamespace(W=W))["weights"]
     assert {*got} == {"embed", "q", "k", "v", "o", "gate", "up", "down", "head"}
-    q = torch.stack([b.mixer.qkv.weight[:32] for b in model.blocks]).detach().double().numpy()
+    q = torch.stack([b.attention.qkv.weight[:32] for b in model.blocks]).detach().double().numpy()
     rms = np.sqrt((q ** 2).mean())
     assert got["q"]["rms_effective"] == pytest.approx(rms, rel=1e-5)
     assert got["q"]["rms"] == pytest.approx(2 * rms, rel=1e-5)
