@@ -4,14 +4,13 @@ import functools
 import json
 import math
 import random
-import time
 from dataclasses import asdict, replace
 
 import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
-from conftest import run_python, same, tiny_model
+from conftest import randn, random_tokens, run_python, same, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,10 +23,6 @@ HYBRID = {**SSM, "mixer": "hybrid"}
 KINDS = {"mamba2": SSM, "hybrid": HYBRID, "pattern": {**SSM, "mixer": "MAH"},
          "experts": dict(n_experts=4, experts_per_token=2),
          "hybrid-experts": {**HYBRID, "n_experts": 3}}
-
-
-def random_tokens(*shape, vocab=97, seed=1):
-    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def logits_of(model, idx, caches=None):
@@ -81,8 +76,7 @@ def test_rope_tables_hold_the_angles_of_every_position_and_pair(length, D, base)
 @pytest.mark.exercise("rotate")
 def test_a_rotation_is_a_product_of_complex_numbers():
     """Pair j of position t is a + ib, multiplied by exp(i angle)."""
-    g = torch.Generator().manual_seed(0)
-    x, angle = torch.randn(2, 5, 3, 8, generator=g), 3 * torch.randn(5, 1, 4, generator=g)
+    x, angle = randn(2, 5, 3, 8), 3 * randn(5, 1, 4, seed=1)
     cos = torch.cat((angle.cos(), angle.cos()), -1)
     sin = torch.cat((-angle.sin(), angle.sin()), -1)
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(5, 1, 4), angle)
@@ -138,10 +132,9 @@ def test_attention_is_that_of_a_loop_over_queries_also_behind_a_cache(kw, monkey
 
 @pytest.mark.exercise("RMSNormOnCPU.backward")
 def test_rms_norm_on_a_cpu_equals_torchs_with_its_first_and_second_derivatives():
-    g = torch.Generator().manual_seed(0)
     norm = lib.RMSNorm(6, 1e-6).double()
-    norm.weight.data.uniform_(0.5, 1.5, generator=g)
-    x = torch.randn(2, 3, 6, dtype=torch.float64, generator=g, requires_grad=True)
+    norm.weight.data = randn(6, dtype=torch.float64).exp()
+    x = randn(2, 3, 6, dtype=torch.float64, seed=1).requires_grad_()
     x.data[0, 0] *= 1e-4  # where eps matters
     assert "RMSNormOnCPU" in type(norm(x).grad_fn).__name__
     results = []
@@ -161,10 +154,7 @@ def test_a_mixer_is_a_name_or_a_letter_a_block():
     assert parts == [(False, True, False), (True, False, True), (False,) * 3, (True,) * 3]
 
 
-def test_a_wrong_mixer_a_long_context_and_a_weight_without_a_rule_are_refused_by_name():
-    for mixer in ("MA", "MXAA", "mamba"):
-        with pytest.raises(ValueError, match=mixer):
-            GPT(ModelConfig(64, n_layer=4, mixer=mixer))
+def test_a_long_context_and_a_weight_without_a_rule_are_refused_by_name():
     model = tiny_model()
     with pytest.raises(ValueError, match="33.*32"):
         model(random_tokens(1, 33))
@@ -186,8 +176,6 @@ def test_flops_per_token_are_those_that_torch_counts(kind):
     idx, outside = random_tokens(2, 32), 0  # outside: what only one of the two counts
     forward = counted_flops(lambda: logits_of(model, idx))
     both = counted_flops(lambda: model.loss(model(idx)[0], idx).backward())
-    with torch.no_grad():  # no gradient of the head
-        assert counted_flops(lambda: model.loss(model(idx)[0], idx)) == forward
     for m in model.moes():  # rows that fill up to a multiple of 128
         rows = sum(-int(n) % 128 for n in m.counts)
         outside -= 2 * (m.up[0].numel() + m.down[0].numel()) * rows
@@ -316,19 +304,11 @@ def test_weights_in_bf16_leave_the_decays_in_float32():
 
 
 # Experts
-def experts(E=4, k=2, mlp="swiglu"):
-    torch.manual_seed(0)
-    moe = lib.MoE(ModelConfig(97, n_embd=16, n_experts=E, experts_per_token=k, expert_hidden=24,
-                          mlp=mlp)).double()
-    for p in moe.parameters():
-        p.data.normal_(std=0.4)
-    return moe
-
-
 @pytest.mark.parametrize("E, k", [(4, 2), (5, 1), (3, 3)])
 def test_experts_and_their_gradients_are_those_of_a_loop_over_tokens(E, k):
-    moe, x = experts(E, k), torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
-    inputs, weights = [x, *moe.parameters()], torch.randn(2, 7, 16, dtype=torch.float64)
+    moe = tiny_model(n_experts=E, experts_per_token=k, mlp="swiglu").blocks[0].mlp.double()
+    x, weights = (randn(2, 7, 32, seed=i, dtype=torch.float64) for i in range(2))
+    inputs = [x.requires_grad_(), *moe.parameters()]
     got = torch.autograd.grad((moe(x) * weights).sum(), inputs)
     rows, counts = [], [0] * E
     for token in x.flatten(0, 1):
@@ -341,7 +321,7 @@ def test_experts_and_their_gradients_are_those_of_a_loop_over_tokens(E, k):
         rows.append(y)
     expected = torch.autograd.grad((torch.stack(rows).view_as(x) * weights).sum(), inputs)
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        close(a, b, 1e-4)  # the router is in float32
     assert moe.counts.tolist() == counts
 
 
@@ -379,13 +359,10 @@ def test_initial_weights_have_the_published_scales(tied, ratio):
                 "qkv": 1 / 16, "up": 1 / 16, "down": 0.0, "out": 0.0}
     for name, p in model.named_parameters():
         part = name.removesuffix(".weight").split(".")[-1]
-        if part == "in_proj":
-            z, x, B, C, dt = p.split((512, 512, 64, 64, 32))
-            for piece in (z, x, dt):
-                assert piece.std().item() == pytest.approx(1 / 16, rel=0.03)
-            for piece in (B, C):
-                scale = 1 / 16 if ratio == 1 else 32 ** -0.5 / 8
-                assert piece.std().item() == pytest.approx(scale, rel=0.03)
+        if part == "in_proj":  # its pieces z, x, B, C and dt
+            found = [piece.std().item() for piece in p.split((512, 512, 64, 64, 32))]
+            BC = 1 / 16 if ratio == 1 else 32 ** -0.5 / 8
+            assert found == pytest.approx([1 / 16, 1 / 16, BC, BC, 1 / 16], rel=0.03)
         elif part in expected:
             assert p.std().item() == pytest.approx(expected[part], rel=0.06), name
             assert p.mean().abs() <= 0.1 * p.std(), name
@@ -434,11 +411,9 @@ def test_mup_is_a_standard_model_with_the_scales_in_its_weights(kw):
 # The loss over the vocabulary and its terms
 def loss_problem(dtype=torch.float64, padding=31.0, rows=23, vocab=97):
     """(x, weight, targets): rows of tokens and 31 of padding, a third of targets not counted."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, 16, generator=g, dtype=torch.float64)
-    w = torch.randn(vocab + 31, 16, generator=g, dtype=torch.float64)
+    x, w = (randn(n, 16, seed=n, dtype=torch.float64) for n in (rows, vocab + 31))
     w[vocab:] *= padding
-    targets = torch.randint(vocab, (rows,), generator=g)
+    targets = random_tokens(rows, vocab=vocab)
     targets[::3] = IGNORE
     return x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_(), targets
 
@@ -462,35 +437,30 @@ def test_the_chunked_loss_and_its_gradients_equal_the_plain_form(chunk, padding,
 @pytest.mark.exercise("chunked_loss")
 @pytest.mark.parametrize("rows, vocab, chunk", [(23, 97, 5), (150, 8_990, 100)])
 def test_any_loss_on_logits_runs_in_chunks_with_its_further_values(rows, vocab, chunk):
-    """With another tensor per token, and a value to be logged. Few logits are held at once."""
-    sizes = []
+    """With another tensor per token, and a value to be logged. Few logits are held at once. Where
+    no gradient is asked for, no graph is built."""
+    seen = []
 
     def loss_of(logits, weights, targets):
-        sizes.append(tuple(logits.shape))
+        seen.append((*logits.shape, logits.requires_grad))
         chosen = logits.gather(1, targets.clamp(min=0)[:, None]).sum()
         return (weights[:, None] * logits.sin()).square().sum(), {"chosen": chosen}
 
     x, w, targets = loss_problem(rows=rows, vocab=vocab)
     weights = torch.rand(rows, dtype=torch.float64)
     loss, named = chunked_loss(loss_of, x, w, weights, targets, vocab_size=vocab, chunk=chunk)
-    assert all(n <= chunk and V == vocab for n, V in sizes)
+    assert all(n <= chunk and V == vocab for n, V, _ in seen)
     plain, expected = loss_of(x @ w[:vocab].T, weights, targets)
     torch.testing.assert_close((loss, named["chosen"]), (plain, expected["chosen"].detach()))
+    with torch.no_grad():
+        alone, _ = chunked_loss(loss_of, x, w, weights, targets, vocab_size=vocab, chunk=chunk)
+    assert alone == loss and not alone.requires_grad and not seen[-1][2]
     both = [torch.autograd.grad(v, (x, w), retain_graph=True) for v in (loss, plain)]
     for a, b in zip(*both, strict=True):
         torch.testing.assert_close(a, b)
     for i, (a, b) in enumerate(((x, w.detach()), (x.detach(), w))):  # one of them is frozen
         loss, _ = chunked_loss(loss_of, a, b, weights, targets, vocab_size=vocab)
         torch.testing.assert_close(torch.autograd.grad(loss, (x, w)[i])[0], both[1][i])
-
-
-@pytest.mark.exercise("chunked_loss")
-@torch.no_grad()
-def test_the_chunked_loss_builds_no_graph_where_no_gradient_is_asked_for():
-    x, w, targets = loss_problem()
-    loss, _ = chunked_loss(lambda logits, targets: logits.sum() * (1 - logits.requires_grad),
-                           x, w, targets, vocab_size=97)
-    assert not loss.requires_grad and loss.item() == pytest.approx((x @ w[:97].T).sum().item())
 
 
 @pytest.mark.exercise("chunked_loss")
@@ -584,24 +554,18 @@ def test_log_likelihoods_in_batches_are_those_of_one_sequence_at_a_time(kind):
 
 
 # Sampling
-def plainly_generated(model, idx, n):
-    """The likeliest tokens, each from a forward pass over the context, without a cache."""
-    size, start = model.config.block_size, max(0, idx.shape[1] - model.config.block_size)
-    for _ in range(n):
-        if idx.shape[1] - start > size:
-            start = idx.shape[1] - max(1, size // 2)
+@pytest.mark.parametrize("batch, prompt", [(3, 5), (1, 16), (2, 20)])
+@torch.no_grad()
+def test_greedy_generation_is_the_likeliest_token_of_whole_forward_passes(batch, prompt):
+    """A context of 16 tokens that is full starts anew with its last half."""
+    model, idx, start = tiny_model(block_size=16), random_tokens(batch, prompt), max(0, prompt - 16)
+    found = [generate(model, idx, 30, temperature=0, use_cache=use) for use in (True, False)]
+    for _ in range(30):
+        if idx.shape[1] - start > 16:
+            start = idx.shape[1] - 8
         last = logits_of(model, idx[:, start:])[:, -1]
         idx = torch.cat((idx, last.argmax(-1, keepdim=True)), dim=1)
-    return idx
-
-
-@pytest.mark.parametrize("batch, prompt, block_size", [(3, 5, 16), (1, 16, 16), (2, 20, 16)])
-@torch.no_grad()
-def test_greedy_generation_equals_whole_forward_passes(batch, prompt, block_size):
-    model, idx = tiny_model(block_size=block_size), random_tokens(batch, prompt)
-    expected = plainly_generated(model, idx, 30)
-    assert torch.equal(generate(model, idx, 30, temperature=0), expected)
-    assert torch.equal(generate(model, idx, 30, temperature=0, use_cache=False), expected)
+    assert torch.equal(found[0], idx) and torch.equal(found[1], idx)
 
 
 @pytest.mark.parametrize("kind", ["attention", *KINDS])
@@ -683,23 +647,26 @@ def test_a_tokenizer_survives_json_and_its_id_is_of_what_it_does():
     assert len({lib.tokenizer_id({**d, **change}) for change in changes}) == 4
 
 
+SAVED = dict(vocab_size=261, mixer="MA", n_layer=2)
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
-    model, enc = tiny_model(vocab_size=261, mixer="MA", n_layer=2), small_encoding()
+    model, enc = tiny_model(**SAVED), small_encoding()
     torch.save({"format": "nanolet-3", "model": model.state_dict(),
                 "model_config": asdict(model.config), "tokenizer": lib.tokenizer_to_dict(enc)},
                tmp_path / "ckpt.pt")
     return tmp_path / "ckpt.pt"
 
 
-def test_a_checkpoint_gives_the_model_back(checkpoint):
-    model = lib.model_from_checkpoint(lib.load_checkpoint(checkpoint))
-    saved = tiny_model(vocab_size=261, mixer="MA", n_layer=2)
-    assert model.config == saved.config
-    assert same(dict(model.named_parameters()), dict(saved.named_parameters()))
+class Trap:
+    """Read without care, it writes a file."""
+
+    def __reduce__(self):
+        return open, ("proof", "w")
 
 
-NOT_CHECKPOINTS = {  # by an expression of the checkpoint c, or by the file's bytes
+NOT_CHECKPOINTS = {  # by an expression of the checkpoint c
     **{f"{name}={value}": f"c['model_config'].update({name}={value})" for name, values in {
         "n_embd": (64, 0, 10**9, "'x'"), "n_layer": (1, 10**9), "vocab_size": (0, 10**9),
         "block_size": (-1, 10**12), "mixer": ("'AA'", "'MAX'", 3), "n_head": (5, 0),
@@ -717,28 +684,23 @@ NOT_CHECKPOINTS = {  # by an expression of the checkpoint c, or by the file's by
     "no end of text": "c['tokenizer'].update(special={})",
     "a large token": "c['tokenizer'].update(special={'<|endoftext|>': 10**6})",
     "no tokenizer.json": "c['tokenizer'].update(json='{')",
-    "an older one": "c.update(format='nanolet-1')", "an object": "c.update(model=random.Random(0))",
-    "empty": b"", "random": random.Random(1).randbytes(1000), "a few bytes": b"\x80\x02"}
+    "an older one": "c.update(format='nanolet-1')", "code that is run": "c.update(model=Trap())"}
 
 
 @pytest.mark.parametrize("change", NOT_CHECKPOINTS.values(), ids=NOT_CHECKPOINTS)
-def test_a_file_that_is_no_whole_checkpoint_is_refused_by_flag_and_name(checkpoint, change):
-    if isinstance(change, bytes):
-        checkpoint.write_bytes(change)
-    else:
-        ckpt = lib.load_checkpoint(checkpoint)
-        eval(change, {"c": ckpt, "math": math, "torch": torch, "random": random})
-        torch.save(ckpt, checkpoint)
-    start = time.process_time()
-    with pytest.raises(BadInput, match="--resume=.*ckpt.pt: ") as error:
-        lib.load_checkpoint(checkpoint, flag="--resume=")
-    assert "\n" not in str(error.value) and time.process_time() - start < 10
+def test_a_checkpoint_whose_parts_do_not_fit_is_refused_by_name(checkpoint, change, refused):
+    ckpt = lib.load_checkpoint(checkpoint)
+    eval(change, {"c": ckpt, "math": math, "torch": torch, "Trap": Trap})
+    torch.save(ckpt, checkpoint)
+    assert "ckpt.pt: " in refused(lib.main, checkpoint)
 
 
-def test_no_damaged_byte_of_a_checkpoint_goes_unseen(checkpoint):
+def test_a_checkpoint_gives_the_model_back_and_no_damaged_byte_goes_unseen(checkpoint):
     """In the weights, which torch.load reads without a look at the sums, and anywhere. What still
     loads is the same checkpoint: a file has some bytes of padding."""
     whole, content = lib.load_checkpoint(checkpoint), checkpoint.read_bytes()
+    saved, back = tiny_model(**SAVED), lib.model_from_checkpoint(whole)
+    assert back.config == saved.config and same(back.state_dict(), saved.state_dict())
     weight, rng = whole["model"]["embed.weight"].numpy().tobytes(), random.Random(0)
     begin = content.index(weight)
     places = [begin + rng.randrange(len(weight)) for _ in range(10)]
@@ -748,25 +710,6 @@ def test_no_damaged_byte_of_a_checkpoint_goes_unseen(checkpoint):
             assert same(lib.load_checkpoint(checkpoint), whole) and at not in places
         except BadInput:
             pass
-    checkpoint.write_bytes(content[:len(content) // 2])
-    with pytest.raises(BadInput, match="ckpt.pt"):
-        lib.load_checkpoint(checkpoint)
-
-
-def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    path, proof = tmp_path / "evil.pt", tmp_path / "proof"
-
-    class Trap:
-        def __reduce__(self):
-            return open, (str(proof), "w")
-
-    torch.save({"format": "nanolet-3", "model": Trap()}, path)
-    torch.load(path, weights_only=False)
-    assert proof.exists(), "the trap works"
-    proof.unlink()
-    with pytest.raises(BadInput, match="evil.pt"):
-        lib.load_checkpoint(path)
-    assert not proof.exists()
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
@@ -785,19 +728,13 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
 @pytest.mark.parametrize("error, code, said", [
     ("BadInput('--x=1: no')", 2, "--x=1: no"), ("Failed('it broke')", 1, "it broke"),
     ("OSError(28, 'No space left', 'a/file')", 1, "a/file")])
-def test_a_command_ends_with_one_line_and_a_code(error, code, said):
-    p = run_python("-c", f"from model import *\ndef main(_):\n    raise {error}\ncommand(main)")
-    assert (p.returncode, p.stdout) == (code, "")
+def test_a_failed_command_ends_with_a_line_and_a_code_and_what_cannot_be_printed_is_a_question_mark(
+        error, code, said):
+    main = f"    print('a \\u5317\\u4eac \\udcff.')\n    raise {error}"
+    p = run_python("-c", f"from model import *\ndef main(_):\n{main}\ncommand(main)",
+                   env={"PYTHONIOENCODING": "ascii:strict"})
+    assert (p.returncode, p.stdout) == (code, "a ?? ?.\n")
     assert said in p.stderr and len(p.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii:strict", "utf-8"])
-def test_what_the_terminal_cannot_print_is_a_question_mark(encoding):
-    main = r"lambda _: print('a \u5317\u4eac \udcff.')"
-    p = run_python("-c", f"import model\nmodel.command({main})",
-                   env={"PYTHONIOENCODING": encoding})
-    lost = "\u5317\u4eac" if encoding == "utf-8" else "??"
-    assert (p.returncode, p.stdout) == (0, f"a {lost} ?.\n"), p.stderr
 
 
 def test_a_folder_is_held_by_one_process_and_only_its_holder_removes_dead_files(tmp_path,
