@@ -5,6 +5,7 @@ import json
 import math
 import random
 from dataclasses import asdict, replace
+from operator import itemgetter
 
 import pytest
 import tiktoken
@@ -645,6 +646,21 @@ def test_a_tokenizer_survives_json_and_its_id_is_of_what_it_does():
     swapped = {**d["ranks"], b"th".hex(): 257, b"the".hex(): 256}
     changes = ({}, {"pattern": r"\w+|\W"}, {"special": {"<|end|>": 260}}, {"ranks": swapped})
     assert len({lib.tokenizer_id({**d, **change}) for change in changes}) == 4
+
+
+def test_json_lines_are_read_and_a_wrong_one_is_refused_by_its_number(tmp_path):
+    """A byte order mark and blank lines count for nothing but the number of a line. Line ends of
+    Unicode within strings do not end it, and lone surrogates are read."""
+    path = tmp_path / "a.jsonl"
+    for end in ("\n", "\r\n"):
+        line = '{"a": "b\u2028c \\ud83d"}' + end
+        text = f"{line} {end}{end}{line}"
+        path.write_text(text, encoding="utf-8-sig", newline="")
+        assert lib.read_json_lines(path, itemgetter("a")) == ["b\u2028c \ud83d"] * 2
+        for wrong in ("{", "[1]", "{}", "1", "[" * 100_000):
+            path.write_text(text + wrong, encoding="utf-8-sig", newline="")
+            with pytest.raises(BadInput, match=r"--task=.*a.jsonl\W+line 5\b"):
+                lib.read_json_lines(path, itemgetter("a"), "--task=")
 
 
 SAVED = dict(vocab_size=261, mixer="MA", n_layer=2)
