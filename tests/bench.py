@@ -1,6 +1,7 @@
 """Benchmarks: what a training step costs, beside a peer. Nothing here asserts; it prints.
 
     python tests/bench.py [PART ...] [--json]          # every part but tests and gpu
+    python tests/bench.py nanogpt let race --write     # and write tests/results/cpu.md
     python tests/bench.py gpu [--scale=cpu]            # the script for a GPU, or its toy on a CPU
 
 Parts
@@ -28,6 +29,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -660,13 +662,22 @@ def run_part(bench, part: str, limit: float, ranks=0) -> str:
     return last if code else ""
 
 
-def write_results(bench):
-    """tests/results/gpu.md: a table for each kind of row of each part."""
-    text = [f"""# Speed on a GPU
+def processor(devices) -> str:
+    info = Path("/proc/cpuinfo")
+    if devices.device.type != "cpu" or not info.exists():
+        return devices.name()
+    found = re.search(r"model name\s*: (.*)", info.read_text())
+    return f"{found[1] if found else 'a CPU'}, {torch.get_num_threads()} thread(s)"
 
-{bench.devices.name()}, torch {torch.__version__}, Python {sys.version.split()[0]}; written by
-`python tests/bench.py gpu`. Medians. ms: wall time; cpu_ms: of the host; ratio: over the first row
-of a comparison, whose functions took turns.
+
+def write_results(bench):
+    """tests/results/gpu.md or cpu.md: a table for each kind of row of each part."""
+    name = "gpu" if bench.cuda else "cpu"
+    text = [f"""# Speed on a {name.upper()}
+
+{processor(bench.devices)}, torch {torch.__version__}, Python {sys.version.split()[0]}; written by
+`{' '.join(['python tests/bench.py', *sys.argv[1:]])}`. Medians. ms: wall time; cpu_ms: of this
+process, on all its threads; ratio: over the first row of a comparison, whose functions took turns.
 """]
     tables = {}
     for row in bench.rows:
@@ -675,7 +686,7 @@ of a comparison, whose functions took turns.
         table = [columns, ["---"] * len(columns), *(
             [readable(row[k]).replace("|", "\\|") for k in columns] for row in rows)]
         text += [f"## {part}", ""] + [f"| {' | '.join(cells)} |" for cells in table] + [""]
-    path = ROOT / "tests" / "results" / "gpu.md"
+    path = ROOT / "tests" / "results" / f"{name}.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(text))
 
@@ -692,6 +703,7 @@ def main(argv):
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help="default: all but tests and gpu")
     add("--json", action="store_true", help="one object a line")
+    add("--write", action="store_true", help="also write tests/results/cpu.md, on a GPU gpu.md")
     add("--seconds", type=float, help="of measuring, for each comparison")
     add("--scale", choices=SCALES, help="train.py's defaults, 124M (default with CUDA), or a toy")
     add("--device", default="auto")
@@ -718,6 +730,8 @@ def main(argv):
     for part in args.parts or [part for part in PARTS if part not in ("tests", "gpu")]:
         bench.part = part
         PARTS[part](bench)
+    if args.write:
+        write_results(bench)
 
 
 if __name__ == "__main__":
