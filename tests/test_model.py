@@ -235,8 +235,9 @@ def head_by_head(x, dt, A, B, C, h):
     return torch.stack(ys, 1).view(x.shape), torch.stack(states, 1)
 
 
-def assert_is_the_definition(form, T, G, state):
-    """Results and gradients of form(x, dt, A, B, C, state) are those of head_by_head."""
+def assert_is_the_definition(form, T, G, state, tolerance):
+    """Results and gradients of form(x, dt, A, B, C, state) are those of head_by_head. With x, B and
+    C in bf16 y is in bf16 too, and the state in float32 and within the tolerance."""
     weights, results = scan_inputs(T, G, True, seed=7), []
     for one in (form, head_by_head):
         inputs = scan_inputs(T, G, state)
@@ -245,6 +246,12 @@ def assert_is_the_definition(form, T, G, state):
         results.append((y, h, *(t.grad for t in inputs[:5 + state])))
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() <= 1e-9 * b.norm()
+    x, dt, A, B, C, before = (t.detach().float() for t in scan_inputs(T, G, state))
+    x, B, C = x.bfloat16(), B.bfloat16(), C.bfloat16()
+    y, h = form(x, dt, A, B, C, before if state else None)
+    right, end = head_by_head(*(t.double() for t in (x, dt, A, B, C, before)))
+    assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
+    assert (y - right).norm() < 0.02 * right.norm() and (h - end).norm() < tolerance * end.norm()
 
 
 SCANS = [(1, 1, True), (3, 2, False), (8, 2, True), (9, 1, False), (47, 2, True), (47, 1, False)]
@@ -253,39 +260,22 @@ SCANS = [(1, 1, True), (3, 2, False), (8, 2, True), (9, 1, False), (47, 2, True)
 @pytest.mark.exercise("ssd_recurrence")
 @pytest.mark.parametrize("T, G, state", SCANS)
 def test_the_recurrence_of_mamba2_is_a_loop_over_tokens_and_heads(T, G, state):
-    assert_is_the_definition(lib.ssd_recurrence, T, G, state)
-
-
-@pytest.mark.exercise("ssd_recurrence")
-def test_the_recurrence_keeps_the_state_in_the_dtype_of_dt_and_y_in_that_of_x():
-    """Whatever the dtype of x, B and C; a decay in bf16 would be off by far more."""
-    x, dt, A, B, C, state = scan_inputs(64, 2, True)
-    low = [t.bfloat16() for t in (x, B, C)]
-    y, h = lib.ssd_recurrence(low[0], dt.float(), A.float(), *low[1:], state.float())
-    expected, end = head_by_head(*(t.double() for t in (low[0], dt, A, *low[1:], state)))
-    assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
-    torch.testing.assert_close(h.double(), end, rtol=1e-4, atol=1e-4)
-    assert (y - expected).norm() < 0.01 * expected.norm()
+    assert_is_the_definition(lib.ssd_recurrence, T, G, state, 1e-5)
 
 
 @pytest.mark.exercise("ssd")
 @pytest.mark.parametrize("T, G, state", SCANS)
 def test_the_scan_in_chunks_is_a_loop_over_tokens_and_heads(T, G, state):
-    assert_is_the_definition(lambda *a: lib.ssd(*a[:5], 8, a[5]), T, G, state)
+    assert_is_the_definition(lambda *a: lib.ssd(*a[:5], 8, a[5]), T, G, state, 0.02)
 
 
 @pytest.mark.exercise("ssd")
 @torch.no_grad()
 def test_the_scan_in_chunks_is_made_of_the_products_that_its_docstring_counts():
-    """Of about b T (2 Q N G + 2 Q P H + 4 P N H) FLOPs; in bf16, with decays in float32."""
-    inputs = scan_inputs(64, 2, False)[:5]
-    flops = counted_flops(lambda: lib.ssd(*inputs, 16))
+    """Of about b T (2 Q N G + 2 Q P H + 4 P N H) FLOPs."""
+    flops = counted_flops(lambda: lib.ssd(*scan_inputs(64, 2, False)[:5], 16))
     counted = 2 * 64 * (2 * 16 * 5 * 2 + 2 * 16 * 3 * 4 + 4 * 3 * 5 * 4)
     assert 0.5 * counted < flops < 2 * counted
-    x, dt, A, B, C = inputs
-    low, _ = lib.ssd(x.bfloat16(), dt.float(), A.float(), B.bfloat16(), C.bfloat16(), 16)
-    y, _ = head_by_head(*inputs, scan_inputs(64, 2, False)[5])
-    assert low.dtype == torch.bfloat16 and (low - y).norm() < 0.02 * y.norm()
 
 
 @torch.no_grad()
@@ -420,18 +410,23 @@ def loss_problem(dtype=torch.float64, padding=31.0, rows=23, vocab=97):
 
 
 @pytest.mark.exercise("chunked_loss")
-@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=str)
+@pytest.mark.parametrize("dtype, autocast, tolerance", [
+    (torch.float64, False, 1e-12), (torch.float32, False, 3e-6), (torch.float32, True, 0.02)])
 @pytest.mark.parametrize("padding", [0.0, 1e4])
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_the_chunked_loss_and_its_gradients_equal_the_plain_form(chunk, padding, dtype, tol):
+def test_the_chunked_loss_and_its_gradients_equal_the_plain_form(
+        chunk, padding, dtype, autocast, tolerance):
+    """Under autocast products are in bf16, off by about 1 %; the softmax is in float32."""
     x, w, targets = loss_problem(dtype, padding)
-    loss, named = chunked_loss(next_token_loss, x, w, targets, vocab_size=97, chunk=chunk)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, named = chunked_loss(next_token_loss, x, w, targets, vocab_size=97, chunk=chunk)
     dx, dw = torch.autograd.grad(3 * loss, (x, w))
     plain = F.cross_entropy(x @ w[:97].T, targets, reduction="sum")
     assert loss.dtype == dx.dtype == dw.dtype == dtype and named == {}
-    torch.testing.assert_close(loss, plain, atol=tol, rtol=tol)
+    assert (loss - plain).abs() <= 0.5 * tolerance * plain
+    assert autocast == ((loss - plain).abs() > 1e-5 * plain), "bf16 or not"
     for a, b in zip((dx, dw), torch.autograd.grad(3 * plain, (x, w)), strict=True):
-        torch.testing.assert_close(a, b, atol=3 * 16 * tol, rtol=10 * tol)
+        assert (a - b).norm() <= tolerance * b.norm()
     assert (dw[97:] == 0).all() and (dx[targets == IGNORE] == 0).all()
 
 
@@ -462,19 +457,6 @@ def test_any_loss_on_logits_runs_in_chunks_with_its_further_values(rows, vocab, 
     for i, (a, b) in enumerate(((x, w.detach()), (x.detach(), w))):  # one of them is frozen
         loss, _ = chunked_loss(loss_of, a, b, weights, targets, vocab_size=vocab)
         torch.testing.assert_close(torch.autograd.grad(loss, (x, w)[i])[0], both[1][i])
-
-
-@pytest.mark.exercise("chunked_loss")
-def test_the_chunked_loss_in_bf16_stays_near_fp32():
-    """bf16 has 8 bits: products are off by about 1 %, the loss by less. The softmax is in fp32."""
-    x, w, targets = loss_problem(torch.float32)
-    plain = F.cross_entropy(x @ w[:97].T, targets, reduction="sum")
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = chunked_loss(next_token_loss, x, w, targets, vocab_size=97, chunk=7)
-    assert loss.dtype == torch.float32 and loss != plain, "nothing ran in bf16"
-    assert loss.item() == pytest.approx(plain.item(), rel=0.01)
-    for low, exact in zip(*(torch.autograd.grad(v, (x, w)) for v in (loss, plain)), strict=True):
-        assert low.dtype == torch.float32 and (low - exact).norm() < 0.02 * exact.norm()
 
 
 @pytest.mark.parametrize("kw", [{}, KINDS["experts"]], ids=["dense", "experts"])
@@ -538,7 +520,8 @@ def test_the_routers_term_has_both_losses_and_hands_on_the_load_of_the_whole_ste
 
 @pytest.mark.parametrize("kind", ["attention", *KINDS])
 @torch.no_grad()
-def test_log_likelihoods_in_batches_are_those_of_one_sequence_at_a_time(kind):
+def test_log_likelihoods_in_batches_are_those_of_one_sequence_at_a_time(kind, monkeypatch):
+    """The first 16 tokens, which three sequences share and do not score, are read once."""
     model, rng, sequences = tiny_model(**KINDS.get(kind, {})), random.Random(0), []
     question = [rng.randrange(97) for _ in range(21)]
     for length, shared in ((5, 0), (1, 0), (12, 0), (30, 0), (2, 0), (30, 21), (24, 21), (22, 19)):
@@ -552,6 +535,11 @@ def test_log_likelihoods_in_batches_are_those_of_one_sequence_at_a_time(kind):
             log_p = logits_of(model, torch.tensor([ids]))[0].log_softmax(-1)
             picked = [log_p[t, i].item() for t, i in enumerate(targets) if i != IGNORE]
             assert n == len(picked) and score == pytest.approx(sum(picked), abs=1e-4)
+    trunk, read = model.trunk, []
+    monkeypatch.setattr(model, "trunk", lambda idx, *args, **kw: (
+        read.append(idx.numel()), trunk(idx, *args, **kw))[1])
+    lib.log_likelihoods(model, sequences, at_once=1)
+    assert sum(read) == sum(len(ids) for ids, _ in sequences) - 2 * 16
 
 
 # Sampling

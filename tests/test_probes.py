@@ -562,18 +562,15 @@ WORDS = ("the cat sat on a mat and then it ran to see some old red dogs that wer
 
 
 def handwritten() -> list[dict]:
-    """20 items of all three forms: contexts of 0 to 30 words, two to five choices."""
+    """18 items of all three forms: contexts of 0 to 20 words, two to four choices."""
     items = []
-    for i in range(8):
-        endings = [" ".join(WORDS[k:k + n]) for k, n in ((i, 2), (i + 3, 7), (2, 1), (9, i + 1))]
-        context = " ".join((WORDS * 3)[i:5 * i])
-        items.append({"ctx": context, "label": str(i % 4), "endings": endings})
     for i in range(6):
+        endings = [" ".join(WORDS[k:k + n]) for k, n in ((i, 2), (i + 3, 7), (2, 1), (9, i + 1))]
         choices = ["home", "to the red mat", "not there", "nowhere, it sat"][:2 + i % 3]
         context = f"Question {i}: where did the old cat run?\nAnswer:" + "  " * (i % 2)
-        items.append({"context": context, "choices": choices, "label": i % 2})
-        words = WORDS[i:i + 6]
-        items.append({"sentence_good": " ".join(words), "sentence_bad": " ".join(words[::-1])})
+        items += [{"ctx": " ".join((WORDS * 3)[i:5 * i]), "label": str(i % 4), "endings": endings},
+                  {"context": context, "choices": choices, "label": i % 2},
+                  {"sentence_good": " ".join(WORDS[i:]), "sentence_bad": " ".join(WORDS[:i:-1])}]
     return items
 
 
@@ -611,7 +608,7 @@ def test_scores_and_accuracies_are_those_of_a_loop_over_the_logits(task, enc, fo
             log_p = foreign.logits(foreign(torch.tensor([ids]))[0])[0].double().log_softmax(-1)
             totals.append(sum(log_p[t - 1, ids[t]].item() for t in range(1 + n, len(ids))))
     got = probes.evaluate_task(foreign, enc, task)
-    assert len(task) == got["items"] == 20 and got["cut"] == 0
+    assert len(task) == got["items"] == 18 and got["cut"] == 0
     for found, totals in zip(got["scores"], expected, strict=True):
         assert found == pytest.approx(totals, rel=1e-5, abs=1e-4)
     labels = [label for _, _, label in task]
@@ -620,23 +617,10 @@ def test_scores_and_accuracies_are_those_of_a_loop_over_the_logits(task, enc, fo
     by_sum, by_length = ([int(np.argmax(s)) == label for s, label in zip(scores, labels)]
                          for scores in (expected, each))
     assert by_sum != by_length
-    assert got["sum"] == pytest.approx(sum(by_sum) / 20)
-    assert got["per_character"] == pytest.approx(sum(by_length) / 20)
-    assert got["sum_se"] == pytest.approx(np.std(by_sum, ddof=1) / 20**0.5)
-    assert got["chance"] == pytest.approx((8 / 4 + 2 * (1 / 2 + 1 / 3 + 1 / 4) + 6 / 2) / 20)
-
-
-def test_contexts_with_several_choices_go_through_the_model_once(enc, monkeypatch):
-    words = "the cat sat on a mat and then it ran to see some old red dogs "
-    task = [(words * (2 + i % 2), ["home", "there", "not there"], 0) for i in range(6)]
-    model, seen = reader(), []
-    trunk = model.trunk
-    monkeypatch.setattr(model, "trunk", lambda idx, *args, **kw: (
-        seen.append(idx.numel()), trunk(idx, *args, **kw))[1])
-    probes.evaluate_task(model, enc, task)
-    whole = sum(len(probes.encode_pair(enc, context, choice)[0])
-                for context, choices, _ in task for choice in choices)
-    assert sum(seen) < 0.6 * whole
+    assert got["sum"] == pytest.approx(sum(by_sum) / 18)
+    assert got["per_character"] == pytest.approx(sum(by_length) / 18)
+    assert got["sum_se"] == pytest.approx(np.std(by_sum, ddof=1) / 18**0.5)
+    assert got["chance"] == pytest.approx((6 / 4 + 2 * (1 / 2 + 1 / 3 + 1 / 4) + 6 / 2) / 18)
 
 
 @pytest.mark.exercise("encode_pair")
@@ -796,25 +780,16 @@ def test_runs_of_every_kind_are_drawn(tmp_path, monkeypatch):
 DOCUMENTS = [Path(module.__file__).read_text() for module in (argparse, textwrap, dis, tokenize)]
 
 
-def compiles(text: str) -> bool:
+def globals_read(text: str) -> set[str] | None:
+    """By the bytecode: names that the text reads as globals. None if it does not compile."""
     try:
-        compile(text, "text", "exec", dont_inherit=True)
+        codes = [compile(text, "text", "exec", dont_inherit=True)]
     except SyntaxError:
-        return False
-    return True
-
-
-def globals_read(text: str) -> set[str]:
-    """By the bytecode: names that some code reads as globals and that no code binds."""
-    codes, read, bound = [compile(text, "text", "exec", dont_inherit=True)], set(), set()
+        return None
     for code in codes:
         codes += [const for const in code.co_consts if hasattr(const, "co_code")]
-        for i in dis.get_instructions(code):
-            if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                read.add(i.argval)
-            elif i.opname in ("STORE_NAME", "STORE_GLOBAL"):
-                bound.add(i.argval)
-    return read - bound - {*dir(builtins), "__name__"}
+    return {i.argval for code in codes for i in dis.get_instructions(code)
+            if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")} - {*dir(builtins)}
 
 
 def words(line: str) -> list[str]:
@@ -828,15 +803,15 @@ def pairs():
 
 def test_the_right_side_parses_and_the_wrong_one_breaks_the_rule_of_its_kind_by_one_token(pairs):
     for kind, context, right, wrong in pairs:
-        assert compiles(context + right) and context.endswith("\n") and wrong != right
+        before, after = globals_read(context + right), globals_read(context + wrong)
+        assert before is not None and context.endswith("\n") and wrong != right
         document = next(document for document in DOCUMENTS if context + right in document)
+        assert (after is not None) == (kind == "name")
         if kind == "name":
-            (new,) = globals_read(context + wrong) - globals_read(context + right)
+            (new,) = after - before
             assert new not in document
             assert sum(a != b for a, b in zip(words(right), words(wrong), strict=True)) == 1
-            continue
-        assert not compiles(context + wrong)
-        if kind == "indent":
+        elif kind == "indent":
             assert right.lstrip() == wrong.lstrip()
         elif kind == "bracket":  # an unbalanced line has no tokens
             assert sum(a != b for a, b in zip(right, wrong, strict=True)) == 1
