@@ -94,29 +94,22 @@ def positioned(x, factor, shift):
 
 
 def attention_by_hand(attention, x, *tables):
-    """One query and one head at a time."""
-    q, k, v = attention.qkv(x)
-    B, T, D = *x.shape[:2], attention.head_dim
-    q, k, v = (part.view(B, T, -1, D) for part in (q, k, v))
+    q, k, v = (part.unflatten(-1, (-1, attention.head_dim)) for part in attention.qkv(x))
     if isinstance(attention.q_norm, lib.RMSNorm):
         q, k = (part / part.square().mean(-1, keepdim=True).add(1e-6).sqrt() for part in (q, k))
-    q, k, heads = positioned(q, *tables), positioned(k, *tables), []
-    for h in range(attention.n_head):
-        of_group = h * attention.n_kv_head // attention.n_head
-        rows = []
-        for t in range(T):
-            scores = (k[:, :t + 1, of_group] @ q[:, t, h, :, None])[..., 0] * attention.scale
-            weights = scores.softmax(-1)
-            rows.append((weights[..., None] * v[:, :t + 1, of_group]).sum(1))
-        heads.append(torch.stack(rows, 1))
-    return torch.cat(heads, -1) @ attention.o.weight.T
+    q, k = positioned(q, *tables), positioned(k, *tables)
+    k, v = (part.repeat_interleave(attention.n_head // attention.n_kv_head, 2) for part in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * attention.scale
+    future = torch.ones(scores.shape[-2:]).triu(1).bool()
+    weights = scores.masked_fill(future, -math.inf).softmax(-1)
+    return torch.einsum("bhts,bshd->bthd", weights, v).flatten(2) @ attention.o.weight.T
 
 
 @pytest.mark.exercise("Attention.forward")
 @pytest.mark.parametrize("kw", [dict(n_kv_head=2), dict(n_kv_head=1, qk_norm=True),
                                 dict(n_kv_head=4, head_ratio=4.0, head_dim=6)], ids=str)
 @torch.no_grad()
-def test_attention_is_that_of_a_loop_over_queries_also_behind_a_cache(kw, monkeypatch):
+def test_attention_is_its_formula_also_behind_a_cache(kw, monkeypatch):
     monkeypatch.setattr(lib, "rotate", positioned)
     torch.manual_seed(0)
     attention, x = lib.Attention(ModelConfig(97, n_embd=32, n_head=4, **kw)), torch.randn(2, 9, 32)

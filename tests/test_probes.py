@@ -94,12 +94,6 @@ def test_the_scores_are_the_r_squared_of_a_regression_on_the_same_tokens_and_on_
     assert 1 - got["full"] == pytest.approx((1 - got["free"]) * ratio ** 2, rel=1e-9)
 
 
-def projected(x, y, rank):
-    """||U^T Y||^2 / ||Y||^2 with an orthonormal basis U of the column space of X."""
-    U, yc = torch.linalg.svd(x - x.mean(0), full_matrices=False).U[:, :rank], y - y.mean(0)
-    return ((U.mT @ yc).norm() / yc.norm()).item() ** 2
-
-
 @pytest.mark.exercise("linearity_score")
 def test_rank_deficient_and_ill_conditioned_states_are_solved():
     few = randn(200, 256)[torch.randint(200, (4000,), generator=torch.Generator().manual_seed(0))]
@@ -109,9 +103,8 @@ def test_rank_deficient_and_ill_conditioned_states_are_solved():
     for x, rank, noise in ((few, 199, 0.1), (normed, 9, 0.1), (spread, 10, 0)):
         y = block(x) + noise * randn(*x.shape, seed=3)
         got = score(x, y)
-        assert got["rank"] == rank
-        assert got["full"] == pytest.approx(projected(x, y, rank), abs=1e-9)
-        assert probes.linearity_score(x, y) == pytest.approx(projected(x, y, rank), abs=1e-9)
+        assert got["rank"] == rank and got["full"] == pytest.approx(r_squared(x, y), abs=1e-9)
+        assert probes.linearity_score(x, y) == pytest.approx(r_squared(x, y), abs=1e-9)
     assert score(randn(10, 30), randn(10, 30, seed=1))["full"] == pytest.approx(1.0), "n <= d"
 
 
@@ -667,51 +660,41 @@ def test_long_contexts_lose_their_beginning_and_are_counted(enc):
 @pytest.mark.parametrize("length", [5, 9, 26])
 def test_perplexity_reads_every_token_once_with_the_context_of_its_window(
         length, stride, monkeypatch):
-    """The score of a token is some function of it and of the context that its window gives."""
-    def score(context, token):
-        return -math.log(2 + token + sum((i + 2) * token for i, token in enumerate(context)))
+    """Here token i has a loss of i / 10 nats. A window ends at a multiple of the stride."""
+    read, ids = [], [*range(length)]
 
     def log_likelihoods(model, windows, at_once):
-        assert at_once == 64 * 301 and all(len(inputs) <= 8 for inputs, _ in windows)
-        return [(sum(score(inputs[:t + 1], token) for t, token in enumerate(targets)
-                     if token != IGNORE), sum(token != IGNORE for token in targets))
-                for inputs, targets in windows]
+        assert at_once == 64 * 301
+        scored = [[(t, token) for t, token in enumerate(targets) if token != IGNORE]
+                  for _, targets in windows]
+        read.extend((inputs[:t + 1], token) for (inputs, _), found in zip(windows, scored)
+                    for t, token in found)
+        return [(-sum(token for _, token in found) / 10, len(found)) for found in scored]
 
     monkeypatch.setattr(probes, "log_likelihoods", log_likelihoods)
     model = SimpleNamespace(config=SimpleNamespace(block_size=8, vocab_size=301))
-    ids, losses = [7 * i % 11 for i in range(length)], []
-    for t in range(1, length):  # the window that scores t ends at the next multiple of the stride
-        end = min(-(-t // stride) * stride, length - 1)
-        losses.append(-score(ids[max(0, end - 8):t], ids[t]))
     got = probes.evaluate_text(model, ids, 40, stride, 64)
-    nats = sum(losses) / (length - 1)
-    assert got == pytest.approx({"nats": nats, "perplexity": math.exp(nats),
-                                 "bits_per_byte": sum(losses) / math.log(2) / 40})
+    ends = [min(-(-t // stride) * stride, length - 1) for t in ids]
+    assert read == [(ids[max(0, ends[t] - 8):t], t) for t in ids[1:]]
+    nats = length / 20  # the mean of 1 to length - 1, over 10
+    assert got == pytest.approx({"nats": nats, "perplexity": math.exp(nats), "bits_per_byte":
+                                 nats * (length - 1) / math.log(2) / 40})
 
 
 # Scale of the weights
-def spread(rows):
-    """The standard deviation of the logs of the rows' sizes, relative to their matrix's mean."""
-    return np.log(rows / rows.mean(-1, keepdims=True)).std(ddof=1)
-
-
 def test_weight_scales_are_root_mean_squares_by_piece_expert_by_expert():
-    model = tiny_model(n_layer=2, n_kv_head=4, mlp="swiglu")
+    model = tiny_model(n_layer=2, n_experts=3, tie_embeddings=True)
     W = {name: 2 * p.detach() for name, p in model.named_parameters() if "qkv" in name}
     got = probes.weight_scales(model, SimpleNamespace(W=W))["weights"]
-    assert {*got} == {"embed", "q", "k", "v", "o", "gate", "up", "down", "head"}
-    q = torch.stack([b.attention.qkv.weight[:32] for b in model.blocks]).detach().double().numpy()
-    rms = np.sqrt((q ** 2).mean())
-    assert got["q"]["rms_effective"] == pytest.approx(rms, rel=1e-5)
-    assert got["q"]["rms"] == pytest.approx(2 * rms, rel=1e-5)
-    assert got["q"]["spread"] == pytest.approx(spread(np.sqrt((q ** 2).mean(2))), rel=1e-4)
-
-    model = tiny_model(n_experts=3, tie_embeddings=True, n_layer=1)
-    got = probes.weight_scales(model)["weights"]
-    up = model.blocks[0].mlp.up.detach().double().numpy()
-    assert "head" not in got and got["router"]["rms"] > 0
-    assert got["up"]["rms"] == pytest.approx(np.sqrt((up ** 2).mean()), rel=1e-5)
-    assert got["up"]["spread"] == pytest.approx(spread(np.sqrt((up ** 2).mean(2))), rel=1e-4)
+    assert {*got} == {"embed", "q", "k", "v", "o", "router", "up", "down"}  # no tied head
+    q, up = [b.attention.qkv.weight[:32] for b in model.blocks], [b.mlp.up for b in model.blocks]
+    for piece, parts, factor in (("q", torch.stack(q), 2), ("up", torch.cat(up), 1)):
+        squares = (parts.detach().double().numpy() ** 2).mean(2)  # of each matrix and row
+        rms, sizes = np.sqrt(squares.mean()), np.sqrt(squares)
+        spread = np.log(sizes / sizes.mean(1, keepdims=True)).std(ddof=1)
+        assert got[piece]["rms_effective"] == pytest.approx(rms, rel=1e-5)
+        assert got[piece]["rms"] == pytest.approx(factor * rms, rel=1e-5)
+        assert got[piece]["spread"] == pytest.approx(spread, rel=1e-4)
 
 
 # Tables and plots over runs
