@@ -3,7 +3,6 @@ import argparse
 import builtins
 import dis
 import io
-import itertools
 import json
 import math
 import textwrap
@@ -90,8 +89,6 @@ def test_the_scores_are_the_r_squared_of_a_regression_on_the_same_tokens_and_on_
             assert got[f"{name}_held_out"] == pytest.approx(held_out, abs=1e-9)
         assert got["ratio_mean"] == pytest.approx((d.norm(dim=1) / y.norm(dim=1)).mean().item())
         assert got["cosine"] == pytest.approx(F.cosine_similarity(x, y, dim=1).mean().item())
-    ratio = ((d - d.mean(0)).norm() / (y - y.mean(0)).norm()).item()
-    assert 1 - got["full"] == pytest.approx((1 - got["free"]) * ratio ** 2, rel=1e-9)
 
 
 @pytest.mark.exercise("linearity_score")
@@ -216,9 +213,7 @@ def test_removing_is_a_loop_over_the_blocks_left_and_replacing_leaves_less_error
     for k, one in enumerate(model.blocks):
         x = one(x, model.cos[:24], model.sin[:24]) if k != 1 else x
     assert torch.equal(removed.trunk(idx)[0], x)
-    assert removed.config.n_layer == model.config.n_layer - 1
-    gone = sum(p.numel() for p in model.blocks[1].parameters())
-    assert removed.num_params() == model.num_params() - gone
+    assert removed.config.n_layer == len(removed.blocks) == model.config.n_layer - 1
     assert torch.equal(model(idx)[0], before), "the model itself is not touched"
     assert replaced.config.kinds()[1] == "L" and replaced.config.n_layer == model.config.n_layer
     tuned = torch.cat(token_batches()[3::4])  # removal is on the ridge's grid, without b
@@ -294,18 +289,14 @@ def text(tmp_path, corpus):
     return str(path)
 
 
-def save_untrained(model, config, path):
-    torch.save({"format": "nanolet-3", "model": model.state_dict(), "step": 0,
-                "model_config": vars(model.config), "config": vars(config),
-                "tokenizer": train_module.make_tokenizer_for(config, ())}, path)
-
-
 @pytest.fixture
 def folder(tiny, tmp_path):
     """A run's folder with an untrained checkpoint of three blocks over bytes."""
-    path = tmp_path / "run"
+    path, model, config = tmp_path / "run", tiny_model(vocab_size=257), tiny()
     path.mkdir()
-    save_untrained(tiny_model(vocab_size=257), tiny(), path / "ckpt.pt")
+    torch.save({"format": "nanolet-3", "model": model.state_dict(), "step": 0,
+                "model_config": vars(model.config), "config": vars(config),
+                "tokenizer": train_module.make_tokenizer_for(config, ())}, path / "ckpt.pt")
     return path
 
 
@@ -316,13 +307,10 @@ def folder(tiny, tmp_path):
      "replace", None)])
 def test_a_pruned_checkpoint_is_read_and_trained_on(tiny, text, capsys, flags, arm, letters):
     run = train_module.train(tiny(**flags))
-    ckpt = run["checkpoint"]
-    before = open(ckpt, "rb").read()
-    probes.main(["prune", ckpt, f"--text={text}", f"--arms={arm}", "--orders", "full", "random",
-                 "--distil_steps=3", "--tokens=2000", "--device=cpu"])
+    probes.main(["prune", run["checkpoint"], f"--text={text}", f"--arms={arm}", "--orders", "full",
+                 "random", "--distil_steps=3", "--tokens=2000", "--device=cpu"])
     rows = table_cells(capsys.readouterr().out)
     assert [row[:2] for row in rows[1:]] == [["", "whole"], ["full", arm], ["random", arm]]
-    assert open(ckpt, "rb").read() == before
     pruned = f"{run['out_dir']}/pruned/ckpt.pt"
     made = load_checkpoint(pruned)
     kinds = made["model_config"]["mixer"]
@@ -360,8 +348,7 @@ def test_the_model_saved_is_chosen_on_other_tokens_than_reported(folder, text, c
     best = min(asked[2::2], key=lambda one: mean_loss(one[0], [torch.tensor(sorted(chosen))]))[0]
     assert len(table_cells(capsys.readouterr().out)) == 6
     assert made["model_config"]["mixer"] == best.config.mixer
-    for name, weight in best.state_dict().items():
-        assert torch.equal(made["model"][name], weight)
+    assert conftest.same(made["model"], best.state_dict())
 
 
 def test_a_foreign_architecture_is_measured_but_not_pruned(foreign, folder, text, monkeypatch):
@@ -418,7 +405,7 @@ def test_what_is_measured_is_a_table_and_a_picture(folder, tmp_path, capsys, tex
 
 # Curvature
 def pair(rows=3, seed=1):
-    ids = torch.randint(13, (rows, 13), generator=torch.Generator().manual_seed(seed))
+    ids = random_tokens(rows, 13, vocab=13, seed=seed)
     return ids[:, :-1], ids[:, 1:]
 
 
@@ -441,16 +428,14 @@ class Toy(torch.nn.Module):
 def toy():
     """(a model, batches of unequal size, the whole Hessian of the mean loss over their tokens)."""
     model, data = Toy(), [pair(3), pair(2, seed=2)]
-    params = dict(model.named_parameters())
     idx, targets = (torch.cat(t) for t in zip(*data))
 
     def loss(w):
-        parts = w.split([p.numel() for p in params.values()])
-        changed = {name: part.view_as(p) for (name, p), part in zip(params.items(), parts)}
-        x, _ = torch.func.functional_call(model, changed, (idx,))
-        return F.cross_entropy((x @ changed["head"]).flatten(0, 1), targets.flatten())
+        embed, head = w[:39].view(13, 3), w[39:].view(3, 13)
+        logits = embed[idx].cumsum(1).tanh() @ head
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    w = torch.cat([p.detach().flatten() for p in params.values()])
+    w = torch.cat([p.detach().flatten() for p in model.parameters()])
     return model, data, torch.autograd.functional.hessian(loss, w)
 
 
@@ -509,16 +494,13 @@ def test_extreme_eigenvalues_trace_and_rms_are_those_of_the_dense_hessian(toy):
 def test_lanczos_weights_give_the_moments_of_the_start_vector():
     H = randn(60, 60)
     H = (H + H.mT) / 20
-    v, exact = randn(len(H), seed=3), torch.linalg.eigvalsh(H)
-    asked = []
+    v, asked = randn(len(H), seed=3), []
     theta, weights, bounds = probes.lanczos(lambda u: (asked.append(u), H @ u)[1], v, 12)
     assert len(asked) == len(theta) == 12 and theta.dtype == torch.float64
     assert (theta.diff() > 0).all()
     for k in range(24):  # Gauss quadrature of 12 nodes is exact up to here
         moment = (v @ torch.linalg.matrix_power(H, k) @ v / (v @ v)).item()
         assert (weights * theta**k).sum().item() == pytest.approx(moment, rel=1e-8), k
-    for value, bound in zip(theta, bounds):
-        assert (exact - value).abs().min() <= bound + 1e-12
     Q = torch.linalg.qr(torch.stack([torch.linalg.matrix_power(H, k) @ v for k in range(12)], 1)).Q
     ritz, S = torch.linalg.eigh(Q.mT @ H @ Q)  # the bound is the norm of the residual
     torch.testing.assert_close(bounds, (H @ Q @ S - Q @ S * ritz).norm(dim=0), rtol=1e-4, atol=1e-9)
@@ -568,13 +550,6 @@ def handwritten() -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    path = tmp_path_factory.mktemp("task") / "task.jsonl"
-    path.write_text("\n\n".join(map(json.dumps, handwritten())))
-    return probes.read_task(path)
-
-
-@pytest.fixture(scope="module")
 def enc():
     """Bytes and the beginnings of words, which join words to the blank before them."""
     ranks = {bytes([b]): b for b in range(256)}
@@ -585,13 +560,10 @@ def enc():
                              special_tokens={"<|endoftext|>": len(ranks)})
 
 
-def reader(**kw):
-    return tiny_model(**{**dict(vocab_size=512, block_size=256, n_layer=2), **kw})
-
-
 @torch.no_grad()
-def test_scores_and_accuracies_are_those_of_a_loop_over_the_logits(task, enc, foreign):
+def test_scores_and_accuracies_are_those_of_a_loop_over_the_logits(enc, foreign):
     """The boundary between context and choice is found here."""
+    task = [*map(probes.read_item, handwritten())]
     expected = [[] for _ in task]
     for totals, (context, choices, _) in zip(expected, task):
         for choice in choices:
@@ -641,7 +613,7 @@ def test_ties_share_the_point():
 
 @torch.no_grad()
 def test_long_contexts_lose_their_beginning_and_are_counted(enc):
-    model, text = reader(block_size=16), " ".join(WORDS)
+    model, text = tiny_model(vocab_size=512, block_size=16), " ".join(WORDS)
     task = [(text, ["home", "there"], 0), ("the cat", ["sat", "ran"], 1)]
     got = probes.evaluate_task(model, enc, task)
     assert (got["items"], got["cut"]) == (2, 1)
@@ -651,7 +623,8 @@ def test_long_contexts_lose_their_beginning_and_are_counted(enc):
         log_p = model.logits(model(torch.tensor([ids[:-1]]))[0])[0].log_softmax(-1)
         expected = sum(log_p[t, ids[t + 1]].item() for t in range(16 - n, 16))
         assert got["scores"][0][k] == pytest.approx(expected, rel=1e-5)
-    got = probes.evaluate_task(reader(block_size=16, mixer="mamba2", ssm_head_dim=16), enc, task)
+    recurrent = tiny_model(vocab_size=512, block_size=16, mixer="mamba2", ssm_head_dim=16)
+    got = probes.evaluate_task(recurrent, enc, task)
     assert (got["items"], got["cut"]) == (2, 0), "no longest context"
 
 
@@ -735,12 +708,8 @@ def test_a_run_that_did_not_finish_is_not_taken_for_a_final_loss(tmp_path):
 
 
 def test_means_over_seeds_by_hand():
-    group = [[{"step": 0, "val_loss": 5.0}, {"step": 5, "lr": 1, "val_loss": None},
-              {"step": 10, "val_loss": 3.0}],
-             [{"step": 0, "val_loss": 5.0}, {"step": 10, "val_loss": 2.0},
-              {"step": 20, "val_loss": math.inf}]]
-    for line in itertools.chain(*group):
-        line["flops"] = 2 * line["step"]
+    group = [[{"step": step, "flops": 2 * step, "val_loss": loss} for step, loss in run]
+             for run in ([(0, 5.0), (5, None), (10, 3.0)], [(0, 5.0), (10, 2.0), (20, math.inf)])]
     at, mean, sd = probes.over_seeds(group, "flops", "val_loss")
     assert at == [0, 20] and mean == [5.0, 2.5] and sd == pytest.approx([0.0, 0.5**0.5])
 
