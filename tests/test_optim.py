@@ -241,10 +241,9 @@ def plain_form(model, kind, placement, optimizer, modules):
             scaled[name] = Scaled(own[name], logical[name], kind, placement, model.config)
             parametrize.register_parametrization(module, "weight", scaled[name])
             own[name] = module.parametrizations.weight.original
-    groups = [{"params": [own[n] for n in places[kind]], "lr": lr, "weight_decay": decay}
-              for kind, lr, decay in (("hidden", 0.003, 0.1), ("embedding", 0.006, 0.0),
-                                      ("tied", 0.003, 0.0), ("head", 0.003, 0.1),
-                                      ("vector", 0.003, 0.0), ("final", 0.003, 0.0))]
+    groups = [{"params": [own[n] for n in names], "lr": 0.006 if kind == "embedding" else 0.003,
+               "weight_decay": 0.1 if kind in ("hidden", "head") else 0.0}
+              for kind, names in places.items()]
     added, made = [v for m in scaled.values() for v in m.parameters() if v.requires_grad], []
     groups.append({"params": added, "lr": 0.01, "weight_decay": 2e-3})
     if optimizer == "muon":
