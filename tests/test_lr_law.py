@@ -369,14 +369,14 @@ def table(path, *names):
 
 
 def test_a_reading_is_a_run_of_that_length_also_after_a_kill(tmp_path, tiny_sweep, monkeypatch):
-    path, original, calls = tmp_path / "runs.csv", train.train, []
+    path, original = tmp_path / "runs.csv", train.train
     words = ["sweep", str(path), "--sizes=1x16,2x32", "--lrs=0.01", "--tokens=1280,2560"]
 
     def killed_at_the_longer_horizon(c):
-        calls.append(original(c))
+        result = original(c)
         if c.steps == 10:
             raise InterruptedError
-        return calls[-1]
+        return result
 
     main([*words, "--shard=2/2", *tiny_sweep])
     monkeypatch.setattr(train, "train", killed_at_the_longer_horizon)
@@ -511,12 +511,6 @@ def test_transfer_gives_the_flags_of_the_target(flag, words, expected, tmp_path,
         assert found == (value if isinstance(value, str) else pytest.approx(value, rel=1e-3)), name
 
 
-def moves(sizes, **flags):
-    c = train.Config(tokenizer="bytes", n_head=2, **flags)
-    return [lr_law.coordinate_check(replace(c, n_layer=n_layer, n_embd=n_embd), steps=4)
-            for n_layer, n_embd in sizes]
-
-
 MUP = dict(param="mup", base_n_embd=32)
 WIDER, DEEPER = [(2, 32), (2, 128)], [(2, 32), (8, 32)]  # each 4 times as large
 
@@ -531,7 +525,10 @@ WIDER, DEEPER = [(2, 32), (2, 128)], [(2, 32), (8, 32)]  # each 4 times as large
      "stream")], ids=["adamw", "muon", "muon-original", "hybrid", "depth"])
 def test_activations_move_alike_at_every_size_under_the_rules(sizes, rules, other, flags, steep):
     """muP by width, CompleteP by depth. Without them those named in `steep` move more."""
-    flat, not_flat = moves(sizes, **rules, **flags), moves(sizes, **other, **flags)
+    base = train.Config(tokenizer="bytes", n_head=2, **flags)
+    flat, not_flat = ([lr_law.coordinate_check(replace(base, **way, n_layer=n_layer, n_embd=n_embd),
+                                               steps=4) for n_layer, n_embd in sizes]
+                      for way in (rules, other))
     for kind in flat[0]:
         assert abs(lr_law.slope([1, 4], [m[kind] for m in flat])) < 0.25, kind
     for kind in steep.split():
@@ -578,20 +575,24 @@ REFUSED = [  # a command line, and what the message names; more of the line goes
     ("transfer --target_tokens=-1", "--target_tokens=-1"),
     ("transfer --target_tokens=nan", "--target_tokens=nan"),
     ("transfer --target_n_head=3", "--n_head=3"), ("transfer -- --param=mup", "--param=mup"),
-    ("coordcheck --widths=64 --depths=", "--widths=64"), ("coordcheck --params=mu", "--param=mu"),
+    ("coordcheck --widths=64 --depths=", "--widths=64"),
+    ("coordcheck --params=mup,x", "--param=x"),
     ("coordcheck --widths=15,30", "--n_embd=15"), ("coordcheck -- --lr_law=x", "--lr_law=x"),
-    ("fit", "runs"), ("odd", "odd"), ("fit runs.csv -o runs.csv", "runs.csv")]
+    ("fit", "runs"), ("odd", "odd"), ("fit runs.csv -o runs.csv", "runs.csv"),
+    ("plan --sizes=0x16", "--n_layer=0"), ("plan --sizes=1x0", "--n_embd=0"),
+    ("plan --tokens=1e300", "--steps=")]
 VALUES = {  # command -> {flag: values that it refuses}
     "predict --law=step": dict.fromkeys(
         ("n_params", "tokens", "batch_tokens", "anchor"), "x nan inf -1 1e999 1:2:0"),
     "fit runs.csv": dict.fromkeys(("basin", "extrapolate"), "x nan -1") | {"extrapolate": "inf"},
-    "plan": {"sizes": "x 1 1x 0x16 1x0 -1x16 1x2x3 1e3x2 1x16,", "seeds": "x 0 -1 nan",
+    "plan": {"sizes": "x 1 1x 1x2x3 1e3x2 1x16,", "seeds": "x 0 -1 nan",
              "lrs": "x 0 -1 nan inf 1:2 1:2:x 1:2:0 1:0:3 1:2:-3 ,",
-             "tokens": "x 0 -1 nan inf 1:2:3:4 1e300", "flops_per_second": "0 nan inf"},
+             "tokens": "x 0 -1 nan inf 1:2:3:4", "flops_per_second": "0 nan inf"},
     "sweep": {"shard": "x 1 0/1 2/1 1/0 -1/2"},
     "coordcheck --widths=16,32 --depths=1,2": {
-        "widths": "x 0 -1 nan", "depths": "x 0 -1", "params": "x mup,x", "steps": "x 0 2 nan",
-        "seeds": "x 0 -1"}}
+        "widths": "x 0 -1 nan", "depths": "x 0 -1", "steps": "x 0 2 nan", "seeds": "x 0 -1"}}
+REFUSED += [(f"{command} --{flag}={value}", f"--{flag}") for command, flags in VALUES.items()
+            for flag, values in flags.items() for value in values.split()]
 
 
 @pytest.fixture
@@ -615,15 +616,6 @@ def refused_words(refused, tmp_path):
 def test_command_lines_that_cannot_be_are_refused(line, names, refused_words):
     said = refused_words(line)
     assert all(name in said for name in names.split()), said
-
-
-@pytest.mark.parametrize("command", VALUES)
-def test_values_that_cannot_be_are_refused(command, refused_words):
-    for flag, values in VALUES[command].items():
-        for value in values.split():
-            said = refused_words(f"{command} --{flag}={value}")
-            names = f"--{flag}", "--n_", "--param", "--steps"
-            assert any(name in said for name in names), said
 
 
 def test_files_that_cannot_be_are_refused(refused, wrong_files):

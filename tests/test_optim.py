@@ -335,36 +335,30 @@ def test_multipliers_start_at_the_model_and_fold_to_diagonal_products(kind):
             torch.testing.assert_close(found, torch.diag(r.expand(rows)) @ w @ right)
 
 
-@pytest.fixture
-def to_clip():
-    """What Optimizers.clip reads: p counts in the norm, r does not. The gradients are 3 and 4 (p),
-    5 (r), 12 (extra), once the multipliers have split them."""
-    p, r, extra, unused = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 1, 1, 1))
-
-    def split_gradients():
-        p.grad, r.grad = torch.tensor([3.0, 4.0]), torch.tensor([5.0])
-
-    extra.grad = torch.tensor([12.0])
-    return SimpleNamespace(p=p, r=r, clipped=[p, extra, unused], extra=[extra, unused],
-                           multipliers=SimpleNamespace(split_gradients=split_gradients))
-
-
 @pytest.mark.exercise("Optimizers.clip")
 @pytest.mark.parametrize("world", [1, 4])
 @pytest.mark.parametrize("max_norm, factor", [(6.5, 0.5), (0.0, 1.0), (13.5, 1.0), (1.0, 1 / 13)])
 def test_gradients_are_scaled_together_and_those_of_multipliers_are_not(
-        to_clip, max_norm, factor, world, monkeypatch):
-    """Those outside DDP, 12 here and 36 on the other ranks together, are averaged before."""
+        max_norm, factor, world, monkeypatch):
+    """p counts in the norm, r does not; their gradients are there once the multipliers have split
+    them. Those of `extra`, 12 here and 36 on the other ranks together, are averaged before."""
+    p, r, extra, unused = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 1, 1, 1))
+    extra.grad = torch.tensor([12.0])
+
+    def split_gradients():
+        p.grad, r.grad = torch.tensor([3.0, 4.0]), torch.tensor([5.0])
+
     monkeypatch.setattr(optim, "dist", SimpleNamespace(
         is_initialized=lambda: world == 4, get_world_size=lambda: world,
         all_reduce=lambda tensor: tensor.add_(36)))
-    norm = Optimizers.clip(to_clip, max_norm)
+    optimizers = SimpleNamespace(clipped=[p, extra, unused], extra=[extra, unused],
+                                 multipliers=SimpleNamespace(split_gradients=split_gradients))
+    norm = Optimizers.clip(optimizers, max_norm)
     assert norm.shape == () and norm.item() == pytest.approx(13)
-    found = *to_clip.p.grad.tolist(), to_clip.extra[0].grad.item()
-    assert found == pytest.approx((3 * factor, 4 * factor, 12 * factor), rel=1e-5)
-    assert to_clip.r.grad.item() == 5
-    to_clip.multipliers, to_clip.extra = None, []
-    assert Optimizers.clip(to_clip, 0.0).item() == pytest.approx(13 * factor, rel=1e-5)
+    found = *p.grad.tolist(), extra.grad.item(), r.grad.item()
+    assert found == pytest.approx((3 * factor, 4 * factor, 12 * factor, 5), rel=1e-5)
+    optimizers.multipliers, optimizers.extra = None, []
+    assert Optimizers.clip(optimizers, 0.0).item() == pytest.approx(13 * factor, rel=1e-5)
 
 
 def test_on_request_the_gradients_of_multipliers_count_in_the_norm():
