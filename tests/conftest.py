@@ -77,6 +77,12 @@ def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+ODD = [" ", "  ", "\n", "\r\n", "\r", "\t", "\v", "\f", "\x00", "\x1c", "\x85", "\xa0", "\u2003",
+       "\u2028", "\u3000", "\ufeff", "\u200b", "\u200d", "e\u0301", "\u0301", "\u094d", "²", "½",
+       "①", "٣", "_", "__", "‿", "ß", "ſ", "İ", "Ω", "北京", "안녕", "👩‍🚀", "🏳️‍🌈", "\U0001d7d8",
+       "\U000e0041", "\U0010ffff", "'", '"', "“", "€", "a", "Z", "09"]  # for tokenizers
+
+
 def random_tokens(*shape, vocab=97, seed=1):
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
 

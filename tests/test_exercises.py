@@ -7,26 +7,22 @@ import pytest
 from conftest import ROOT, run_python
 
 COMMAND = ROOT / "tests" / "exercises.py"
-RIGHT = {
-    "let_weight": "    return weight * max(0, stop - step) / max(stop, 1)",
-    "teaches_at": "    return stop is None or step < stop"}
+BLANK = ["let_weight", "teaches_at", "wsd", "credit"]
 
 
 @pytest.fixture
 def copy(tmp_path):
-    """A folder of the exercises let_weight, teaches_at, wsd and credit."""
-    assert exercises.main(["make", "let_weight", "teaches_at", "wsd", "credit", "-o",
-                           str(tmp_path / "new")]) == 0
+    """A folder of these exercises."""
+    assert exercises.main(["make", *BLANK, "-o", str(tmp_path / "new")]) == 0
     return tmp_path / "new"
 
 
 def solve(folder, name, body):
     """Put a body in the place of the raise."""
     path = folder / exercises.find_exercises()[name].file
-    node = exercises.functions_of(path.read_text())[name]
-    lines = path.read_text().splitlines()
-    lines[node.end_lineno - 1] = body
-    path.write_text("\n".join(lines) + "\n")
+    lines = path.read_text().splitlines(keepends=True)
+    lines[exercises.functions_of("".join(lines))[name].end_lineno - 1] = f"    {body}\n"
+    path.write_text("".join(lines))
 
 
 def test_an_exercise_has_a_docstring_and_the_list_names_it_with_its_first_sentence(capsys):
@@ -42,12 +38,11 @@ def test_an_exercise_has_a_docstring_and_the_list_names_it_with_its_first_senten
 def test_a_copy_lacks_the_bodies_and_nothing_else_and_has_no_tests(copy):
     assert {path.name for path in copy.iterdir()} == {
         *exercises.SOURCES, *exercises.OTHER_FILES, "ASSIGNMENT.md"}
-    blank = {"let_weight", "teaches_at", "wsd", "credit"}
     assignment = (copy / "ASSIGNMENT.md").read_text()
     for file in exercises.SOURCES:
         ours, theirs = (ast.parse((folder / file).read_text()) for folder in (ROOT, copy))
         for node in ours.body:
-            if getattr(node, "name", "") in blank:
+            if getattr(node, "name", "") in BLANK:
                 solution = [ast.unparse(statement) for statement in node.body[1:]]
                 node.body[1:] = ast.parse("raise NotImplementedError").body
                 assert ast.get_docstring(node) in assignment
@@ -57,9 +52,9 @@ def test_a_copy_lacks_the_bodies_and_nothing_else_and_has_no_tests(copy):
 
 def test_a_submission_is_graded_exercise_by_exercise(copy):
     """One is right, one wrong, one ends the process, one is blank."""
-    solve(copy, "let_weight", RIGHT["let_weight"])
-    solve(copy, "teaches_at", "    return stop is None or step <= stop")
-    solve(copy, "wsd", "    import os\n    os._exit(0)")
+    solve(copy, "let_weight", "return weight * max(0, stop - step) / max(stop, 1)")
+    solve(copy, "teaches_at", "return stop is None or step <= stop")
+    solve(copy, "wsd", "__import__('os')._exit(0)")
     done = run_python(COMMAND, "grade", copy, "--json")
     found = {r["exercise"]: r for r in json.loads(done.stdout)}
     assert done.returncode == 1 and {name: r["passed"] for name, r in found.items()} == {
@@ -70,16 +65,14 @@ def test_a_submission_is_graded_exercise_by_exercise(copy):
 
 
 def test_a_time_limit_fails_an_exercise_and_a_right_solution_passes(copy):
-    solve(copy, "teaches_at", RIGHT["teaches_at"])
+    solve(copy, "teaches_at", "return stop is None or step < stop")
     for limit, code, passed in ((0.1, 1, "0 of 1"), (100, 0, "1 of 1")):
         done = run_python(COMMAND, "grade", copy, "--only", "teaches_at", f"--limit={limit}")
         assert done.returncode == code and passed in done.stdout, done.stdout
 
 
 def test_the_check_finds_a_mutant_of_every_kind_and_the_tests_kill_them():
-    source = """def f(a, b, dim=0):
-        x = -a[1:, -1] @ g(a, b)
-        return x if b > 0.5 else a.sum(0)"""
+    source = "def f(a, b): x = -a[1:, -1] @ g(a, b); return x if b > 0.5 else a.sum(0)"
     found = {statement for statement, _ in exercises.mutants(ast.parse(source).body[0])}
     assert found >= {
         "x = +a[1:, -1] @ g(a, b)", "x = -a[2:, -1] @ g(a, b)", "x = -a[1:, -2] @ g(a, b)",
@@ -99,15 +92,13 @@ def test_the_check_finds_a_mutant_of_every_kind_and_the_tests_kill_them():
     (["check", "lanczo"], ["lanczo", "lanczos"]), ([], ["list | make"])], ids=str)
 def test_bad_input_is_refused_in_one_line_and_nothing_is_overwritten(
         command, said, tmp_path, capsys):
-    (tmp_path / "FULL").mkdir()
-    (tmp_path / "FULL" / "file").write_text("kept")
-    (tmp_path / "BROKEN").mkdir()
-    for file in exercises.SOURCES:
-        (tmp_path / "BROKEN" / file).write_text("x = 1\n" + "def (:\n" * (file == "optim.py"))
-    paths = {"NEW", "FULL", "FULL/file", "NONE", "NONE/new", "BROKEN"}
-    command = [str(tmp_path / word) if word in paths else word for word in command]
+    for file in ("FULL/file", *(f"BROKEN/{name}" for name in exercises.SOURCES)):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("x = 1\n" + "def (:\n" * (file == "BROKEN/optim.py"))
+    before = sorted(tmp_path.rglob("*"))
+    command = [str(tmp_path / word) if word[:1].isupper() else word for word in command]
     assert exercises.main(command) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and all(word in message for word in said)
-    assert (tmp_path / "FULL" / "file").read_text() == "kept"
-    assert {path.name for path in tmp_path.iterdir()} == {"FULL", "BROKEN"}
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "FULL" / "file").read_text() == "x = 1\n"

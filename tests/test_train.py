@@ -1,5 +1,6 @@
 """train.py: tokenizers, tokens, order of the data, evaluation, the run, resuming, several ranks,
 signals and failures, flags."""
+import io
 import json
 import math
 import os
@@ -7,7 +8,6 @@ import random
 import re
 import shlex
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -23,6 +23,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from conftest import (
+    ODD,
     ROOT,
     figures,
     flags_of,
@@ -46,10 +47,6 @@ from model import (
 )
 
 EOT = "<|endoftext|>"
-ODD = [" ", "  ", "\n", "\r\n", "\r", "\t", "\v", "\f", "\x00", "\x1c", "\x85", "\xa0", "\u2003",
-       "\u2028", "\u3000", "\ufeff", "\u200b", "\u200d", "e\u0301", "\u0301", "\u094d", "²", "½",
-       "①", "٣", "_", "__", "‿", "ß", "ſ", "İ", "Ω", "北京", "안녕", "👩‍🚀", "🏳️‍🌈", "\U0001d7d8",
-       "\U000e0041", "\U0010ffff", "'", '"', "“", "€", "a", "Z", "09"]
 O200K = r"""[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"""
 EVERY = "".join(map(chr, [*range(0xd800), *range(0xe000, 0x110000)]))  # all but surrogates
 
@@ -106,6 +103,20 @@ def texts_of(part: t.Blocks, enc: tiktoken.Encoding) -> list[str]:
             for start, end in zip(starts, starts[1:] + [len(ids)])]
 
 
+def rejoined(trained, held_out, texts) -> list[str]:
+    """All documents, sorted, where at most one of these texts was cut in two."""
+    cut = [(head, tail) for head in trained for tail in held_out if head + tail in texts]
+    assert len(cut) <= 1
+    whole = [text for text in trained + held_out if all(text not in pair for pair in cut)]
+    return sorted(whole + [head + tail for head, tail in cut])
+
+
+def documents_of(data: t.Data, texts) -> list[str]:
+    """The documents that the tokens of both parts spell."""
+    enc = tokenizer_from_dict(data.tokenizer)
+    return rejoined(texts_of(data.train, enc), texts_of(data.val, enc), texts)
+
+
 # Tokenizers
 def replace_pair(word, pair, new):
     out = []
@@ -118,10 +129,11 @@ def replace_pair(word, pair, new):
 
 
 def naive_bpe(texts, vocab_size):
-    """(tokens, merges): counts all pairs of all words anew before every merge; ties go to the pair
-    of lowest ids."""
-    words = [list(word.encode()) for text in texts for word in re.findall(t.PATTERN, text)]
-    tokens, merges = [bytes([i]) for i in range(256)], []
+    """(tokens, words as their ids): counts all pairs of all words anew before every merge; ties go
+    to the pair of lowest ids."""
+    words = [list(word.encode()) for text in texts for piece in cut_text(text)
+             for word in re.findall(t.PATTERN, piece)]
+    tokens = [bytes([i]) for i in range(256)]
     while len(tokens) < vocab_size:
         counts = Counter(pair for word in words for pair in zip(word, word[1:]))
         if not counts:
@@ -129,8 +141,7 @@ def naive_bpe(texts, vocab_size):
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         words = [replace_pair(word, best, len(tokens)) for word in words]
         tokens.append(tokens[best[0]] + tokens[best[1]])
-        merges.append(best)
-    return tokens, merges
+    return tokens, words
 
 
 BPE_TEXTS = {
@@ -143,6 +154,7 @@ BPE_TEXTS = {
     "not ascii": ["naïve café, Größe größer; Straße 北京 北京市 नमस्ते 👩‍🚀👩‍🚀 ёлка e\u0301"] * 2,
     "odd characters": [random_text(3, 400), random_text(4, 400)],
     "several texts": ["the cat the hat", "the rat", "", "that cat"],
+    "no blanks": ["".join(random.Random(0).choices("ACGT", k=1000))],  # 8 pieces
 }
 
 
@@ -158,19 +170,10 @@ def test_bpe_training_finds_the_merges_of_a_naive_trainer_in_their_order(name):
 
 
 def test_tiktoken_encodes_with_the_trained_merges_in_the_order_of_training():
-    texts = BPE_TEXTS["code"] + few_letters(6, "abc")
-    _, merges = naive_bpe(texts, 340)
-    ranks = t.train_bpe(texts, 340)
-    enc = tokenizer_from_dict(t.make_tokenizer("bpe", ranks, t.PATTERN))
-    other = ["def abc(cab):\n    return bacab + 12345\n", "größe 北京! Ωμέγα – y"]
-    for text in texts + other:
-        expected = []
-        for word in re.findall(t.PATTERN, text):
-            word = list(word.encode())
-            for i, pair in enumerate(merges):
-                word = replace_pair(word, pair, 256 + i)
-            expected += word
-        assert enc.encode_ordinary(text) == expected
+    texts = [*BPE_TEXTS["code"], *few_letters(6, "abc"), "größe 北京! Ωμέγα – 12345 \n\n y"]
+    _, words = naive_bpe(texts, 340)
+    enc = tokenizer_from_dict(t.make_tokenizer("bpe", t.train_bpe(texts, 340), t.PATTERN))
+    assert [i for text in texts for i in enc.encode_ordinary(text)] == sum(words, [])
 
 
 @pytest.fixture(scope="module", params=["bpe", "bytes"])
@@ -182,21 +185,22 @@ def tokenizer(request):
 
 
 def test_every_text_survives_encoding_with_end_of_text_as_plain_characters(tokenizer):
+    """Ordinary text is encoded whole. A lone surrogate becomes a question mark."""
     enc = tokenizer_from_dict(tokenizer)
-    for text in [EVERY, f"a{EOT}b", *map(random_text, range(20))]:
+    lengths = t.token_lengths(enc)
+    assert enc.eot_token == enc.n_vocab - 1 and lengths[enc.eot_token] == 0
+    for text in ["", EVERY, f"a{EOT}b", "=" * 100 + "\n" + "-" * 128, *map(random_text, range(20))]:
         ids = enc.encode_ordinary(text)
-        assert enc.decode(ids, errors="strict") == text
-        assert max(ids) < enc.eot_token == enc.n_vocab - 1
-        lengths = t.token_lengths(enc)
-        assert lengths[enc.eot_token] == 0 and lengths[ids].sum() == len(text.encode())
-        if tokenizer["name"] == "bytes":
-            assert ids == list(text.encode())
+        assert enc.decode(ids, errors="strict") == text and enc.eot_token not in ids
+        assert lengths[ids].sum() == len(text.encode())
+        assert tokenizer["name"] == "bpe" or ids == list(text.encode())
+        assert text == EVERY or encode(enc, text) == ids
+    assert enc.decode(encode(enc, "caf\xe9 \ud83d. \udcff")) == "caf\xe9 ?. ?"
+    assert t.train_bpe(["\ud83d\ud83d \ud83d\ud83d"], 258) == t.train_bpe(["?? ??"], 258)
+    assert [len(piece) for piece in cut_text("-" * 300)] == [128, 128, 44]
 
 
-RUNS = [" ", "\xa0", "a", "-", "ACGTTGCA", "\u5317", "line of text \xe4\xf6\xfc\n"]
-
-
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [" ", "\xa0", "a", "-", "ACGTTGCA", "\u5317", "line of \xe4\xf6\n"])
 def test_a_run_of_a_million_characters_is_trained_on_and_encoded_without_a_loss(run, tokenizer,
                                                                               tmp_path):
     """Also where a document is cut into pieces to be encoded, at line ends if there are some."""
@@ -211,65 +215,34 @@ def test_a_run_of_a_million_characters_is_trained_on_and_encoded_without_a_loss(
     assert [*t.train_bpe([text], 258)] == [*t.train_bpe([text[:6], run * 999], 258)]
 
 
-def test_ordinary_text_is_encoded_whole_and_a_lone_surrogate_as_a_question_mark(tokenizer):
-    enc = tokenizer_from_dict(tokenizer)
-    for text in [*map(random_text, range(5)), "-" * 128, "=" * 100 + "\n" + " " * 100 + "x", ""]:
-        assert encode(enc, text) == enc.encode_ordinary(text)
-    assert enc.decode(encode(enc, "caf\xe9 \ud83d. \udcff")) == "caf\xe9 ?. ?"
-    assert t.train_bpe(["\ud83d\ud83d \ud83d\ud83d"], 258) == t.train_bpe(["?? ??"], 258)
-
-
-def test_a_text_without_blanks_has_the_merges_of_a_naive_trainer_that_reads_its_pieces():
-    text = "".join(random.Random(0).choices("ACGT", k=3000))
-    assert list(t.train_bpe([text], 270)) == naive_bpe(cut_text(text), 270)[0]
-    assert len(cut_text(text)) == 24 and "".join(cut_text(text)) == text
-
-
 # Text to tokens, and their cache
-def rejoined(trained, held_out, texts) -> list[str]:
-    """All documents, where at most one of these texts was cut in two."""
-    cut = [(head, tail) for head in trained for tail in held_out if head + tail in texts]
-    assert len(cut) <= 1
-    whole = [text for text in trained + held_out if all(text not in pair for pair in cut)]
-    return whole + [head + tail for head, tail in cut]
-
-
 @pytest.mark.parametrize("flags", [{"tokenizer": "bytes"}, {"tokenizer": "bpe", "vocab_size": 300}])
 def test_tokens_are_the_documents_each_after_an_end_of_text_token(flags, folder, tiny, cache):
     """A tokenizer is trained on the training documents alone."""
     texts = many_texts()
     write_text(folder, texts)
     data = t.load_data(tiny(data=str(folder), **flags))
+    assert documents_of(data, texts.values()) == sorted(texts.values())
     enc = tokenizer_from_dict(data.tokenizer)
     assert enc.n_vocab == flags.get("vocab_size", 257)
-    trained, held_out = texts_of(data.train, enc), texts_of(data.val, enc)
-    assert sorted(rejoined(trained, held_out, texts.values())) == sorted(texts.values())
-    assert data.train.arrays[0].dtype == np.uint16
     if flags["tokenizer"] == "bpe":
+        trained, held_out = texts_of(data.train, enc), texts_of(data.val, enc)
         tokens = [enc.decode_single_token_bytes(i) for i in range(299)]
         assert tokens == naive_bpe(trained, 299)[0] != naive_bpe(trained + held_out, 299)[0]
 
 
-@pytest.mark.parametrize("sizes", [range(20, 120), [19_000, 200_000], [500] * 30 + [300_000],
-                                   [100_000, 7]], ids=["many", "two", "a large one", "a small one"])
-def test_a_tenth_of_the_characters_is_held_out_whatever_the_documents(sizes):
-    documents = [(f"doc{i}#0", f"document {i} ".ljust(n, "x")) for i, n in enumerate(sizes)]
-    trained, held_out = split = t.split_documents(documents)
-    texts = [text for _, text in documents]
-    parts = [[text for _, text in part] for part in split]
-    assert sorted(rejoined(*parts, texts)) == sorted(texts)
-    share = sum(map(len, parts[1])) / sum(map(len, texts))
-    assert 0.09 <= share <= 0.11
+@pytest.mark.parametrize("texts", [
+    *([f"{i} ".ljust(n, "x") for i, n in enumerate(sizes)] for sizes in (
+        range(20, 120), [19_000, 200_000], [500] * 30 + [300_000], [100_000, 7], [1000])),
+    ["a title\n" + "x" * 10_000], ["".join("x" * (i * 7 % 60) + "\n" for i in range(400))]])
+def test_a_tenth_of_the_characters_is_held_out_up_to_a_line_end_whatever_the_documents(texts):
+    documents = [(f"doc{i}#0", text) for i, text in enumerate(texts)]
+    split = t.split_documents(documents)
+    trained, held_out = ([text for _, text in part] for part in split)
+    assert rejoined(trained, held_out, texts) == sorted(texts)
+    assert 0.09 <= sum(map(len, held_out)) / sum(map(len, texts)) <= 0.11
+    assert trained[0].endswith("\n") or texts[0].count("\n") < 2
     assert t.split_documents(random.Random(0).sample(documents, len(documents))) == split
-
-
-@pytest.mark.parametrize("text, slack", [
-    ("".join("x" * (i * 7 % 60) + "\n" for i in range(400)), 60),  # cut at a line end
-    ("x" * 1000, 1), ("a title\n" + "x" * 10_000, 600)])
-def test_of_a_single_document_the_last_tenth_is_held_out(text, slack):
-    ((_, head),), ((_, tail),) = t.split_documents([("a", text)])
-    assert head + tail == text and abs(len(tail) - 0.1 * len(text)) <= slack
-    assert head.endswith("\n") or text.count("\n") < 2
 
 
 def test_a_line_of_end_of_text_separates_documents_and_elsewhere_it_is_text(folder, tiny, cache):
@@ -278,9 +251,7 @@ def test_a_line_of_end_of_text_separates_documents_and_elsewhere_it_is_text(fold
     text = line.join(parts[:30]) + f"\r\n{EOT} \r{line}{EOT}\n" + line.join(parts[30:]) + line
     write_text(folder, {"stories.txt": text})
     data = t.load_data(tiny(data=str(folder / "stories.txt")))
-    enc = tokenizer_from_dict(data.tokenizer)
-    found = rejoined(texts_of(data.train, enc), texts_of(data.val, enc), parts)
-    assert sorted(text.rstrip("\r") for text in found) == sorted(parts)
+    assert [text.rstrip("\r") for text in documents_of(data, parts)] == sorted(parts)
 
 
 def test_names_and_records_that_are_not_unicode_are_read(folder, tiny, cache, tmp_path):
@@ -291,11 +262,10 @@ def test_names_and_records_that_are_not_unicode_are_read(folder, tiny, cache, tm
     records = tmp_path / "records.jsonl"
     line = r'{"input": "how %d \ud83d?", "label": "yes", "rationale": "so \udc00"}'
     records.write_text("\n".join(line % i for i in range(20)))
-    for flags in ({"tokenizer": "bytes"}, {"tokenizer": "bpe", "vocab_size": 260}):
-        data = t.load_data(tiny(data=str(records), distill="step_by_step", **flags))
-        enc = tokenizer_from_dict(data.tokenizer)
-        assert len(data.val) == 2
-        assert " ??\nyes" in enc.decode(data.train.batch([0])[0][0].tolist())
+    data = t.load_data(tiny(data=str(records), distill="step_by_step"))
+    assert len(data.val) == 2
+    text = tokenizer_from_dict(data.tokenizer).decode(data.train.batch([0])[0][0].tolist())
+    assert " ??\nyes" in text
 
 
 @pytest.mark.parametrize("n_vocab, dtype", [(2**16, np.uint16), (2**16 + 1, np.uint32)])
@@ -326,21 +296,11 @@ def test_text_is_found_by_folder_glob_and_name_but_not_what_is_hidden(folder):
     assert not any({"test", "site-packages", "__pycache__"} & {*p.parts} for p in names)
 
 
-def zero_tail(path: Path):
-    content = path.read_bytes()
-    path.write_bytes(content[:-40] + bytes(40))
-
-
-def as_after_a_kill(path: Path):
-    path.with_name("checksums.json").unlink()  # it is written last
-    os.truncate(path.with_name("train.bin"), 100)
-
-
 @pytest.mark.parametrize("damage", [
-    zero_tail, as_after_a_kill, Path.unlink, lambda path: path.write_bytes(b""),
+    Path.unlink, lambda path: path.write_bytes(b""),
     lambda path: os.truncate(path, path.stat().st_size - 1),
     lambda path: path.write_bytes(path.read_bytes().replace(b"5", b"6", 1))],
-    ids=["zeros", "kill", "missing", "empty", "cut", "other"])
+    ids=["missing", "empty", "cut", "other"])
 def test_tokens_are_made_once_and_a_damaged_cache_is_named_and_made_again(
         damage, folder, tiny, cache, capsys):
     write_text(folder, {f"{i}.txt": f"document {i} of 5\n" * 30 for i in range(9)})
@@ -363,21 +323,17 @@ def test_tokens_are_made_once_and_a_damaged_cache_is_named_and_made_again(
 
 def test_two_processes_with_one_process_id_share_a_cache(folder, tiny, cache):
     """As in two containers. The second waits for the first, or finds what it made."""
-    write_text(folder, many_texts(200))
+    texts = many_texts(200)
+    write_text(folder, texts)
+    flags = flags_of(tiny(data=str(folder), tokenizer="bpe", vocab_size=600))
     code = ("import os, sys, train\nos.getpid = lambda: 1\n"
-            "data = train.load_data(train.parse_flags(sys.argv[1:]))\n"
-            "print(sum(len(a) for p in (data.train, data.val) for a in p.arrays))")
-    flags = [*flags_of(tiny(data=str(folder), tokenizer="bpe", vocab_size=600))]
+            "train.load_data(train.parse_flags(sys.argv[1:]))")
     with ThreadPoolExecutor() as pool:
-        runs = [*pool.map(lambda _: run_python("-c", code, *flags), range(3))]
-    data = t.load_data(t.parse_flags(flags))
-    enc = tokenizer_from_dict(data.tokenizer)
-    texts = [*many_texts(200).values()]
-    found = rejoined(texts_of(data.train, enc), texts_of(data.val, enc), texts)
-    assert sorted(found) == sorted(texts)
-    for run in runs:
-        assert run.returncode == 0 and int(run.stdout) == len(ids_of(data.train) + ids_of(data.val))
-    assert len([p for p in cache.rglob("*") if p.is_file()]) == 4
+        runs = [*pool.map(lambda _: run_python("-c", code, *flags), range(2))]
+    made = files_below(cache)
+    assert [run.returncode for run in runs] == [0, 0] and len(made) == 4
+    assert documents_of(t.load_data(t.parse_flags(flags)), texts.values()) == sorted(texts.values())
+    assert files_below(cache) == made
 
 
 @pytest.mark.parametrize("change", [
@@ -391,11 +347,8 @@ def test_changed_files_are_tokenized_again(change, folder, tiny, cache):
     c = tiny(data=str(folder))
     t.load_data(c)
     change(next(folder.rglob("doc3.txt")))
-    data = t.load_data(c)
-    enc = tokenizer_from_dict(data.tokenizer)
-    expected = [p.read_bytes().decode() for p in folder.rglob("*.txt")]
-    found = rejoined(texts_of(data.train, enc), texts_of(data.val, enc), expected)
-    assert sorted(found) == sorted(expected)
+    expected = [p.read_text() for p in folder.rglob("*.txt")]
+    assert documents_of(t.load_data(c), expected) == sorted(expected)
 
 
 def test_data_in_two_folders_share_no_tokens(tmp_path, tiny, cache):
@@ -422,34 +375,30 @@ def test_a_download_is_fetched_once_or_put_in_place_by_hand(tmp_path, tiny, cach
     assert bytes(ids_of(data.train)[1:] + ids_of(data.val)[1:]).decode() == text
 
 
-def raw_uint16(tokens) -> bytes:
-    """nanoGPT: nothing but little-endian uint16."""
-    return struct.pack(f"<{len(tokens)}H", *tokens)
+def raw(tokens, dtype="<u2") -> bytes:
+    """nanoGPT: nothing but the tokens, little-endian."""
+    return np.array(tokens, dtype).tobytes()
 
 
-def llm_c(tokens, magic=20240520, version=1, count=None, code="H") -> bytes:
+def llm_c(tokens, magic=20240520, count=None, dtype="<u2") -> bytes:
     """llm.c: 256 int32, of which the first are magic, version and number of tokens; the tokens."""
     count = len(tokens) if count is None else count
-    header = struct.pack("<256i", magic, version, count, *[0] * 253)
-    return header + struct.pack(f"<{len(tokens)}{code}", *tokens)
+    return raw([magic, 1, count, *[0] * 253], "<i4") + raw(tokens, dtype)
 
 
-def npy(array) -> bytes:
-    """NumPy's format 1.0: magic, version, length of the header, header padded to a multiple of 64,
-    the array."""
-    array = np.asarray(array)
-    header = repr({"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}).encode()
-    header += b" " * (-(10 + len(header) + 1) % 64) + b"\n"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + array.tobytes()
+def npy(tokens, dtype=None) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array(tokens, dtype))
+    return file.getvalue()
 
 
 WRITERS = {
-    "nanogpt": (".bin", raw_uint16),
+    "nanogpt": (".bin", raw),
     "llm.c uint16": (".bin", llm_c),
-    "llm.c uint32": (".bin", lambda tokens: llm_c(tokens, magic=20240801, code="I")),
-    "bare uint32": (".bin", lambda tokens: struct.pack(f"<{len(tokens)}I", *tokens)),
-    "npy uint16": (".npy", lambda tokens: npy(np.array(tokens, np.uint16))),
-    "npy uint32": (".npy", lambda tokens: npy(np.array(tokens, np.uint32))),
+    "llm.c uint32": (".bin", lambda tokens: llm_c(tokens, magic=20240801, dtype="<u4")),
+    "bare uint32": (".bin", lambda tokens: raw(tokens, "<u4")),
+    "npy uint16": (".npy", lambda tokens: npy(tokens, np.uint16)),
+    "npy uint32": (".npy", lambda tokens: npy(tokens, np.uint32)),
 }
 
 
@@ -460,6 +409,8 @@ def random_tokens(seed, n, top=256):
 
 @pytest.mark.parametrize("form", WRITERS)
 def test_shards_of_each_format_are_read_as_written(form, folder, tiny):
+    """Tokens of 4 bytes are read as such with any tokenizer; a tokenizer of over 65,536 tokens has
+    not made tokens of 2 bytes."""
     suffix, write = WRITERS[form]
     shards = {name: random_tokens(i, 700) for i, name in enumerate(["train_1", "train_0", "val"])}
     for name, tokens in shards.items():
@@ -468,9 +419,18 @@ def test_shards_of_each_format_are_read_as_written(form, folder, tiny):
     data = t.load_data(tiny(data=str(folder)))
     assert [a.tolist() for a in data.train.arrays] == [shards["train_0"], shards["train_1"]]
     assert ids_of(data.val) == shards["val"]
-    single = t.load_data(tiny(data=str(folder / ("train_0" + suffix))))  # its end is held out
+    path, tokens = folder / f"train_0{suffix}", random_tokens(0, 1000, top=50_000)
+    single = t.load_data(tiny(data=str(path)))  # its end is held out
     assert ids_of(single.train) + ids_of(single.val) == shards["train_0"]
     assert len(ids_of(single.val)) == pytest.approx(70, abs=1)
+    path.write_bytes(write(tokens))
+    assert t.open_shard(path, 50_257).tolist() == tokens
+    if "uint32" in form:
+        path.write_bytes(write([*tokens, 100_000]))
+        assert t.open_shard(path, 100_277).tolist() == [*tokens, 100_000]
+    else:
+        with pytest.raises(t.BadInput, match=r"--x: .*uint16.*100,277"):
+            t.open_shard(path, 100_277, "--x")
 
 
 @pytest.mark.parametrize("held_out, trained, pattern", [
@@ -493,33 +453,13 @@ def test_a_word_in_a_shards_name_decides_what_is_held_out_and_else_the_first_is(
     assert all(Path(name).name + ".bin" in said for name in held_out.split()), said
 
 
-@pytest.mark.parametrize("form", WRITERS)
-def test_the_width_of_tokens_is_known_or_refused(form, tmp_path):
-    """Tokens of 4 bytes are read as such with any tokenizer; a tokenizer of over 65,536 tokens has
-    not made tokens of 2 bytes."""
-    suffix, write = WRITERS[form]
-    path, tokens = tmp_path / f"x{suffix}", random_tokens(0, 1000, top=50_000)
-    path.write_bytes(write(tokens))
-    assert t.open_shard(path, 50_257).tolist() == tokens
-    if "uint32" in form:
-        path.write_bytes(write([*tokens, 100_000]))
-        assert t.open_shard(path, 100_277).tolist() == [*tokens, 100_000]
-    else:
-        with pytest.raises(t.BadInput, match=r"--x: .*uint16.*100,277"):
-            t.open_shard(path, 100_277, "--x")
-
-
 # The order of the data
 @pytest.mark.parametrize("lengths, block_size", [
     ((50,), 7), ((10, 3, 0, 17, 1, 4, 5, 9), 4), ((8, 9), 8), ((9, 9), 1)])
 def test_blocks_are_the_tokens_at_their_places_in_every_shard(lengths, block_size):
     arrays = [np.arange(n, dtype=np.uint16) + 1000 * i for i, n in enumerate(lengths)]
-    expected = []
-    for array in arrays:
-        start = 0
-        while start + block_size + 1 <= len(array):
-            expected.append(array[start:start + block_size + 1].tolist())
-            start += block_size
+    expected = [array[i:i + block_size + 1].tolist() for array in arrays
+                for i in range(0, len(array) - block_size, block_size)]
     blocks = t.Blocks(arrays, block_size)
     assert len(blocks) == len(expected)
     numbers = random.Random(0).choices(range(len(expected)), k=30)
@@ -565,14 +505,10 @@ def sequences_read(world, micro_batch, batch_tokens, tokens_before, steps):
 
 
 @pytest.mark.parametrize("world, micro_batch", [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (8, 1)])
-def test_ranks_and_micro_batches_read_one_order_across_epochs(world, micro_batch):
-    expected = [*zip(t.block_numbers(2, 0, 96, 45), range(96))]
-    assert sequences_read(world, micro_batch, 64, 0, 12) == expected
-
-
-@pytest.mark.parametrize("batch_tokens", [32, 128])
-def test_a_run_resumed_with_another_batch_size_reads_on_where_it_was(batch_tokens):
-    read = sequences_read(1, 2, 64, 0, 3) + sequences_read(2, 2, batch_tokens, 3 * 64, 4)
+def test_ranks_and_micro_batches_read_one_order_across_epochs_and_batch_sizes(world, micro_batch):
+    """The last steps are those of a run that is resumed with another batch size."""
+    read = sequences_read(world, micro_batch, 64, 0, 12)
+    read += sequences_read(2, 2, 32, 12 * 64, 2) + sequences_read(1, 2, 128, 13 * 64, 2)
     assert read == [*zip(t.block_numbers(2, 0, len(read), 45), range(len(read)))]
 
 
@@ -625,12 +561,21 @@ def records(tmp_path_factory):
     return str(path)
 
 
-def let(teacher, **flags):
-    return dict(teacher=teacher, let_weight=1.0, let_stop=6.0, let_student_layer=1, **flags)
+LET = dict(let_weight=1.0, let_stop=6.0, let_student_layer=1)
+STEP_BY_STEP = dict(distill="step_by_step", block_size=64, batch_tokens=512)
+SSM = dict(d_state=16, ssm_head_dim=16)
 
 
-def step_by_step(records, **flags):
-    return dict(data=records, distill="step_by_step", block_size=64, batch_tokens=512, **flags)
+def with_file(flags: dict, teacher, records) -> dict:
+    """These flags with the teacher or the records that they need."""
+    if flags.get("distill") == "step_by_step":
+        return {"data": records, **flags}
+    return {"teacher": teacher, **flags} if {"let_student_layer", "distill"} & {*flags} else flags
+
+
+@pytest.fixture
+def tiny(tiny, teacher, records):
+    return lambda **flags: tiny(**with_file(flags, teacher, records))
 
 
 def test_the_loss_falls_and_everything_is_written(tiny):
@@ -648,35 +593,21 @@ def test_the_loss_falls_and_everything_is_written(tiny):
     assert {"lr", "seconds", "flops", "tokens_per_second", "mfu", "grad_norm"} <= steps[0].keys()
 
 
-MICRO_BATCHES = {
-    "plain": {}, "muon on experts": dict(n_experts=4), "linearity": dict(linearity="cosine"),
-    "let": "let", "gkd": dict(distill="gkd", distill_on_policy=1.0),
-    "step_by_step": "step_by_step"}
-
-
-@pytest.mark.parametrize("name", MICRO_BATCHES)
-def test_a_run_does_not_depend_on_its_micro_batches(name, tiny, teacher, records, tmp_path):
-    flags = MICRO_BATCHES[name]
-    if flags == "let":
-        flags = let(teacher, let_resize="project")
-    elif flags == "step_by_step":
-        flags = step_by_step(records)
-    elif "distill" in flags:
-        flags = dict(flags, teacher=teacher)
+@pytest.mark.parametrize("flags", [
+    {}, dict(n_experts=4), dict(linearity="cosine"), dict(LET, let_resize="project"),
+    dict(distill="gkd", distill_on_policy=1.0), STEP_BY_STEP], ids=str)
+def test_a_run_does_not_depend_on_its_micro_batches(flags, tiny):
     one, more = (t.train(tiny(**flags, micro_batch=size, out_dir=str(size))) for size in (8, 2))
     assert figures(more["history"]) == pytest.approx(figures(one["history"]), abs=3e-4, rel=3e-4)
 
 
-@pytest.mark.parametrize("mixer, flags, optimizer", [
-    ("mamba2", dict(multipliers="vector"), "adamw"), ("hybrid", dict(n_experts=3), "muon"),
-    ("MA", dict(multipliers="scalar", linearity="mse", linearity_weight=0.01), "muon"),
-    ("attention", dict(n_experts=4, mlp="swiglu", param="completep", base_n_embd=16), "muon")])
-def test_all_kinds_of_blocks_train_resume_bitwise_and_sample(
-        mixer, flags, optimizer, tiny, teacher, tmp_path):
-    if mixer != "attention":
-        flags = dict(flags, d_state=8, ssm_head_dim=16)
-    flags = dict(flags, mixer=mixer, optimizer=optimizer, lr=0.01,
-                 **let(teacher, let_resize="project"))
+@pytest.mark.parametrize("flags", [
+    dict(mixer="mamba2", multipliers="vector", optimizer="adamw", **SSM),
+    dict(mixer="hybrid", n_experts=3, **SSM),
+    dict(mixer="MA", multipliers="scalar", linearity="mse", linearity_weight=0.01, **SSM),
+    dict(n_experts=4, mlp="swiglu", param="completep", base_n_embd=16)], ids=str)
+def test_all_kinds_of_blocks_train_resume_bitwise_and_sample(flags, tiny):
+    flags = dict(flags, lr=0.01, let_resize="project", **LET)
     straight = t.train(tiny(**flags, out_dir="straight"))
     history = figures(straight["history"])
     assert history[10, "val_loss"] < history[0, "val_loss"] - 0.1
@@ -688,7 +619,7 @@ def test_all_kinds_of_blocks_train_resume_bitwise_and_sample(
     assert torch.equal(generate(model, idx, 8), generate(model, idx, 8, use_cache=False))
 
 
-def test_frozen_gains_stay_at_1(tiny, tmp_path):
+def test_frozen_gains_stay_at_1(tiny):
     blocks = {f"blocks.{i}.{m}_norm.weight" for i in range(2) for m in ("mixer", "mlp")}
     for which, frozen in (("final", {"norm.weight"}), ("blocks", blocks),
                           ("all", blocks | {"norm.weight"})):
@@ -698,7 +629,7 @@ def test_frozen_gains_stay_at_1(tiny, tmp_path):
         assert {name for name, p in gains.items() if (p == 1).all()} == frozen
 
 
-def test_every_setting_of_the_optimizer_reaches_it(tiny, tmp_path):
+def test_every_setting_of_the_optimizer_reaches_it(tiny):
     """Each makes another run than the one without it."""
     base, ends = dict(steps=4, warmup_steps=0, multipliers="vector", clip=0.1), {}
     for name, value in {
@@ -727,46 +658,39 @@ def test_the_plan_names_the_size_and_writes_nothing(tiny, cache, capsys):
     assert not Path(c.out_dir).exists() and not (cache / "teachers").exists()
 
 
-SSM = dict(d_state=16, ssm_head_dim=16)
-ON_A_GPU = {  # flags of a run; of those with a teacher without its name
+ON_A_GPU = {
     "default": {}, "adamw": dict(optimizer="adamw"), "multipliers": dict(multipliers="vector"),
     "mamba2": dict(mixer="mamba2", **SSM), "hybrid": dict(mixer="hybrid", n_experts=4, **SSM),
-    "linearity": dict(linearity="cosine"), "let": dict(let_student_layer=1, let_weight=1.0),
-    "project": dict(let_student_layer=1, let_resize="project"),
+    "linearity": dict(linearity="cosine"), "let": LET, "project": dict(LET, let_resize="project"),
     **{name: dict(distill=name) for name in ("rkd", "salt", "kd", "distilbert", "reverse_kl")}}
 
 
-def losses_on(device, tiny, teacher, name, **kw):
+def losses(tiny, name, **flags):
     """The losses of 4 steps of a run of ON_A_GPU, and the last held-out loss."""
-    flags = ON_A_GPU[name]
-    if {*flags} & {"let_student_layer", "distill"}:
-        flags = flags | dict(teacher=teacher)
-    run = t.train(tiny(device=device, steps=4, log_every=1, **flags, **kw,
-                       out_dir=f"{device} {name} {kw}"))
+    run = t.train(tiny(steps=4, **ON_A_GPU[name], **flags, out_dir=f"{name} {flags}"))
     return [*(h["loss"] for h in run["history"] if "loss" in h), run["val_loss"]]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ON_A_GPU)
-def test_a_run_on_a_gpu_has_the_losses_of_one_on_a_cpu(tiny, teacher, name):
+def test_a_run_on_a_gpu_has_the_losses_of_one_on_a_cpu(tiny, name):
     """In fp32; products in TF32 on the GPU."""
-    cpu, gpu = (losses_on(device, tiny, teacher, name, dtype="fp32", compile="false")
-                for device in ("cpu", "cuda"))
+    cpu, gpu = (losses(tiny, name, device=device, compile="false") for device in ("cpu", "cuda"))
     assert gpu == pytest.approx(cpu, rel=2e-3)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["default", "multipliers", "let", "rkd", "hybrid"])
-def test_a_compiled_run_on_a_gpu_has_the_losses_of_an_eager_one(tiny, teacher, name):
+def test_a_compiled_run_on_a_gpu_has_the_losses_of_an_eager_one(tiny, name):
     """In bf16: the compiler rounds in other places."""
-    eager, compiled = (losses_on("cuda", tiny, teacher, name, dtype="bf16", compile=compile)
+    eager, compiled = (losses(tiny, name, device="cuda", dtype="bf16", compile=compile)
                        for compile in ("false", "true"))
     assert compiled == pytest.approx(eager, rel=1e-2)
 
 
 def test_the_first_loss_with_let_is_the_sum_of_its_parts(tiny, teacher):
     """From the student's state after block 1, the teacher's last normed state and the cosine."""
-    c = tiny(**let(teacher), steps=6)
+    c = tiny(**LET, steps=6)
     first = next(h for h in t.train(c)["history"] if "train_loss" in h)
     data = t.load_data(c)
     idx, targets = data.train.batch(t.block_numbers(c.seed, 0, 8, len(data.train)))
@@ -781,21 +705,18 @@ def test_the_first_loss_with_let_is_the_sum_of_its_parts(tiny, teacher):
     assert first["loss"] == pytest.approx(nll - cosine, abs=1e-5)
 
 
-def test_step_by_step_weighs_the_two_tasks_as_it_is_told(tiny, records):
-    history = t.train(tiny(**step_by_step(records, distill_weight=0.25), steps=2))["history"]
+def test_step_by_step_weighs_the_two_tasks_as_it_is_told(tiny):
+    history = t.train(tiny(**STEP_BY_STEP, distill_weight=0.25, steps=2))["history"]
     for line in (line for line in history if "train_loss" in line):
         expected = 0.75 * line["train_loss"] + 0.25 * line["rationale_loss"]
         assert line["loss"] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("flags", [dict(let_stop=5.0), dict(let_stop=5.0, let_resize="project"),
-                                   dict(distill="salt", distill_stop=5.0)], ids=str)
-def test_after_the_stop_a_run_is_bitwise_one_that_never_had_a_teacher(
-        flags, tiny, teacher, tmp_path):
+@pytest.mark.parametrize("flags", [
+    dict(LET, let_stop=5.0), dict(LET, let_stop=5.0, let_resize="project"),
+    dict(distill="salt", distill_stop=5.0)], ids=str)
+def test_after_the_stop_a_run_is_bitwise_one_that_never_had_a_teacher(flags, tiny):
     """The other goes on from the stop, without any flag of a teacher."""
-    flags = dict(flags, teacher=teacher)
-    if "let_stop" in flags:
-        flags |= dict(let_weight=1.0, let_student_layer=1)
     whole = t.train(tiny(**flags, out_dir="whole"))
     stopped = stop_at(tiny(**flags, out_dir="stopped"), 5)
     plain = t.train(tiny(resume=stopped, out_dir="plain"))
@@ -806,7 +727,7 @@ def test_after_the_stop_a_run_is_bitwise_one_that_never_had_a_teacher(
 
 
 def test_the_teacher_is_called_once_a_pass_until_its_stop_and_then_leaves_memory(
-        tiny, teacher, monkeypatch):
+        tiny, monkeypatch):
     calls, alive = [], []
     call, evaluate = t.LET.__call__, t.evaluate
 
@@ -820,7 +741,7 @@ def test_the_teacher_is_called_once_a_pass_until_its_stop_and_then_leaves_memory
 
     monkeypatch.setattr(t.LET, "__call__", counted)
     monkeypatch.setattr(t, "evaluate", watched)
-    t.train(tiny(**let(teacher), eval_every=2))
+    t.train(tiny(**LET, eval_every=2))
     assert len(calls) == 6 * 2  # two passes a step
     assert alive == [False, True, True, True, False, False]
 
@@ -840,25 +761,19 @@ def test_the_automatic_teacher_is_small_sees_more_tokens_and_is_made_once(tiny, 
     assert len([*(cache / "teachers").glob("*/ckpt.pt")]) == 2
 
 
-@pytest.mark.parametrize("flags, kinds, chosen", [
-    (dict(n_layer=4), "AA", (0, 3)), (dict(n_layer=4, tie_embeddings=True), "AAAA", (0, 1, 2, 3)),
-    (dict(n_layer=4, mixer="MAAH", d_state=8, ssm_head_dim=16), "MH", (0, 3)),
-    (dict(mixer="mamba2", d_state=8, ssm_head_dim=16), "MM", (0, 1))], ids=str)
-def test_a_run_starts_from_a_checkpoints_weights_and_architecture(
-        flags, kinds, chosen, tiny, tmp_path):
+@pytest.mark.parametrize("flags, kinds", [
+    (dict(n_layer=4), "AA"), (dict(n_layer=4, tie_embeddings=True), "AAAA"),
+    (dict(n_layer=4, mixer="MAAH", **SSM), "MH"), (dict(mixer="mamba2", **SSM), "MM")], ids=str)
+def test_a_run_starts_from_a_checkpoints_weights_and_architecture(flags, kinds, tiny):
     source = t.train(tiny(**flags, out_dir="source"))
     words = [word for word in flags_of(tiny(lr=1e-30, steps=1, warmup_steps=0)) if not re.match(
         "--(n_layer|n_embd|n_head|tokenizer)=", word)] + [f"--init_from={source['checkpoint']}"]
     c = t.parse_flags(words + [f"--n_layer={len(kinds)}"])
     assert (c.n_embd, c.n_head, c.tokenizer) == (32, 2, "teacher")
     result = t.train(c)
-    a, b = load_checkpoint(source["checkpoint"])["model"], load_checkpoint(result["checkpoint"])
+    a, b = (load_checkpoint(run["checkpoint"]) for run in (source, result))
     assert model_from_checkpoint(b).config.kinds() == kinds
-    for name, p in b["model"].items():
-        if name.startswith("blocks."):
-            _, block, rest = name.split(".", 2)
-            name = f"blocks.{chosen[int(block)]}.{rest}"
-        torch.testing.assert_close(p, a[name], rtol=0, atol=0)
+    assert same(b["model"], t.init_from(model_from_checkpoint(a), len(kinds)).state_dict())
     if len(kinds) == flags.get("n_layer", 2):
         assert result["history"][0]["val_loss"] == pytest.approx(source["val_loss"], abs=1e-6)
     again = t.train(t.parse_flags([f"--resume={result['checkpoint']}", "--steps=2"]))
@@ -880,36 +795,28 @@ def test_a_decay_branches_off_and_is_the_run_planned_to_that_length(tiny, tmp_pa
     trunk = stop_at(tiny(**flags, steps=40, out_dir="trunk"), 5)
     kept = Path(trunk).read_bytes()
     planned = t.train(tiny(**flags, out_dir="planned"))
-    branch = [f"--resume={trunk}", "--decay_now", f"--out_dir={tmp_path}/branch"]
-    assert t.train(t.parse_flags(branch))["step"] == 10 and Path(trunk).read_bytes() == kept
-    assert same(state(planned["checkpoint"]), state(tmp_path / "branch" / "ckpt.pt"))
-    lr = [h["lr"] for h in lines(tmp_path / "branch") if "lr" in h]
-    assert lr == pytest.approx([0.006 * (1 - (i / 5) ** 0.5) for i in range(5)])
-    longer = t.train(t.parse_flags([*branch[:2], "--steps=25", f"--out_dir={tmp_path}/longer"]))
-    lr = [h["lr"] for h in longer["history"] if "lr" in h]
-    assert lr == pytest.approx([0.006 * (1 - (i / 20) ** 0.5) for i in range(20)])
-    again = t.parse_flags([f"--resume={tmp_path}/branch/ckpt.pt"])
+    for steps, words in ((5, []), (20, ["--steps=25"])):
+        branch = [f"--resume={trunk}", "--decay_now", f"--out_dir={tmp_path}/{steps}", *words]
+        history = t.train(t.parse_flags(branch))["history"]
+        lr = [h["lr"] for h in history if "lr" in h]
+        assert lr == pytest.approx([0.006 * (1 - (i / steps) ** 0.5) for i in range(steps)])
+    assert same(state(planned["checkpoint"]), state(tmp_path / "5" / "ckpt.pt"))
+    assert Path(trunk).read_bytes() == kept
+    again = t.parse_flags([f"--resume={tmp_path}/5/ckpt.pt"])
     assert not again.decay_now, "a branch is resumed as any run"
 
 
-def test_a_decay_branches_off_a_constant_run_and_not_off_a_schedule_that_is_not_known(
-        tiny, tmp_path):
+def test_a_decay_branches_off_a_constant_run(tiny, tmp_path):
     trunk = stop_at(tiny(schedule="constant", out_dir="trunk"), 5)
     words = [f"--resume={trunk}", "--decay_now", "--schedule=wsd", f"--out_dir={tmp_path}/branch"]
     assert t.train(t.parse_flags(words))["step"] == round(5 / (1 - t.Config().decay_fraction))
-    checkpoint = load_checkpoint(trunk)
-    checkpoint["config"]["schedule"] = "wsd_of_next_year"
-    torch.save(checkpoint, trunk)
-    with pytest.raises(t.BadInput, match="--resume.*wsd_of_next_year"):
-        t.train(t.parse_flags([*words[:-1], f"--out_dir={tmp_path}/other"]))
 
 
 @pytest.mark.parametrize("words, last", [
     (["--decay_now", "--decay_fraction=0.5"], 8), (["--steps=60"], 8),
     (["--steps=60", "--let_stop=0.2"], 12)])
-def test_a_teacher_stops_where_it_did_in_a_branch_and_in_a_longer_run(
-        words, last, tiny, teacher, tmp_path):
-    flags = {**let(teacher), "let_stop": 0.2, "decay_fraction": 0.5}
+def test_a_teacher_stops_where_it_did_in_a_branch_and_in_a_longer_run(words, last, tiny, tmp_path):
+    flags = {**LET, "let_stop": 0.2, "decay_fraction": 0.5}
     trunk = stop_at(tiny(**flags, steps=40, out_dir="trunk"), 5)
     words = [f"--resume={trunk}", *words, f"--out_dir={tmp_path}/more"]
     history = t.train(t.parse_flags(words))["history"]
@@ -931,39 +838,35 @@ train.dist.destroy_process_group()
 """
 
 
+ON_RANKS = {
+    "let and multipliers": dict(LET, let_resize="project", multipliers="vector"),
+    "tied adamw": dict(optimizer="adamw", tie_embeddings=True, n_experts=4),
+    "gkd": dict(distill="gkd", distill_on_policy=0.5), "step_by_step": STEP_BY_STEP,
+    "from one rank to two": dict(schedule="constant"),
+    "from two ranks to one": dict(schedule="constant")}
+
+
 @pytest.fixture(scope="module")
 def on_ranks(corpus, teacher, records, tmp_path_factory):
     """{name: (the run in one process, the folder of the run on two ranks)}."""
-    folder, runs = tmp_path_factory.mktemp("ranks"), {}
-    for name, flags in {
-            "let and multipliers": let(teacher, let_resize="project", multipliers="vector"),
-            "tied adamw": dict(optimizer="adamw", tie_embeddings=True, n_experts=4),
-            "gkd": dict(teacher=teacher, distill="gkd", distill_on_policy=0.5),
-            "step_by_step": step_by_step(records),
-            "constant": dict(schedule="constant")}.items():
-        runs[name] = [tiny_config(corpus, folder, f"{world} {name}", micro_batch=2,
-                                  eval_tokens=1100, **flags) for world in (1, 2)]
-    one = {name: t.train(c) for name, (c, _) in runs.items()}
-    halved = tiny_config(corpus, folder, "halved", schedule="constant", steps=5, eval_tokens=1100)
-    t.train(halved)
-    words = [flags_of(c) for _, c in runs.values()]
-    words.append([f"--resume={halved.out_dir}/ckpt.pt", "--steps=10"])
-    first = t.replace(halved, out_dir=str(folder / "first half"))
-    words.append(flags_of(first))
-    (folder / "runs.json").write_text(json.dumps(words))
+    folder = tmp_path_factory.mktemp("ranks")
+    one, two = ({name: tiny_config(corpus, folder, f"{world} {name}", micro_batch=2,
+                                   eval_tokens=1100, **with_file(flags, teacher, records))
+                 for name, flags in ON_RANKS.items()} for world in (1, 2))
+    words = {name: flags_of(c) for name, c in two.items()}
+    halves = [t.replace(two[name], steps=5) for name in [*ON_RANKS][-2:]]
+    resumed = [[f"--resume={c.out_dir}/ckpt.pt", "--steps=10"] for c in halves]
+    words["from one rank to two"], words["from two ranks to one"] = resumed[0], flags_of(halves[1])
+    t.train(halves[0])
+    (folder / "runs.json").write_text(json.dumps([*words.values()]))
     (folder / "ranks.py").write_text(RANKS)
     done = run_python(folder / "ranks.py", ROOT, folder / "runs.json", ranks=2)
     assert done.returncode == 0, done.stderr
-    t.train(t.parse_flags([f"--resume={first.out_dir}/ckpt.pt", "--steps=10"]))
-    found = {name: (one[name], Path(c.out_dir)) for name, (_, c) in runs.items()}
-    found["from one rank to two"] = one["constant"], Path(halved.out_dir)
-    found["from two ranks to one"] = one["constant"], Path(first.out_dir)
-    return found
+    t.train(t.parse_flags(resumed[1]))
+    return {name: (t.train(one[name]), Path(two[name].out_dir)) for name in ON_RANKS}
 
 
-@pytest.mark.parametrize("name", [
-    "let and multipliers", "tied adamw", "gkd", "step_by_step", "from one rank to two",
-    "from two ranks to one"])
+@pytest.mark.parametrize("name", ON_RANKS)
 def test_two_ranks_write_the_same_metrics_and_checkpoint_as_one(name, on_ranks):
     one, folder = on_ranks[name]
     assert figures(lines(folder)) == pytest.approx(figures(one["history"]), abs=3e-4, rel=1e-3)
@@ -1000,7 +903,7 @@ def test_a_signal_saves_at_the_next_step_on_all_ranks_and_exits_with_its_code(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-def test_the_same_signal_twice_aborts_and_an_interrupted_run_has_its_exit_code(monkeypatch):
+def test_the_same_signal_twice_aborts():
     with t.StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)  # torchrun's echo of a Ctrl-C: another, the same wish
@@ -1008,10 +911,6 @@ def test_the_same_signal_twice_aborts_and_an_interrupted_run_has_its_exit_code(m
         with pytest.raises(SystemExit) as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.1)
-    assert stop.value.code == 143
-    monkeypatch.setattr(t, "train", lambda c: {"interrupted": 15})
-    with pytest.raises(SystemExit) as stop:
-        t.main([])
     assert stop.value.code == 143
 
 
@@ -1072,7 +971,8 @@ def test_flags_are_read(line, expected):
 
 def test_sound_flags_pass_and_help_is_no_error(tiny, capsys):
     for flags in (dict(n_kv_head=1), dict(micro_batch=64), dict(clip=0.0, decay_fraction=1.0),
-                  dict(warmup_steps=500, schedule="constant"), dict(mixer="MA", d_state=32)):
+                  dict(warmup_steps=500, schedule="constant"), dict(mixer="MA", d_state=32),
+                  dict(STEP_BY_STEP, micro_batch=1, distill_weight=0.0)):
         t.check(tiny(**flags))
     t.check(t.Config())
     t.check(tiny(micro_batch=1), world=8)
@@ -1091,12 +991,13 @@ def finished(corpus, teacher, tmp_path_factory):
     model = load_checkpoint(teacher)
     bare = {k: model[k] for k in ("format", "model", "model_config", "tokenizer")}
     torch.save(bare, folder / "bare.pt")
+    torch.save({**model, "config": {**model["config"], "schedule": "odd"}}, folder / "odd.pt")
     (folder / "file").write_text("a file")
     return folder
 
 
-WRONG_VALUES = {int: ["x", "", "1.5", "nan", "-9", "1" * 5000], float: ["x", "", "nan", "1e999"],
-                bool: ["maybe", ""], str: ["a\0b"]}
+WRONG_VALUES = {int: ["x", "", "1.5", "nan", "-9", "1" * 5000],
+                float: ["x", "", "nan", "1e999", "-9"], bool: ["maybe", ""], str: ["a\0b"]}
 
 
 @pytest.mark.parametrize("name", t.FLAGS)
@@ -1119,29 +1020,26 @@ def test_a_file_that_is_not_what_a_flag_needs_is_refused_by_name(
             assert name in said and (f"--{flag}" in said or name == "n" * 300)
 
 
-VALUES = {  # refused values
-    "0": "block_size batch_tokens micro_batch eval_tokens n_layer n_embd n_head steps eval_every "
-         "log_every save_every lr embedding_lr",
-    "-1": "n_kv_head warmup_steps weight_decay clip seed sample_tokens n_experts beta1 momentum",
-    "1.0": "beta1 beta2 momentum", str(2**64): "seed"}
 # Command lines. The message must have the name and value of each flag that is not in brackets.
-REFUSED = [f"--{name}={value}" for value, names in VALUES.items() for name in names.split()] + """
+REFUSED = """
+    --block_size=0 --batch_tokens=0 --micro_batch=0 --eval_tokens=0 --n_layer=0 --n_embd=0
+    --n_head=0 --steps=0 --eval_every=0 --log_every=0 --save_every=0 --embedding_lr=0.0 | --lr=0.0
+    --beta1=1.0 --beta2=1.0 --momentum=1.0 --seed=18446744073709551616
     --n_layers | --Steps | -steps | steps | --resume=auto | --steps | --qk_norm=maybe
     --steps=0 --mlp=relu --beta1=2 | --decay_now | --out_dir=AT/file | --resume=nowhere.pt
-    --batch_tokens=100 (--block_size=32) | --micro_batch=3 | --n_head=3 | --n_embd=6
-    --n_kv_head=4 | --mixer=MAX | --mixer=MMA | --d_state=32 | (--mixer=mamba2) --ssm_head_dim=24
-    (--mixer=mamba2) --n_experts=4 | (--mixer=mamba2) --qk_norm=True | --experts_per_token=3
-    (--n_experts=4) --experts_per_token=5 | --base_n_embd=64 | --vocab_size=300
-    (--tokenizer=bpe) --vocab_size=256 | --tokenizer=teacher | --tokenizer=gpt-2
-    --steps=10 --warmup_steps=11 | --lr=1.0 --lr_law=x | (--optimizer=adamw) --momentum=0.5
-    --lr_law=x | (--optimizer=adamw) --muon_scale=spectral | (--tie_embeddings) --embedding_lr=3.0
-    (--schedule=cosine) --decay_fraction=0.5 | --linearity_weight=2.0 | --module_lr=heads=2
-    --module_lr=head=-1 | (--multipliers=scalar) --multiplier_modules=all | --multiplier_lr=0.1
-    (--multipliers=scalar) --multiplier_modules=mlp,ssm
+    --batch_tokens=100 (--block_size=32) | --micro_batch=3 | --n_head=3 | --n_embd=6 | --mixer=MMA
+    --n_kv_head=4 | --mixer=MAX | (--mixer=mamba2) --ssm_head_dim=24 --n_experts=4 --qk_norm=True
+    --d_state=32 --experts_per_token=3 --base_n_embd=64 --vocab_size=300 --multiplier_lr=0.1
+    --linearity_weight=2.0 --let_weight=2.0 | (--n_experts=4) --experts_per_token=5
+    (--tokenizer=bpe) --vocab_size=256 | --tokenizer=teacher | --tokenizer=gpt-2 | --lr_law=x
+    --steps=10 --warmup_steps=11 | --lr=1.0 --lr_law=x | --module_lr=heads=2 | --module_lr=head=-1
+    (--optimizer=adamw --tie_embeddings) --momentum=0.5 --muon_scale=spectral --embedding_lr=3.0
+    (--schedule=cosine) --decay_fraction=0.5 | (--multipliers=scalar) --multiplier_modules=all
+    (--multipliers=scalar) --multiplier_modules=mlp,ssm | --distill=kd
     (--multipliers=scalar --tie_embeddings) --multiplier_modules=mlp,head
-    (--multipliers=scalar) --clip_multipliers=True --clip=0.0 | --let_weight=2.0 | --distill=kd
+    (--multipliers=scalar) --clip_multipliers=True --clip=0.0 | TAUGHT --let_teacher_layer=2
     (--teacher=auto) --let_student_layer=3 | (--teacher=auto) --distill_temperature=2.0
-    (--teacher=auto --distill=kd) --distill_weight=2.0 | TAUGHT --let_teacher_layer=2
+    (--teacher=auto --distill=kd) --distill_weight=2.0
     TAUGHT --let_stop=0.0 | TAUGHT --let_stop=2.5 | TAUGHT --let_loss=logsum
     (--let_student_layer=1) --teacher=AT/bare.pt --block_size=64
     (--let_student_layer=1) --teacher=AT/file | (--distill=step_by_step) --data=AT/run
@@ -1153,7 +1051,7 @@ REFUSED = [f"--{name}={value}" for value, names in VALUES.items() for name in na
     RUN --mlp=gelu | RUN --block_size=16 | RUN --tie_embeddings=True | RUN --optimizer=adamw
     (--steps=12 --vocab_size=300) --resume=AT/run/ckpt.pt --tokenizer=bpe
     (--out_dir=AT/new) --decay_now --resume=AT/run/step-0000005.pt
-    (--out_dir=AT/new --schedule=wsd) --decay_now --resume=AT/cosine/ckpt.pt
+    (--out_dir=AT/new --schedule=wsd) --decay_now --resume=AT/cosine/ckpt.pt | --resume=AT/odd.pt
 """.strip().replace("\n", "|").split("|")
 PLACES = {"TAUGHT": "(--teacher=AT/bare.pt --let_student_layer=1)",
           "RUN": "(--steps=12) --resume=AT/run/ckpt.pt"}
@@ -1183,12 +1081,12 @@ BAD_DATA = {  # files; --data below their folder and further flags; names in the
     "too short": ({"a.txt": b"short line\n" * 20}, "a.txt", ["held-out", "--block_size=32"]),
     "too few pairs": ({"a.txt": b"ab\n" * 99}, " --tokenizer=bpe --vocab_size=300",
                       ["--vocab_size=300", "258"]),
-    "shards and bpe": ({"a.bin": raw_uint16(FINE)}, " --tokenizer=bpe", ["--tokenizer=bpe"]),
+    "shards and bpe": ({"a.bin": raw(FINE)}, " --tokenizer=bpe", ["--tokenizer=bpe"]),
     "wrong magic": ({"a.bin": llm_c(FINE, magic=12345)}, "", ["a.bin", "12345", "20240801"]),
     "truncated": ({"a.bin": llm_c(FINE[:1500], count=2000)}, "", ["a.bin", "2000", "1500"]),
-    "odd number of bytes": ({"a.bin": raw_uint16(FINE) + b"x"}, "", ["a.bin", "4001"]),
-    "empty shard": ({"a.bin": raw_uint16(FINE), "b.bin": b""}, "", ["b.bin"]),
-    "token beyond": ({"a.bin": raw_uint16(FINE), "b.bin": llm_c(FINE + [300])}, "",
+    "odd number of bytes": ({"a.bin": raw(FINE) + b"x"}, "", ["a.bin", "4001"]),
+    "empty shard": ({"a.bin": raw(FINE), "b.bin": b""}, "", ["b.bin"]),
+    "token beyond": ({"a.bin": raw(FINE), "b.bin": llm_c(FINE + [300])}, "",
                      ["b.bin", "300", "257"]),
     **{f"npy of {array.dtype} {array.shape}": ({"a.npy": npy(array)}, "", ["a.npy"]) for array in (
         np.zeros((100, 20), np.uint16), np.zeros(2000, np.int64), np.zeros(2000, ">u2"),
@@ -1215,12 +1113,6 @@ def test_bad_data_is_refused_by_name_before_anything_is_written(name, folder, ti
     assert not Path(tiny().out_dir).exists()
 
 
-def test_step_by_step_without_rationales_trains_with_a_micro_batch_of_one(tiny, records):
-    t.check(tiny(**step_by_step(records, distill_weight=0.0), micro_batch=1))
-    with pytest.raises(t.BadInput, match="--micro_batch=1"):
-        t.check(tiny(**step_by_step(records), micro_batch=1))
-
-
 def test_a_start_from_an_architecture_that_is_not_ours_is_refused(monkeypatch):
     foreign = SimpleNamespace(config=SimpleNamespace(n_layer=2, n_embd=8))
     monkeypatch.setattr(t, "load_pretrained", lambda *a, **kw: (foreign, {}))
@@ -1228,13 +1120,15 @@ def test_a_start_from_an_architecture_that_is_not_ours_is_refused(monkeypatch):
         t.parse_flags(["--init_from=foreign"])
 
 
-def test_ranks_must_share_the_sequences_and_have_a_gpu_each(tiny):
-    for flags, world, names in ((dict(), 3, ["--batch_tokens", "3"]), (dict(), 16, ["16"]),
-                                (dict(batch_tokens=12 * 32), 2, ["--micro_batch=4", "6"]),
-                                (dict(device="cuda:0"), 2, ["--device=cuda:0"])):
-        with pytest.raises(t.BadInput) as error:
-            t.check(tiny(**flags), world)
-        assert all(name in str(error.value) for name in names)
+@pytest.mark.parametrize("flags, world, names", [
+    ({}, 3, "--batch_tokens 3"), ({}, 16, "16"), ({"device": "cuda:0"}, 2, "--device=cuda:0"),
+    ({"batch_tokens": 12 * 32}, 2, "--micro_batch=4 6"),
+    ({**STEP_BY_STEP, "micro_batch": 1}, 1, "--micro_batch=1")])
+def test_ranks_must_share_the_sequences_and_have_a_gpu_each(flags, world, names, tiny):
+    """Of a record's pair of sequences no rank has one alone."""
+    with pytest.raises(t.BadInput) as error:
+        t.check(tiny(**flags), world)
+    assert all(name in str(error.value) for name in names.split())
 
 
 def test_the_commands_of_the_readme_are_understood(monkeypatch):
