@@ -8,12 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import claims
 import pytest
+import reproduce as r
 from conftest import lines
-
-sys.path.insert(0, str(Path(__file__).parent))
-import claims  # noqa: E402
-import reproduce as r  # noqa: E402
 
 TINY = ("--data={data} --tokenizer=bytes --block_size=32 --batch_tokens=64 --micro_batch=2 "
         "--eval_tokens=64 --n_layer=1 --n_embd=16 --n_head=1 --warmup_steps=1 --sample_tokens=0 "
