@@ -82,9 +82,9 @@ def need(holds: bool, settings, names: str, why: str):
 class ModelConfig:
     """The shapes and the function of a GPT. Every default of the architecture stands here.
 
-    A new field that users set is also a flag of the same name in train.Config. If it changes the
-    function of the model, teacher.architecture must refuse it, or teacher.standard_weights
-    express it, in an export."""
+    A new field that users set is also a flag of the same name in train.Config. If it changes what
+    the model computes, an export must refuse it (teacher.hf_kind) or express it
+    (teacher.standard_weights)."""
 
     vocab_size: int
     block_size: int = 256  # longest sequence, in tokens
@@ -866,7 +866,8 @@ class Pass:
 
 
 class Term:
-    """A term of the loss. A new term overrides what differs.
+    """A term of the loss. A new term sets `name`, `hidden` if it reads residual states, and
+    `__call__`, and overrides what else differs.
 
     A term on targets sums over the counted targets of a pass and divides by sum(p.counted), or by
     its entry of it. The loss of a step is then the mean over its counted tokens, for any division

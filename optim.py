@@ -451,7 +451,8 @@ def cosine(step: int, steps: int, warmup: int, decay_fraction=0.0, floor=0.1) ->
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * t))
 
 
-# A new schedule is a function of (step, steps, warmup, decay_fraction) and an entry here.
+# A new schedule is a function of (step, steps, warmup, decay_fraction) and an entry here: the
+# factor on the learning rate of step 0, 1, ..., steps - 1.
 SCHEDULES = {
     "wsd": partial(wsd, shape=lambda t: 1 - t),
     # falls fast and ends slowly (Hägele et al. 2024, arXiv 2405.18392)

@@ -311,8 +311,8 @@ def replace_blocks(model: GPT, chosen, batches, skip_first=False) -> GPT:
             sums[i % 4 == 3].add(x[:, first:], y[:, first:])
         W, b, _ = fit_affine(*sums)
         block = AffineBlock(c).to(device)
-        block.affine.weight.copy_(W * c.depth_ratio)  # the block divides by it
-        block.affine.bias.copy_(b * c.depth_ratio)
+        block.affine.weight.copy_(W / block.scale)  # the block multiplies by it
+        block.affine.bias.copy_(b / block.scale)
         blocks[k - 1] = "L", block
         new = with_blocks(model, blocks)
     return new

@@ -258,7 +258,7 @@ class Recipe:
         hard_weight * nll  +  weight * tau^2 D_beta(P || Q)  +  cosine_weight * (1 - cos(h_M, h_T))
 
     D_beta: see divergence. The cosine is of the last states after the final norms. The factor tau^2
-    keeps the gradient of the soft term about as large at any tau (Hinton et al. 2015, section 2).
+    keeps the gradient of a KL divergence about as large at any tau (Hinton et al. 2015, section 2).
     train.py has a flag `--distill_NAME` for some of the fields."""
 
     weight: float  # of the soft term
@@ -278,7 +278,8 @@ class Recipe:
 # "considerably lower" on the hard term); the temperatures of rkd and salt. Hinton uses temperatures
 # from 1 to 20; kd has one of them. rkd is KL(teacher || student), the usual form; LET is compared
 # with it, but our texts on LET do not give its form.
-# A new recipe also needs its plain formula in tests/test_teacher.py.
+# A new recipe is an entry here. One that compares P and Q in another way also needs a function
+# beside `divergence`, and its plain formula in `plain_loss` of tests/test_teacher.py.
 RECIPES = {
     # Reverse KD: from a smaller teacher, in all steps (Rawat et al. 2024, arXiv 2410.18779)
     "rkd": Recipe(0.5),
@@ -344,7 +345,7 @@ def divergence(log_p, log_q, beta: float):
 
 
 def distillation_loss(student_logits, teacher_logits, targets, recipe: Recipe):
-    """(hard_weight * nll + weight * soft, {name: value}), 0-d sums over counted tokens, in nats.
+    """(hard_weight * nll + weight * soft, {name: value}), 0-d sums over counted tokens.
 
     student_logits: (n, V_M); teacher_logits: (n, V_T), without gradient; targets: (n,), of which
     those equal to IGNORE do not count; recipe: from make_recipe, so hard_weight is not -1. nll is

@@ -140,7 +140,8 @@ class State:
 
 
 def make_terms(c: "Config", model: GPT, teacher=None) -> list:
-    """The terms of the loss. To add one, write its class and append it here."""
+    """The terms of the loss. To add one, write its class and append it here. (A way to distill is
+    not a term, but one of teacher.RECIPES.)"""
     stop = teacher_stop(c)
     if learns_rationales(c):
         share = recipe_of(c).weight
@@ -665,7 +666,7 @@ def train_teacher(t: "Config") -> dict:
         step = load_run(str(path))["step"] if path.exists() else 0
         if step >= t.steps:
             return {"interrupted": 0}
-        say(f"teacher: {t.n_layer} blocks of width {t.n_embd}, trained once and kept in "
+        say(f"teacher: {t.n_layer} block(s) of width {t.n_embd}, trained once and kept in "
             f"{t.out_dir}")
         result = train(replace(t, resume=str(path) if step else ""))
         say("student:")
@@ -717,6 +718,8 @@ def make_optimizers(c: "Config", model: GPT, terms: list, devices: "Devices") ->
 def print_plan(c: "Config", data: "Data", devices: "Devices", teacher) -> dict:
     """--dry_run: prints and returns what the run would cost. The model is made on the meta device,
     which needs no memory."""
+    if c.init_from:
+        start_from(c, data.tokenizer)  # refuses what the run would refuse
     with torch.device("meta"):
         model = GPT(model_config(c, tokenizer_from_dict(data.tokenizer).n_vocab))
         terms = make_terms(c, model, teacher)
@@ -1275,7 +1278,8 @@ def load_records(c: "Config") -> Data:
 
 def flag(default, help, choices=None, least=None, most=None, needs=None):
     """A flag of Config. choices, least, most: the allowed values. needs: a key of NEEDS; unless
-    that condition holds, the flag has no effect, and only its default is accepted."""
+    that condition holds, the flag has no effect, and only its default is accepted. The message is
+    then "has no effect without KEY"."""
     return field(default=default, metadata={"help": help, "choices": choices, "least": least,
                                             "most": most, "needs": needs})
 
@@ -1404,8 +1408,9 @@ class Config:
     let_stop: float = flag(0.3, "LET: where the weight reaches 0: a number of steps, or below 1 a "
                            "fraction of the run (0.3 is ours)", least=1e-9,
                            needs="--teacher and --distill=let")
-    let_student_layer: int = flag(3, "LET: block of the student that is guided, from 1 (3 is the "
-                                  "paper's, for deep students; of 4 blocks, block 3 is not early)",
+    let_student_layer: int = flag(3, "LET: block of the student that is guided; 0: its embedding "
+                                  "(3 is the paper's, for deep students; of 4 blocks, block 3 is "
+                                  "not early)",
                                   least=0, needs="--teacher and --distill=let")
     let_teacher_layer: int = flag(-1, "LET: block of the teacher that guides; -1: the last",
                                   needs="--teacher and --distill=let")
@@ -1529,7 +1534,7 @@ def check_batches(c: Config, world: int):
 
 def check_optimizer(c: Config, world: int):
     if c.schedule.startswith("wsd"):
-        yield c.warmup_steps <= c.steps, "warmup_steps steps", "the warm-up does not fit"
+        yield c.warmup_steps <= c.steps, "warmup_steps steps", "the warm-up is longer"
     yield c.clip > 0 or not c.clip_multipliers, "clip clip_multipliers", "nothing is clipped"
     yield not c.lr_law or c.lr == FLAGS["lr"].default, "lr lr_law", "each sets the learning rate"
 

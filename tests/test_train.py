@@ -1015,7 +1015,8 @@ REFUSED = """
     TAUGHT --let_stop=0.0 | TAUGHT --let_stop=2.5 | TAUGHT --let_loss=logsum
     (--let_student_layer=1) --teacher=AT/bare.pt --block_size=64
     (--let_student_layer=1) --teacher=AT/file | (--distill=step_by_step) --data=AT/run
-    --init_from=AT/bare.pt --n_embd=64 | --init_from=AT/file | --device=cuda:99
+    --init_from=AT/bare.pt --n_embd=64 | (--dry_run) --init_from=AT/bare.pt --n_embd=64
+    --init_from=AT/file | --device=cuda:99
     --device=meta | --data= | --out_dir=AT/run | --out_dir=AT/file | --out_dir=AT/file/deeper/run
     (--resume=AT/cosine/ckpt.pt --steps=8) --out_dir=AT/run | (--resume=AT/run/step-0000005.pt)
     --resume=AT/run/ckpt.pt --steps=9 | --resume=AT/bare.pt | RUN --optimizer=adamw
@@ -1109,7 +1110,7 @@ def test_the_commands_of_the_readme_are_understood(monkeypatch):
 
 
 # The house
-def test_the_rooms_import_the_ground_and_the_roof_imports_them_all():
+def test_the_idea_files_import_model_alone_and_train_imports_them_all():
     rooms = {"optim", "teacher", "probes", "lr_law"}
     for name, needed in {"model": set(), **dict.fromkeys(rooms, {"model"}),
                          "train": rooms | {"model"}}.items():
