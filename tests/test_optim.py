@@ -27,10 +27,6 @@ def parameter(*shape, seed=0, dtype=torch.float32):
     return torch.nn.Parameter(randn(*shape, seed=seed, dtype=dtype))
 
 
-def tokens(steps, seed=0):
-    return random_tokens(steps, 2, 9, seed=seed)
-
-
 def loss_of(model, batch):
     logits = model.logits(model(batch[:, :-1])[0])
     return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
@@ -38,7 +34,7 @@ def loss_of(model, batch):
 
 def train(model, optimizers, steps, first=0):
     for step in range(first, first + steps):
-        loss_of(model, tokens(first + steps, seed=1)[step]).backward()
+        loss_of(model, random_tokens(first + steps, 2, 9)[step]).backward()
         optimizers.clip(0.5)
         optimizers.step(step)
 
@@ -191,7 +187,7 @@ def ranks(rank, world, folder):
 def trained(rank=0, world=1):
     model, extra = tiny_model(**MIXED), parameter(8, seed=3)
     optimizers = make(model, multipliers=Multipliers(model), normuon=True, extra=[extra])
-    for step, batch in enumerate(tokens(4)):
+    for step, batch in enumerate(random_tokens(4, 2, 9)):
         share = batch[rank * 2 // world:(rank + 1) * 2 // world]
         (loss_of(model, share) + (share[:, 1:].float().mean(0) @ extra).sum() / 97).backward()
         for p in model.parameters() if world > 1 else ():  # as DDP does
@@ -272,7 +268,7 @@ def test_multipliers_go_where_the_plain_form_goes(optimizer, kind, placement, mo
     ours = make(model, optimizer=optimizer, multipliers=multipliers, lr=0.003, embedding_lr=2.0,
                 dtype=torch.float64)
     train(model, ours, 50)
-    for batch in tokens(50, seed=1):
+    for batch in random_tokens(50, 2, 9):
         loss_of(twin, batch).backward()
         torch.nn.utils.clip_grad_norm_(own.values(), 0.5)
         for optimizer in theirs:
@@ -364,7 +360,7 @@ def test_gradients_are_scaled_together_and_those_of_multipliers_are_not(
 def test_on_request_the_gradients_of_multipliers_count_in_the_norm():
     model = tiny_model()
     multipliers = Multipliers(model)
-    loss_of(model, tokens(1)[0]).backward()
+    loss_of(model, random_tokens(1, 2, 9)[0]).backward()
     without, norm = (make(model, multipliers=multipliers, clip_multipliers=both).clip(0.0).item()
                      for both in (False, True))
     added = sum(v.grad.square().sum() for v in multipliers.named_multipliers().values()).item()
@@ -419,7 +415,7 @@ def test_adam_walks_as_in_the_other_form_of_the_same_parametrization():
         groups.append({"params": [other], "lr": rest[0], "weight_decay": rest[1], "eps": rest[2]})
     theirs = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     ours = make(model, optimizer="adamw", weight_decay=decay, embedding_lr=5.0, eps=eps)
-    for step, batch in enumerate(tokens(20)):
+    for step, batch in enumerate(random_tokens(20, 2, 9)):
         loss_of(model, batch).backward()
         ours.step(step)
         loss_of(twin, batch).backward()
