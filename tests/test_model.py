@@ -700,9 +700,9 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     path = tmp_path / "new" / "file"
     with lib.written_whole(path) as temporary:
         temporary.write_text("first")
-    with pytest.raises(RuntimeError), lib.written_whole(path) as temporary:
+    with pytest.raises(OSError, match="no space.*new/file"), lib.written_whole(path) as temporary:
         temporary.write_text("second")
-        raise RuntimeError
+        raise OSError(28, "no space")
     assert path.read_text() == "first" and [*path.parent.iterdir()] == [path]
     with lib.written_whole(tmp_path / "folder") as temporary:
         temporary.mkdir()
