@@ -182,8 +182,7 @@ def test_only_the_teachers_last_state_goes_through_its_final_norm_and_later_bloc
 
 # Distillation: divergences
 def plain_divergence(P, Q, beta):
-    """As GKD writes it, over probabilities, with the exact KLs at the ends. P, Q: (n, V) ->
-    (n,)."""
+    """As GKD writes it, over probabilities, with KLs at the ends. P, Q: (n, V) -> (n,)."""
     def kl(a, b):
         return (a * (a / b).log()).sum(-1)
     if beta in (0, 1):
@@ -246,8 +245,7 @@ def test_the_distillation_loss_is_the_plain_formula(recipe, V_M, V_T, monkeypatc
 @pytest.mark.parametrize("method, given, weights", [
     ("rkd", {}, (0.5, 0.5, 0)), ("kd", {"weight": 0.7}, (0.7, 0.3, 0)),
     ("distilbert", {}, (5, 2, 1)), ("distilbert", {"weight": 0.0}, (0, 1, 0)),  # plain
-    # the paper's ablation without the soft term
-    ("distilbert", {"weight": 0.0, "cosine_weight": 1.0}, (0, 2, 1)),
+    ("distilbert", {"weight": 0.0, "cosine_weight": 1.0}, (0, 2, 1)),  # the paper's ablation
     ("kd", {"weight": 2.0, "hard_weight": 0.5, "temperature": -1}, (2, 0.5, 0))])
 def test_recipe_from_flags(method, given, weights):
     r = th.make_recipe(method, given)
