@@ -1,5 +1,4 @@
-"""lr_law.py: its fits and intervals against values by hand, its sweeps against runs by hand, its
-transfer against the papers' rules."""
+"""lr_law.py: fits, intervals and sweeps against values by hand, transfer against the papers."""
 import csv
 import json
 import math
@@ -197,6 +196,17 @@ def test_a_prediction_names_what_its_law_does_not_know():
         assert at["unknown"] == unknown and at["lr"] == pytest.approx(math.exp(-1) * 2e8**0.5)
     both = hand_law(b=None, c=None, N=[1e6, 1e6], D=[1e8, 1e8])
     assert lr_law.predict_law(both, 1e7, 1e9)["unknown"] == ["N", "D"]
+
+
+def test_an_interval_covers_the_truth_nine_times_in_ten():
+    """Four optima at two sizes and two horizons, which scatter by 10 % around a law."""
+    N, D = np.array([1e6, 1e6, 1e8, 1e8]), np.array([1e8, 1e10, 1e8, 1e10])
+    rng, covered = np.random.default_rng(1), 0
+    for _ in range(1000):
+        law = fit_law(N, D, true_rate(N, D) * np.exp(0.1 * rng.standard_normal(4)))
+        low, high = lr_law.predict_law(law, 1e9, 1e11)["interval"]
+        covered += low <= true_rate(1e9, 1e11) <= high
+    assert 870 <= covered <= 930
 
 
 def test_near_optima_take_the_best_group():

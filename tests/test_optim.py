@@ -331,6 +331,23 @@ def test_multipliers_start_at_the_model_and_fold_to_diagonal_products(kind):
             torch.testing.assert_close(found, torch.diag(r.expand(rows)) @ w @ right)
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_noise_and_weight_decay_hold_a_matrix_at_the_root_of_their_ratio(optimizer):
+    """With random gradients the RMS of W settles at about sqrt(eta / lambda) times a constant."""
+    settled = []
+    for lr in (0.01, 0.04):
+        optimizers = make(model := tiny_model(), optimizer=optimizer, lr=lr, weight_decay=1.0,
+                          momentum=0.0, betas=(0.0, 0.95))
+        W, squares = model.blocks[0].mlp.up.weight, []
+        W.data.zero_()
+        for step in range(600):
+            W.grad = randn(*W.shape, seed=step)
+            optimizers.step(step)
+            squares.append(W.detach().square().mean())
+        settled.append(torch.stack(squares[300:]).mean().sqrt())
+    assert settled[1] / settled[0] == pytest.approx(2, rel=0.04)
+
+
 @pytest.mark.exercise("Optimizers.clip")
 @pytest.mark.parametrize("world", [1, 4])
 @pytest.mark.parametrize("max_norm, factor", [(6.5, 0.5), (0.0, 1.0), (13.5, 1.0), (1.0, 1 / 13)])

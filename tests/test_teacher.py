@@ -293,21 +293,6 @@ def test_a_distillation_term_equals_the_plain_formula_and_trains_the_student_alo
     assert not ours["head.weight"][97:].any(), "rows that pad the vocabulary"
 
 
-def test_under_autocast_the_softmax_is_taken_in_float32():
-    student, teacher, idx = gpt(), small_teacher(), random_tokens(2, 12)
-    r, p = th.Recipe(0.5, 0.5, temperature=2.0), forward(student, idx)
-    p.x.retain_grad()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, named = th.Distill(teacher, r)(p)
-        h_T = teacher(idx)[0]
-    loss.backward()
-    assert p.x.grad.dtype == student.head.weight.grad.dtype == loss.dtype == torch.float32
-    z, v = ((h.detach().bfloat16().float() @ head.weight.detach().bfloat16().float().T)
-            .bfloat16().double()[..., :97].flatten(0, 1)
-            for h, head in ((p.x, student.head), (h_T, teacher.head)))
-    assert_values(loss, named, plain_loss(z, v, idx.flatten(), r), rel=1e-5)
-
-
 # When a term counts, and what the student reads
 @pytest.mark.exercise("teaches_at")
 def test_the_switch_of_salt_is_a_function_of_the_step():
