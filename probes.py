@@ -1207,7 +1207,7 @@ def main(argv):
     add_command(commands, compare_command, "runs")
     plot = add_command(commands, plot_command, "runs")
     for one in (linear, prune, curvature, evaluate):
-        one.add_argument("--text", default="", help="a text file to read")
+        one.add_argument("--text", required=one is not evaluate, help="a text file to read")
         one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                          help="such as cpu or cuda:1")
     for one in (linear, prune):

@@ -87,7 +87,8 @@ from model import (
 
 
 def let_weight(step: int, weight: float, stop: int) -> float:
-    """lambda(s): falls linearly from `weight` at step 0 to 0 at step `stop`, and stays 0."""
+    """lambda(s): falls linearly from `weight` at step 0 to 0 at step `stop`, and stays 0. With a
+    stop of 0 it is 0 at every step."""
     return weight * max(0, stop - step) / stop if stop > 0 else 0.0
 
 

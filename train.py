@@ -76,6 +76,7 @@ from model import (
     Parser,
     Pass,
     Router,
+    checkpoint_file,
     command,
     cut_text,
     device_exists,
@@ -723,6 +724,7 @@ def print_plan(c: "Config", data: "Data", devices: "Devices", teacher) -> dict:
     with torch.device("meta"):
         model = GPT(model_config(c, tokenizer_from_dict(data.tokenizer).n_vocab))
         terms = make_terms(c, model, teacher)
+    learning_rate_by_law(c, model)  # says what it predicts
     n, tokens = model.num_params(), c.steps * c.batch_tokens
     matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
     memory = 4 * 4 * n  # fp32: weights, gradients and AdamW's two buffers
@@ -1011,8 +1013,8 @@ def download(name: str) -> list[Path]:
                 from huggingface_hub import hf_hub_download  # the extra `hf`
                 hf_hub_download(dataset, file, repo_type="dataset", local_dir=folder)
         except ImportError:
-            raise BadInput(f"--data={name}: needs huggingface_hub: pip install "
-                           "'nanolet[hf]'") from None
+            raise BadInput(f"--data={name}: needs huggingface_hub; pip install -e "
+                           "'.[hf]'") from None
         except Exception as e:  # without a network, the hub's client raises many kinds of errors
             if getattr(e, "errno", None) == errno.ENOSPC:
                 raise
@@ -1452,7 +1454,7 @@ class Config:
                       ("auto", "bf16", "fp32"))
     compile: str = flag("auto", "torch.compile; auto: on CUDA only", ("auto", "true", "false"))
     out_dir: str = flag("", "folder of the run; empty: the next free runs/N")
-    resume: str = flag("", "checkpoint to continue, or auto: the one in --out_dir, if any. "
+    resume: str = flag("", "checkpoint or run's folder to continue; auto: --out_dir, if any. "
                        "Flags that are not given have the checkpoint's values")
     decay_now: bool = flag(False, "start a new run from --resume, a checkpoint of the stable "
                            "phase: the learning rate decays from there to --steps, or over "
@@ -1873,6 +1875,7 @@ def parse_flags(argv) -> Config:
         found = Path(given["out_dir"]) / "ckpt.pt"
         given["resume"] = str(found) if found.exists() else ""
     if given.get("resume"):
+        given["resume"] = checkpoint_file(given["resume"])
         return resumed_flags(given)
     if given.get("init_from"):
         where = f"--init_from={given['init_from']}"

@@ -497,9 +497,9 @@ CLAIMS["let-cosine"] = Claim(
     "LET, arXiv 2602.05393: it rises steadily and hardly depends on the weight",
     {"plain": KEPT + "--let_weight=0", "teacher": SMALL_TEACHER,
      "let_0.1": KEPT + "--let_weight=0.1", "let_3": KEPT + "--let_weight=3"},
-    {"at step 50 weight 0.1 has aligned the two": "cosine_50: let_0.1 - plain > 0",
-     "weight 0.1 reaches 0.9 of weight 3's cosine": "cosine_50: let_0.1 / let_3 > 0.9",
+    {"weight 0.1 reaches 0.9 of weight 3's cosine": "cosine_50: let_0.1 / let_3 > 0.9",
      "at the end the cosine is higher than at step 50": "cosine_rise: let_3 > 0",
+     "at step 50 weight 0.1 has aligned the two": "cosine_50: let_0.1 - plain > 0",
      "at the end it is higher than without LET": "cosine_300: let_3 - plain > 0"},
     ONE | {f"cosine_{step}": cosine_with_teacher(step) for step in (50, 100, 200, 300)}
     | {"cosine_rise": difference(cosine_with_teacher(300), cosine_with_teacher(50))})

@@ -18,7 +18,7 @@ import concurrent.futures
 import copy
 import difflib
 import gc
-import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -197,6 +197,11 @@ def make_command(a):
 # grade
 
 
+def need_pytest():
+    if importlib.util.find_spec("pytest") is None:
+        raise BadInput("the tests need pytest; pip install -e '.[test]'")
+
+
 def grade(exercise: Exercise, sources: Path, limit: float) -> dict:
     """Run the tests of one exercise on the source files in a folder, in a process of its own.
 
@@ -245,6 +250,7 @@ def kill_group(pid: int):
 def grade_command(a) -> bool:
     """Print a table of results. True if every test passed. Only the six source files are taken
     from the folder: the tests are those of this repository."""
+    need_pytest()
     folder, exercises = Path(a.folder), find_exercises()
     for file in SOURCES:
         try:
@@ -495,6 +501,7 @@ class Checker:
 
 def check_command(a) -> bool:
     """Print what the tests of each exercise find. True if they are good enough."""
+    need_pytest()
     import pytest
 
     start = time.monotonic()

@@ -514,13 +514,14 @@ def claims_table() -> str:
         if not found:
             others.append(f"`{name}`")
             continue
-        sentence, test = next(iter(found["tests"].items()))
-        verdict = f"[{found['verdict'] or 'no verdict'}](tests/results/{name}.md)"
-        compared = re.fullmatch(r"\S+: (.+) [<>] \S+", test["rule"])[1]
-        here = f"{sentence}? {compared} = {describe(test)}"
-        rows.append((f"`{name}`: {claim.question}", claim.paper, here, verdict))
-    table = probes.table(("claim", "paper", "here", "verdict"), *rows)
-    return f"{table}\n\nNot run yet: {', '.join(others)}." if others else table
+        tests = [*found["tests"].values()]
+        held = [test["verdict"] for test in tests].count(HOLDS)
+        rows.append((f"[{name}](tests/results/{name}.md)", claim.question,
+                     f"`{tests[0]['rule']}`: {describe(tests[0])}",
+                     f"{found['verdict'] or 'no verdict'}; {held} of {len(tests)} rules hold"))
+    table = probes.table(("claim", "question", "first rule", "verdict"), *rows)
+    more = f"\n\nNot run yet, with their minutes in `reproduce.py list`: {', '.join(others)}."
+    return table + more if others else table
 
 
 MARKERS = "<!-- claims: written by tests/reproduce.py readme -->", "<!-- end of claims -->"
