@@ -514,9 +514,10 @@ def claims_table() -> str:
             continue
         tests = [*found["tests"].values()]
         held = [test["verdict"] for test in tests].count(HOLDS)
+        verdict = (found["verdict"] or "no verdict").removesuffix(" at this size")
         rows.append((f"[{name}](tests/results/{name}.md)", claim.question,
                      f"`{tests[0]['rule']}`: {describe(tests[0])}",
-                     f"{found['verdict'] or 'no verdict'}; {held} of {len(tests)} rules hold"))
+                     f"{verdict.removesuffix(' here')}; {held} of {len(tests)} rules hold"))
     table = probes.table(("claim", "question", "first rule", "verdict"), *rows)
     left = len(CLAIMS) - len(rows)
     return f"{table}\n\nNot run yet: {left} claims. `reproduce.py list` has their minutes."
