@@ -27,6 +27,7 @@ import ast
 import builtins
 import contextlib
 import copy
+import functools
 import io
 import itertools
 import json
@@ -211,16 +212,21 @@ def linearity_penalty(states, kind="cosine", reduction="sum", stop_gradient="non
     return loss / len(terms) if reduction == "mean" else loss
 
 
+# --linearity. A new regularizer is a function of [h_0, ..., h_L], each (B, T, C), and an entry.
+PENALTIES = {
+    "cosine": linearity_penalty,
+    "mse": functools.partial(linearity_penalty, kind="mse"),
+}
+
+
 class Linearity(Term):
-    """weight * linearity_penalty of the states first, ..., n_layer. The paper's weights: cosine
-    0.5; mse 0.5 and 2."""
+    """weight * the penalty, one of PENALTIES, of the states first, ..., n_layer. The paper's
+    weights: cosine 0.5; mse 0.5 and 2."""
 
     name = "linearity"
 
-    def __init__(self, kind: str, weight: float, n_layer: int, first=0, reduction="sum",
-                 stop_gradient="none"):
-        self.options = kind, reduction, stop_gradient
-        self.constant = weight
+    def __init__(self, penalty: str, weight: float, n_layer: int, first=0):
+        self.penalty, self.constant = PENALTIES[penalty], weight
         self.hidden = tuple(range(first, n_layer + 1))
 
     def weight(self, step):
@@ -230,7 +236,7 @@ class Linearity(Term):
         return self.constant == 0
 
     def __call__(self, p):
-        loss = linearity_penalty([p.states[k] for k in self.hidden], *self.options)
+        loss = self.penalty([p.states[k] for k in self.hidden])
         return loss, {"linearity_loss": loss.detach()}
 
 

@@ -106,7 +106,7 @@ from optim import (
     module_of,
     stable_phase,
 )
-from probes import Linearity, read_lines, weight_scales
+from probes import PENALTIES, Linearity, read_lines, weight_scales
 from teacher import (
     LET,
     LET_LOSSES,
@@ -1438,7 +1438,7 @@ class Config:
                                needs="--teacher and another --distill")
     # linearity
     linearity: str = flag("none", "regularizer that pulls neighboring residual states together",
-                          ("none", "cosine", "mse"))
+                          ("none", *PENALTIES))
     linearity_weight: float = flag(0.5, "weight of the regularizer (0.5 is the paper's)", least=0,
                                    needs="--linearity")
     # run
