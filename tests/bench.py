@@ -676,8 +676,9 @@ def write_results(bench):
     text = [f"""# Speed on a {name.upper()}
 
 {processor(bench.devices)}, torch {torch.__version__}, Python {sys.version.split()[0]}; written by
-`{' '.join(['python tests/bench.py', *sys.argv[1:]])}`. Medians. ms: wall time; cpu_ms: of this
-process, on all its threads; ratio: over the first row of a comparison, whose functions took turns.
+`{' '.join(['python tests/bench.py', *sys.argv[1:]])}`. Medians.
+ms: wall time; cpu_ms: CPU time, of all threads; ratio: over the first row of a comparison, whose
+functions took turns.
 """]
     tables = {}
     for row in bench.rows:

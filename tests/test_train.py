@@ -753,8 +753,8 @@ def test_a_run_starts_from_a_checkpoints_weights_and_architecture(flags, kinds, 
 
 
 def test_a_resumed_run_takes_the_checkpoints_flags_and_folder(tiny, tmp_path):
-    checkpoint = t.train(tiny(steps=4, lr=0.003))["checkpoint"]
-    c = t.parse_flags([f"--resume={checkpoint}", "--steps=6"])
+    t.train(tiny(steps=4, lr=0.003))
+    c = t.parse_flags([f"--resume={tmp_path}/run", "--steps=6"])
     assert (c.lr, c.steps, c.out_dir, c.n_embd) == (0.003, 6, str(tmp_path / "run"), 32)
     assert t.parse_flags([f"--out_dir={tmp_path}/run", "--resume=auto"]).lr == 0.003
     assert t.parse_flags([f"--out_dir={tmp_path}", "--resume=auto"]) == t.Config(
@@ -1012,7 +1012,7 @@ REFUSED = """
     (--let_student_layer=1) --teacher=AT/bare.pt --block_size=64
     (--let_student_layer=1) --teacher=AT/file | (--distill=step_by_step) --data=AT/run
     --init_from=AT/bare.pt --n_embd=64 | (--dry_run) --init_from=AT/bare.pt --n_embd=64
-    --init_from=AT/file | --device=cuda:99
+    --init_from=AT/file | --device=cuda:99 | (--dry_run) --lr_law=x
     --device=meta | --data= | --out_dir=AT/run | --out_dir=AT/file | --out_dir=AT/file/deeper/run
     (--resume=AT/cosine/ckpt.pt --steps=8) --out_dir=AT/run | (--resume=AT/run/step-0000005.pt)
     --resume=AT/run/ckpt.pt --steps=9 | --resume=AT/bare.pt | RUN --optimizer=adamw
