@@ -421,7 +421,8 @@ CLAIMS["let-smollm2"] = Claim(
      "plain_let_seconds": SMOLLM2 + "--let_weight=0 --steps=204",
      "plain_let_flops": SMOLLM2 + "--let_weight=0 --steps=290",
      "plain_rkd_seconds": SMOLLM2 + "--let_weight=0 --steps=615"},
-    {"LET at its best weight ends lower than plain training": "loss: let_best - plain < 0",
+    {"LET from SmolLM2, at its best weight, ends lower than plain training":
+     "loss: let_best - plain < 0",
      "at weight 0.1 too": "loss: let_0.1 - plain < 0",
      "weight 10 ends higher than the best: it over-aligns": "loss: let_10 - let_best > 0",
      "LET ends lower than RKD": "loss: let_best - rkd < 0",
@@ -441,7 +442,8 @@ CLAIMS["let-own"] = Claim(
      "adamw_plain": OWN + ADAMW + "--lr=0.003 --let_weight=0",
      **{f"adamw_let_{w}": OWN + ADAMW + f"--lr=0.003 --let_weight={w}" for w in (0.1, 3, 30)},
      **{f"adamw_{d}": OWN + ADAMW + f"--lr=0.003 --distill={d}" for d in ("salt", "rkd")}},
-    {"LET at its best weight ends lower than plain training": "loss: let_best - plain < 0",
+    {"LET from a smaller teacher, at its best weight, ends lower than plain training":
+     "loss: let_best - plain < 0",
      "at weight 0.1 too": "loss: let_0.1 - plain < 0",
      "with AdamW too": "loss: adamw_let_30 - adamw_plain < 0",
      "weight 30 ends higher than the best: it over-aligns": "loss: let_30 - let_best > 0",
@@ -457,8 +459,8 @@ CLAIMS["let-pairs"] = Claim(
          "L2E": (6, 2), "L2M": (6, 6), "L2L": (6, 12), "M2E": (3, 2), "M2M": (3, 6),
          "M2L": (3, 12)}.items()},
      "L2block3": PAIR % (6, 3)},
-    {"late to early ends lower than late to late": "loss: L2E - L2L < 0",
-     "and lower than late to middle": "loss: L2E - L2M < 0",
+    {"guiding an early block ends lower than guiding the last one": "loss: L2E - L2L < 0",
+     "late to early ends lower than late to middle": "loss: L2E - L2M < 0",
      "and lower than middle to early": "loss: L2E - M2E < 0",
      "late to early ends lower than plain training": "loss: L2E - plain < 0"}, LOSS,
     picture=curves("plain", "L2E", "L2L", "M2M"))
@@ -467,7 +469,8 @@ CLAIMS["let-stop"] = Claim(
     "or 3,000, early in the run; late to late has a jump in perplexity after the end",
     {"plain": DEEP, "teacher": GOOD,
      **{f"stop_{s}": PAIR % (6, 3) + f" --let_stop={s}" for s in (0.1, 0.3, 0.6, 300)}},
-    {"leaving at 0.3 of the run ends lower than staying": "loss: stop_0.3 - stop_300 < 0",
+    {"a teacher that leaves at 0.3 of the run ends lower than one that stays":
+     "loss: stop_0.3 - stop_300 < 0",
      "leaving at 0.1 ends lower than plain training": "loss: stop_0.1 - plain < 0"}, LOSS)
 CLAIMS["let-rate"] = Claim(
     "Does LET bear a higher learning rate?",
@@ -475,8 +478,8 @@ CLAIMS["let-rate"] = Claim(
     {"teacher": SMALL_TEACHER,
      **{f"{name}@{lr}": OWN + f"--let_weight={w} --lr={lr}"
         for lr in (0.003, 0.006, 0.012, 0.024) for name, w in (("plain", 0), ("let", 3))}},
-    {"LET's best rate is higher than plain training's": "ln_rate: let - plain > 0",
-     "at their own best rates LET ends lower": "loss: let_best - plain_best < 0",
+    {"LET's best learning rate is higher than plain training's": "ln_rate: let - plain > 0",
+     "at their own best learning rates LET ends lower": "loss: let_best - plain_best < 0",
      "the gain at 0.024 is larger than at 0.006": "gain: at_0.024 - at_0.006 > 0"},
     LOSS, reference="plain@0.006", best={"plain_best": "plain@*", "let_best": "let@*"},
     derive=best_rates, gpu=GPU)
@@ -485,7 +488,8 @@ CLAIMS["let-curvature"] = Claim(
     "LET, arXiv 2602.05393: eigenvalues of the Hessian are less spread (step and method unknown)",
     {"plain": EARLY + "--teacher={teacher} --let_weight=0", "teacher": SMALL_TEACHER,
      "let_3": EARLY + "--teacher={teacher} --let_weight=3 --let_stop=90"},
-    {"at step 60 the eigenvalues are less dispersed": "dispersion_60: let_3 / plain < 1",
+    {"LET makes the Hessian's eigenvalues less dispersed at step 60":
+     "dispersion_60: let_3 / plain < 1",
      "at step 30 too": "dispersion_30: let_3 / plain < 1",
      "at step 90 too": "dispersion_90: let_3 / plain < 1",
      "at step 60 the largest eigenvalue is smaller": "top_60: let_3 / plain < 1",
@@ -497,7 +501,8 @@ CLAIMS["let-cosine"] = Claim(
     "LET, arXiv 2602.05393: it rises steadily and hardly depends on the weight",
     {"plain": KEPT + "--let_weight=0", "teacher": SMALL_TEACHER,
      "let_0.1": KEPT + "--let_weight=0.1", "let_3": KEPT + "--let_weight=3"},
-    {"weight 0.1 reaches 0.9 of weight 3's cosine": "cosine_50: let_0.1 / let_3 > 0.9",
+    {"LET's weight hardly matters: 0.1 reaches 0.9 of the cosine of 3":
+     "cosine_50: let_0.1 / let_3 > 0.9",
      "at the end the cosine is higher than at step 50": "cosine_rise: let_3 > 0",
      "at step 50 weight 0.1 has aligned the two": "cosine_50: let_0.1 - plain > 0",
      "at the end it is higher than without LET": "cosine_300: let_3 - plain > 0"},
@@ -526,7 +531,7 @@ CLAIMS["law-global"] = Claim(
      **{f"embedding30@{lr}": GLOBAL % (30, lr) for lr in (0.003, 0.006, 0.012, 0.024)},
      **{f"{module}_{factor}": GLOBAL % (1, 0.024) + f" --module_lr={module}={factor}"
         for module in ("attention", "mlp", "head") for factor in (0.5, 2)}},
-    {"a factor of 30 on the embedding gains at most 0.01 nats":
+    {"30 times the learning rate for the embedding gains at most 0.01 nats":
          "loss: global_best - embedding30_best < 0.01",
      "factors of 1/2 and 2 on other modules gain at most 0.01 nats":
          "loss: global_best - others_best < 0.01"},
@@ -534,27 +539,29 @@ CLAIMS["law-global"] = Claim(
     best={"global_best": "global@*", "embedding30_best": "embedding30@*",
           "others_best": "[amh]*_[02]*"})
 CLAIMS["law-sweep"] = Claim(
-    "Does a law in N and D predict the best rate of a larger model?",
+    "Does a law in N and D predict the best learning rate of a larger model?",
     "LR law, arXiv 2601.05049: lr* = 38.46 N^-0.222 D^-0.351, R^2 0.962; parabolas above 0.995",
     sweep([*SMALL, "4x128"]),
-    {"the law's rate costs the larger model less than 0.01 nats": "cost: law < 0.01",
-     "the best rate falls with N": "b: law < 0", "the best rate falls with D": "c: law < 0",
+    {"the law's learning rate costs a larger model less than 0.01 nats": "cost: law < 0.01",
+     "the best learning rate falls with N": "b: law < 0",
+     "the best learning rate falls with D": "c: law < 0",
      "the median parabola has R^2 above 0.995": "parabola_r2: law > 0.995"},
     READ, derive=fit_laws(SMALL, "4x128"), picture=law_picture)
 CLAIMS["law-horizon"] = Claim(
     "Does the law hold at a longer horizon, and can the losses there be foretold?",
     "LR law, arXiv 2601.05049: L(D) = L_0 + A D^-gamma spares the long runs",
     sweep(SMALL),
-    {"at twice the tokens the law's rate costs less than 0.01 nats": "cost: law < 0.01",
+    {"the law's learning rate costs a run of twice the tokens less than 0.01 nats":
+     "cost: law < 0.01",
      "the losses there are foretold to 0.02 nats": "extrapolation: law < 0.02",
-     "the best rate falls with D": "c: law < 0"},
+     "the best learning rate falls with D": "c: law < 0"},
     READ, derive=fit_laws(SMALL, HORIZONS[-1]))
 CLAIMS["law-moe"] = Claim(
     "Is the law of mixtures of experts one in all parameters, or in the active ones?",
     "LR law, arXiv 2601.05049: fitted on mixtures alone; which N is unknown",
     sweep(SMALL, RATES[:5], "--n_experts=4"),
-    {"the best rate falls with D": "c: active < 0",
-     "the best rate falls with N": "b: active < 0",
+    {"the best learning rate falls with D": "c: active < 0",
+     "the best learning rate falls with N": "b: active < 0",
      "active parameters explain more": "law_r2: active - total > 0"},
     READ | {"active": parameters(True)},
     derive=fit_laws(SMALL, HORIZONS[-1], (("total", False), ("active", True))))
@@ -566,9 +573,9 @@ CLAIMS["law-transfer"] = Claim(
        for lr in RATES[1:]}
     | {f"completep@{lr}": SWEEP + "--n_layer=4 --n_embd=128 --param=completep --base_n_embd=48 "
        f"--base_n_layer=2 --lr={lr}" for lr in RATES[1:]},
-    {"the law's rate ends lower than muP's": "loss: law_rate - mup_rate < 0",
-     "the law's rate ends lower than CompleteP's": "loss: law_rate - completep_rate < 0",
-     "muP's best rate moves less than the standard one's":
+    {"the law's learning rate ends lower than muTransfer's": "loss: law_rate - mup_rate < 0",
+     "the law's learning rate ends lower than CompleteP's": "loss: law_rate - completep_rate < 0",
+     "muP's best learning rate moves less than the standard one's":
          "shift: mup_rate - unchanged_rate > 0"},
     READ, derive=transfer)
 
@@ -600,8 +607,9 @@ CLAIMS["multipliers-gain"] = Claim(
         for side, flags in SIDES.items() for lr in MUON_RATES},
      **{f"adamw_{side}@{lr}": HYBRID + ADAMW + flags + f"--lr={lr}"
         for side, flags in SIDES.items() for lr in ADAMW_RATES}},
-    {"with Muon, each at its best rate": "loss: muon_vector - muon_none < 0",
-     "with AdamW, each at its best rate": "loss: adamw_vector - adamw_none < 0"},
+    {"multipliers end lower with Muon, each at its best learning rate":
+     "loss: muon_vector - muon_none < 0",
+     "with AdamW, each at its best learning rate": "loss: adamw_vector - adamw_none < 0"},
     ONE, reference="muon_none@0.012", seeds=5,
     best={f"{o}_{side}": f"{o}_{side}@*" for o in ("muon", "adamw") for side in SIDES}, gpu=GPU)
 CLAIMS["multipliers-features"] = Claim(
@@ -609,7 +617,8 @@ CLAIMS["multipliers-features"] = Claim(
     LRM + "row norms of qkv, gate and ssm are very alike without, and broad with them",
     {"none": AT_MUON, "vector": AT_MUON + VECTOR, "adamw_none": AT_ADAMW,
      "adamw_vector": AT_ADAMW + VECTOR},
-    {"of q": "q: vector - none > 0", "of up": "up: vector - none > 0",
+    {"multipliers spread the norms of the rows of q": "q: vector - none > 0",
+     "of up": "up: vector - none > 0",
      "of Mamba's x": "x: vector - none > 0",
      "of q, with AdamW": "q: adamw_vector - adamw_none > 0"},
     ONE | {piece: last(f"weights {piece} spread") for piece in ("q", "k", "v", "up", "down", "x")},
@@ -621,7 +630,7 @@ CLAIMS["multipliers-width"] = Claim(
     {f"{kind}@{w}": TWO_BLOCKS + f"--n_embd={w} --frozen_gains=all {flags}"
      for kind, flags in {"none": "", "scalar": "--multipliers=scalar --multiplier_modules="
                          "embedding,attention,mlp,head"}.items() for w in (32, 64, 128, 256)},
-    {"logits grow less with width than without": "logits: scalar - none < 0",
+    {"with multipliers the logits grow less with width": "logits: scalar - none < 0",
      "the head's multiplier falls": "head_factor: scalar < 0",
      "that of q and k falls": "qk_factor: scalar < 0",
      "W falls by no more than width^-0.25": "head_W: scalar > -0.25"},
@@ -636,23 +645,25 @@ CLAIMS["multipliers-clip"] = Claim(
         "clipped": AT_MUON + VECTOR + "--clip_multipliers=true", "adamw_none": AT_ADAMW,
         "adamw_vector": AT_ADAMW + VECTOR,
         "adamw_clipped": AT_ADAMW + VECTOR + "--clip_multipliers=true"},
-    {"clipping them ends higher": "loss: clipped - vector > 0",
+    {"counting the multipliers' gradients in the clipped norm ends higher":
+     "loss: clipped - vector > 0",
      "with AdamW too": "loss: adamw_clipped - adamw_vector > 0"}, ONE, seeds=5)
 CLAIMS["multipliers-projector"] = Claim(
-    "Does a multiplier free the head from the scale that rate and weight decay set?",
+    "Does a multiplier free the head from the scale that learning rate and weight decay set?",
     LRM + "without one the loss suffers at S = 1/64 and 64, with one it is flat",
     scale("head", ("fixed", "scalar", "gain"), (1 / 64, 1 / 8, 1, 8, 64)),
-    {"at S = 64 a scalar ends lower": "loss: scalar@64 - fixed@64 < 0",
+    {"where S = 64 sets the head's scale, a scalar multiplier ends lower":
+     "loss: scalar@64 - fixed@64 < 0",
      "at S = 1/64 too": "loss: scalar@0.015625 - fixed@0.015625 < 0",
      "with a scalar S = 64 costs less than 0.02": "loss: scalar@64 - scalar@1 < 0.02",
      "with a scalar S = 1/64 costs less than 0.02": "loss: scalar@0.015625 - scalar@1 < 0.02"},
     ONE | {"W": last("weights head rms"), "W~": last("weights head rms_effective")},
     reference="fixed@1")
 CLAIMS["multipliers-mlp"] = Claim(
-    "And the MLPs, with all gains in the blocks frozen?",
+    "Do multipliers free the MLPs from that scale, with the gains in the blocks frozen?",
     LRM + "without multipliers the loss suffers at large S, with them it does not",
     scale("mlp", ("none", "scalars"), (0.25, 0.5, 1, 2, 4)),
-    {"at S = 4 multipliers end lower": "loss: scalars@4 - none@4 < 0",
+    {"where S = 4 sets the MLPs' scale, multipliers end lower": "loss: scalars@4 - none@4 < 0",
      "with them S = 4 costs less than 0.02": "loss: scalars@4 - scalars@1 < 0.02"},
     ONE | {"W": last("weights up rms"), "W~": last("weights up rms_effective")},
     reference="none@1")
@@ -667,7 +678,7 @@ CLAIMS["linearity-profile"] = Claim(
     "How linear are blocks, and does it fall over training?",
     LINEAR + "full score 0.99 between neighboring layers; it falls over training",
     {"ours": OVER_TIME, "smollm2": "pretrained smollm2"},
-    {"the residual-free score falls from step 100 to 400": "free_fall: ours < 0",
+    {"blocks become less linear from step 100 to 400, without the residual": "free_fall: ours < 0",
      "the full score at the end is above 0.98": "full: ours > 0.98"},
     {"loss": last("val_loss"), "full": linearity("full_held_out"),
      "full without first": linearity("full_held_out", 0, True),
@@ -679,7 +690,8 @@ CLAIMS["linearity-regularizer"] = Claim(
     LINEAR + "cosine 0.5: the residual-free score falls at every layer; SuperGLUE 43.3 to 46.1",
     {"none": NARROW, "cosine": NARROW + "--linearity=cosine", "mse": NARROW + "--linearity=mse",
      "mamba": MAMBA, "mamba_cosine": MAMBA + "--linearity=cosine"},
-    {"cosine lowers the residual-free score": "free: cosine - none < 0",
+    {"the cosine regularizer makes blocks less linear, without the residual":
+     "free: cosine - none < 0",
      "of Mamba-2 too": "free: mamba_cosine - mamba < 0",
      "cosine lowers the loss": "loss: cosine - none < 0",
      "cosine solves more pairs": "python: cosine - none > 0"},
@@ -689,7 +701,8 @@ CLAIMS["linearity-prune"] = Claim(
     "Is a regularized model cheaper to prune?",
     LINEAR + "the press release: yes, 10 to 15 % of the blocks go; the most linear ones first",
     {"none": PRUNED, "cosine": PRUNED + "--linearity=cosine"},
-    {"removing two of six blocks costs less after cosine": "remove_2: cosine - none < 0",
+    {"removing two of six blocks costs less after the cosine regularizer":
+     "remove_2: cosine - none < 0",
      "replacing them costs less after cosine": "replace_2: cosine - none < 0",
      "replacing costs less than removing": "saved: none > 0",
      "the most linear cost less than random ones": "order: none < 0"},
@@ -704,7 +717,7 @@ CLAIMS["python-pairs"] = Claim(
     "a control of our own task: an untrained model is at 50 %, and a published one on top",
     {"untrained": SHORT + "--steps=1 --warmup_steps=0 --lr=1e-30", "ours": SHORT,
      "smollm2": "pretrained smollm2"},
-    {"training raises the accuracy": "python: ours - untrained > 0",
+    {"training raises the accuracy on the pairs": "python: ours - untrained > 0",
      "an untrained model has less than 53 %": "python: untrained < 53",
      "and more than 47 %": "python: untrained > 47"},
     {"loss": last("val_loss"), "python": python})
@@ -732,10 +745,10 @@ CLAIMS["distilbert"] = Claim(
      "no_hard": HALF + TAUGHT + "--distill_hard_weight=0",
      "labels": HALF,
      "scratch": TEXT + "--n_layer=6 --n_embd=96"},
-    {"the initialization lowers the loss": "loss: no_init - full > 0",
-     "the soft loss does": "loss: no_soft - full > 0",
-     "the cosine does": "loss: no_cosine - full > 0",
-     "the hard loss does": "loss: no_hard - full > 0",
+    {"a start from the teacher's blocks lowers the loss": "loss: no_init - full > 0",
+     "the soft loss lowers it": "loss: no_soft - full > 0",
+     "the cosine lowers it": "loss: no_cosine - full > 0",
+     "the hard loss lowers it": "loss: no_hard - full > 0",
      "distillation ends lower than labels with the same start": "loss: full - labels < 0",
      "95 % of the teacher's score on the pairs is kept": "kept: full > 95"},
     ONE | {"python": python, "kept": over_teacher("python"), "speed": over_teacher("speed")})
@@ -745,7 +758,7 @@ CLAIMS["kd-family"] = Claim(
     "24.6 against 22.8 Rouge-L",
     {"plain": STUDENT + "--let_weight=0", "teacher": GOOD,
      **{d: STUDENT + f"--distill={d}" for d in ("kd", "rkd", "reverse_kl", "gkd")}},
-    {"kd ends lower than plain training": "loss: kd - plain < 0",
+    {"distillation (kd) ends lower than plain training": "loss: kd - plain < 0",
      "gkd solves more pairs than kd": "python: gkd - kd > 0",
      "reverse_kl solves more pairs than rkd": "python: reverse_kl - rkd > 0"},
     LOSS | {"python": python})
@@ -760,7 +773,7 @@ CLAIMS["teacher-text"] = Claim(
      "temperatures_text": GENERATE % ("{seed}", "0.7,1", 0),
      "two_text": GENERATE % ("{seed},1001", 1, 0),
      "real_text": "tests/reproduce.py real_text {out} {seed}"},
-    {"the best of 4 teach better than a random one": "bits: best - random < 0",
+    {"the likeliest of 4 texts teaches better than a random one": "bits: best - random < 0",
      "two temperatures teach better than two samples at one": "bits: temperatures - two < 0",
      "real text teaches better than a teacher's": "bits: real - random < 0"},
     {"bits": corpus_bits}, reference="random", seeds=5)
@@ -769,5 +782,5 @@ CLAIMS["step-by-step"] = Claim(
     "Distilling step-by-step, arXiv 2305.02301: the same accuracy with 12.5 % of the labels",
     {"labels": SUMS + "--distill_weight=0", "both": SUMS,
      "sums": "tests/reproduce.py sums {out}"},
-    {"with rationales the labels' loss is lower": "loss: both - labels < 0"},
+    {"rationales lower the loss of the labels": "loss: both - labels < 0"},
     ONE)
