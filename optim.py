@@ -46,45 +46,32 @@ from model import BadInput, ModelConfig, logical_pieces, param_factor
 # --------------------------------------------------------------------------------------------------
 # Muon
 
-# Newton-Schulz maps a singular value s to a1 s + a3 s^3 + a5 s^5: one triple (a1, a3, a5) a step.
-# Steps beyond the end of a table repeat its last triple.
-NS_COEFFICIENTS = {
-    # Jordan et al. 2024. Steep at 0 and not convergent by design: [0.01, 1] lands in [0.68, 1.13].
-    "quintic": [(3.4445, -4.7750, 2.0315)],
-    # Amsel et al. 2025 (arXiv 2505.16932): each step is the best odd quintic on the interval that
-    # the step before left, for [1e-3, 1]; [0.01, 1] lands in [0.86, 1.14]. Safety factor 1.02.
-    "polar_express": [
-        (8.156554524902461, -22.48329292557795, 15.878769915207462),
-        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-    ],
-}
+# A step of Newton-Schulz maps a singular value s to a1 s + a3 s^3 + a5 s^5. These coefficients are
+# steep at 0 and not convergent by design (Jordan et al. 2024): 5 steps take [0.01, 1] into
+# [0.68, 1.13].
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def newton_schulz(G, coefficients="quintic", steps: int = 5, dtype=torch.bfloat16):
+def newton_schulz(G, steps: int = 5, dtype=torch.bfloat16):
     """About the nearest semi-orthogonal matrix: all singular values become about 1, and the
     singular vectors stay.
 
     G: (..., m, n), one matrix or a stack. Returns the same shape in `dtype`, in which all products
-    run; a matrix of zeros stays zero. X begins as G over its Frobenius norm; with polar_express
-    over 1.02 times the norm, because its polynomials need singular values below 1. Each step then
-    maps the singular values s to a1 s + a3 s^3 + a5 s^5, by matrix products only: with A = X X^T,
+    run; a matrix of zeros stays zero. X begins as G over its Frobenius norm. Each step maps the
+    singular values s to a1 s + a3 s^3 + a5 s^5, with (a1, a3, a5) = NS_COEFFICIENTS, by matrix
+    products only: with A = X X^T,
 
         X <- a1 X + (a3 A + a5 A A) X
 
-    Step i has the triple (a1, a3, a5) number i of NS_COEFFICIENTS[coefficients]; after the last
-    triple, the last one again. Where m > n, the same is done to the transpose, whose A is smaller:
-    4 m^2 n + 2 m^3 FLOPs a step for m <= n."""
-    table = NS_COEFFICIENTS[coefficients]
+    Where m > n, the same is done to the transpose, whose A is smaller: 4 m^2 n + 2 m^3 FLOPs a step
+    for m <= n."""
+    a1, a3, a5 = NS_COEFFICIENTS
     X = G.to(dtype).view(-1, *G.shape[-2:])
     tall = G.shape[-2] > G.shape[-1]
     if tall:  # X X^T is then the smaller of the two Gram matrices
         X = X.mT
-    margin = 1.02 if coefficients == "polar_express" else 1.0  # rounding must not push s above 1
-    X = X / (margin * X.norm(dim=(-2, -1), keepdim=True)).clamp(min=1e-7)
-    for a1, a3, a5 in (table + table[-1:] * steps)[:steps]:
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=a3, alpha=a5)
         X = torch.baddbmm(X, B, X, beta=a1)
@@ -103,17 +90,6 @@ def update_scale(rows: int, columns: int, convention="match_rms_adamw") -> float
     return {"match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)),
             "original": math.sqrt(max(1.0, rows / columns)),
             "spectral": math.sqrt(rows / columns)}[convention]
-
-
-def normalize_rows(update, v, beta2: float = 0.95):
-    """NorMuon (Li et al. 2025, arXiv 2510.05491): all rows of the update get the same long-run RMS.
-
-    The whole update keeps its Frobenius norm. update: (..., m, n); v: (..., m, 1), the running mean
-    square of each row, changed in place."""
-    v.lerp_(update.square().mean(-1, keepdim=True), 1 - beta2)
-    even = update / (v.sqrt() + 1e-10)
-    norm = even.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10)
-    return even * (update.norm(dim=(-2, -1), keepdim=True) / norm)
 
 
 def momentum_update(G, m, mu: float, nesterov=True):
@@ -147,10 +123,9 @@ class Muon(torch.optim.Optimizer):
     and sends it, in `dtype`, to the others. Meanwhile all compute the O of the next stack."""
 
     def __init__(self, params, lr=1e-2, weight_decay=0.1, momentum=0.95, nesterov=True,
-                 coefficients="quintic", ns_steps=5, normuon=False, dtype=torch.bfloat16):
-        super().__init__(params, dict(
-            lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
-            coefficients=coefficients, ns_steps=ns_steps, normuon=normuon, matrices=None))
+                 ns_steps=5, dtype=torch.bfloat16):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum,
+                                      nesterov=nesterov, ns_steps=ns_steps, matrices=None))
         self.dtype, self.rank, self.world = dtype, 0, 1
         if dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -170,23 +145,21 @@ class Muon(torch.optim.Optimizer):
                 count += len(O)
                 if move:  # that of the previous stack, whose O was being sent
                     move()
-                move = partial(self.move, group, kappa, stack, O, sending)
+                move = partial(self.move, group, kappa, stack["W"], O, sending)
         if move:
             move()
 
     def stacks(self, group) -> dict[tuple, dict[str, list]]:
         """A group's logical matrices that have a gradient, by (rows, columns, kappa). A stack holds
-        lists of views, of equal length: "W", "G" = dL/dW, and the parts of torch's state."""
+        lists of views, of equal length: "W", "G" = dL/dW, and "m", the momentum."""
         stacks = defaultdict(lambda: defaultdict(list))
         for p, matrices in zip(group["params"], group["matrices"], strict=True):
             if p.grad is None:
                 continue
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            if group["normuon"] and "row_mean_square" not in state:
-                state["row_mean_square"] = torch.zeros_like(p[..., :1])
-            for key, tensor in {"W": p, "G": p.grad, **state}.items():
+            if p not in self.state:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            m = self.state[p]["momentum_buffer"]
+            for key, tensor in {"W": p, "G": p.grad, "m": m}.items():
                 parts = flat(tensor).split([rows for rows, _ in matrices])
                 for (rows, kappa), part in zip(matrices, parts, strict=True):
                     stacks[rows, p.shape[-1], kappa][key].append(part)
@@ -196,13 +169,12 @@ class Muon(torch.optim.Optimizer):
         """O (number, out, in) of a stack, and handles to wait for what is still being sent.
 
         count: the logical matrices before this stack in this step."""
-        G, m = stack["G"], stack["momentum_buffer"]
+        G = stack["G"]
         own = slice((self.rank - count) % self.world, None, self.world)  # those of this rank
-        u = momentum_update(G, m, group["momentum"], group["nesterov"])[own]
+        u = momentum_update(G, stack["m"], group["momentum"], group["nesterov"])[own]
         share = None  # a small stack may have no matrix for this rank
         if u:
-            share = newton_schulz(
-                torch.stack(u), group["coefficients"], group["ns_steps"], self.dtype)
+            share = newton_schulz(torch.stack(u), group["ns_steps"], self.dtype)
         if self.world == 1:
             return share, []
         O = G[0].new_empty(len(G), *G[0].shape, dtype=self.dtype)
@@ -211,24 +183,16 @@ class Muon(torch.optim.Optimizer):
         return O, [dist.broadcast(part, (count + i) % self.world, async_op=True)
                    for i, part in enumerate(O)]
 
-    def move(self, group, kappa, stack, O, sending):
+    def move(self, group, kappa, W, O, sending):
         """Muon's change of a stack: W <- (1 - eta lambda) W - eta kappa O, in place.
 
-        group: a dict of "lr", eta; "weight_decay", lambda; "normuon". kappa: see update_scale.
-        stack: a dict; its list "W" holds the matrices (out, in) to change. O: (number, out, in), in
-        a dtype of its own. sending: handles; O is valid after wait() of each. With "normuon" O goes
-        through normalize_rows first, whose running mean squares are the stack's list
-        "row_mean_square", (out, 1) each, changed in place."""
+        group: a dict of "lr", eta, and "weight_decay", lambda. kappa: see update_scale. W: a list
+        of matrices (out, in). O: (number, out, in), in a dtype of its own. sending: handles; O is
+        valid after wait() of each."""
         for handle in sending:
             handle.wait()
-        W = stack["W"]
-        O = O.to(W[0].dtype)
-        if group["normuon"]:
-            mean_square = torch.stack(stack["row_mean_square"])
-            O = normalize_rows(O, mean_square)
-            torch._foreach_copy_(stack["row_mean_square"], list(mean_square))
         torch._foreach_mul_(W, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(W, list(O), alpha=-group["lr"] * kappa)
+        torch._foreach_add_(W, list(O.to(W[0].dtype)), alpha=-group["lr"] * kappa)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -600,7 +564,7 @@ class Optimizers:
                  betas=(0.9, 0.95), eps=1e-10, embedding_lr=30.0, module_lr=None, module_decay=None,
                  multipliers=None, multiplier_lr=1e-2, multiplier_weight_decay=2e-3,
                  clip_multipliers=False, momentum=0.95, muon_scale="match_rms_adamw",
-                 coefficients="quintic", normuon=False, dtype=torch.bfloat16, extra=()):
+                 dtype=torch.bfloat16, extra=()):
         self.schedule, self.peak_lr = schedule, lr
         self.multipliers, self.extra = multipliers, list(extra)
         W = multipliers.W if multipliers else {}
@@ -611,8 +575,7 @@ class Optimizers:
         by_muon = [group for group in groups if "matrices" in group]
         self.optimizers = {}
         if by_muon:
-            self.optimizers["muon"] = Muon(by_muon, lr=lr, momentum=momentum, normuon=normuon,
-                                           coefficients=coefficients, dtype=dtype)
+            self.optimizers["muon"] = Muon(by_muon, lr=lr, momentum=momentum, dtype=dtype)
         fused = all(p.device.type in ("cuda", "cpu") for p in model.parameters())
         adamw = partial(torch.optim.AdamW, lr=lr, betas=betas, eps=eps, fused=fused)
         self.optimizers["adamw"] = adamw([group for group in groups if "matrices" not in group])

@@ -116,26 +116,17 @@ LET_LOSSES = {"cosine": cosine_loss, "logsum": logsum_loss}
 
 
 def interpolate(h, width: int):
-    """Resizes the features by linear interpolation. h: (..., d) -> (..., width).
+    """Resizes the features by linear interpolation. h: (..., d) -> (..., width), in the dtype of h.
 
     Output j is read at x_j = max(0, (j + 0.5) d / width - 0.5), interpolated between the features
-    on both sides of x_j. Neighboring features have nothing in common; the paper still does it."""
-    if h.shape[-1] == width:
+    on both sides of x_j. Neighboring features have nothing in common; the paper still does it. The
+    map is linear: its matrix (d, width) holds what becomes of each unit vector."""
+    d = h.shape[-1]
+    if d == width:
         return h
-    if h.is_cuda:  # where torch's kernel is slow: it handles one token after the other
-        return interpolate_by_index(h, width)
-    resized = F.interpolate(h.flatten(0, -2)[:, None], size=width, mode="linear")
-    return resized.view(*h.shape[:-1], width)
-
-
-def interpolate_by_index(h, width: int):
-    """The same as interpolate, by indexing."""
-    d, dtype = h.shape[-1], torch.promote_types(h.dtype, torch.float32)
-    j = torch.arange(width, device=h.device, dtype=dtype)
-    x = ((j + 0.5) * (d / width) - 0.5).clamp_min(0)
-    below = x.long()
-    above = (below + 1).clamp_max(d - 1)
-    return torch.lerp(h[..., below], h[..., above], (x - below).to(h.dtype))
+    unit_vectors = torch.eye(d, dtype=h.dtype, device=h.device)[:, None]
+    with torch.autocast(h.device.type, enabled=False):
+        return h @ F.interpolate(unit_vectors, size=width, mode="linear")[:, 0]
 
 
 def pair_layers(pair: str, teacher_layers: int, student_layers: int) -> tuple[int, int]:

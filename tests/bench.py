@@ -319,8 +319,6 @@ def bench_optim(bench):
         return made
 
     made = {"torch.optim.Muon": torch.optim.Muon(matrices()), "Muon": Muon(matrices()),
-            "Muon, polar_express": Muon(matrices(), coefficients="polar_express"),
-            "Muon, normuon": Muon(matrices(), normuon=True),
             "AdamW, fused": torch.optim.AdamW(matrices(), fused=True)}
     bench.compare({name: optimizer.step for name, optimizer in made.items()}, warm_up=1)
     del made

@@ -49,28 +49,19 @@ def groups_by_name(optimizers):
 
 
 # Newton-Schulz and what is made of its result
-PUBLISHED = {"quintic": [(3.4445, -4.7750, 2.0315)] * 7, "polar_express": [
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    *[(2.3465413258596377, -1.7097828382687081, 0.42323551169305323)] * 3]}
-
-
 @pytest.mark.exercise("newton_schulz")
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (24, 24)], ids=["wide", "tall", "square"])
-@pytest.mark.parametrize("coefficients", PUBLISHED)
-@pytest.mark.parametrize("steps", [0, 7])
-def test_newton_schulz_is_the_published_polynomial_of_singular_values(coefficients, shape, steps):
+@pytest.mark.parametrize("steps", [0, 1, 7])
+def test_newton_schulz_is_the_published_polynomial_of_singular_values(shape, steps):
     """Of each matrix of a stack, whatever its scale; in bf16 about so, at those not too small."""
     U, s, Vh = torch.linalg.svd(randn(3, *shape, dtype=torch.float64), full_matrices=False)
     G = U * s[:, None] @ Vh * torch.tensor([1e-4, 1.0, 3e5])[:, None, None]
-    s = s / s.norm(dim=-1, keepdim=True) / (1.02 if coefficients == "polar_express" else 1.0)
-    for a, b, c in PUBLISHED[coefficients][:steps]:
-        s = a * s + b * s**3 + c * s**5
-    got, expected = optim.newton_schulz(G, coefficients, steps, torch.float64), U * s[:, None] @ Vh
+    s = s / s.norm(dim=-1, keepdim=True)
+    for _ in range(steps):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    got, expected = optim.newton_schulz(G, steps, torch.float64), U * s[:, None] @ Vh
     torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
-    low = optim.newton_schulz(G.float(), coefficients, steps)
+    low = optim.newton_schulz(G.float(), steps)
     assert low.dtype == torch.bfloat16 and (low - expected).norm() < 0.1 * expected.norm()
 
 
@@ -81,21 +72,6 @@ def test_newton_schulz_keeps_zero_and_works_on_the_smaller_gram_matrix():
             zero, *others = optim.newton_schulz(randn(3, *shape) * torch.arange(3).view(3, 1, 1))
         assert counter.get_total_flops() == 3 * 5 * (4 * 8 * 8 * 40 + 2 * 8**3)
         assert not zero.any() and all(other.isfinite().all() and other.any() for other in others)
-
-
-def test_normuon_against_a_loop_over_rows():
-    """The authors' code (arXiv 2510.05491), row by row; the Frobenius norm is kept; 0 stays 0."""
-    v, by_hand = torch.zeros(5, 1, dtype=torch.float64), [0.0] * 5
-    for step in range(4):
-        update = randn(5, 9, seed=step, dtype=torch.float64) * torch.arange(1, 6)[:, None]
-        expected = update.clone()
-        for i, row in enumerate(expected):
-            by_hand[i] = 0.95 * by_hand[i] + 0.05 * sum(x.item() ** 2 for x in row) / 9
-            row /= by_hand[i] ** 0.5 + 1e-10
-        expected *= update.norm() / expected.norm()
-        got = optim.normalize_rows(update, v)
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=0)
-    assert not optim.normalize_rows(torch.zeros(2, 3, 4), torch.zeros(2, 3, 1)).any()
 
 
 # Muon
@@ -125,27 +101,15 @@ def test_momentum_is_the_average_by_hand_and_the_gradients_are_left_alone(nester
 
 @pytest.mark.exercise("Muon.move")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("normuon", [True, False])
-def test_muons_change_of_a_stack_is_decay_and_the_scaled_update(normuon, dtype, monkeypatch):
-    """normalize_rows is replaced by a division by the new running mean squares. O holds its values
-    only after the wait for each of its matrices."""
-    def divided(update, v, beta2=0.95):
-        v.add_(1)
-        return update / v
-
-    monkeypatch.setattr(optim, "normalize_rows", divided)
+def test_muons_change_of_a_stack_is_decay_and_the_scaled_update(dtype):
+    """O holds its values only after the wait for each of its matrices."""
     W, O = [randn(4, 6, seed=i) for i in range(3)], randn(3, 4, 6, seed=9).to(dtype)
-    squares = [torch.full((4, 1), float(i)) for i in range(3)]
-    stack = {"W": W, "row_mean_square": squares} if normuon else {"W": W}
-    expected = [0.95 * w - 0.1 * 3 * o.float() / (i + 1 if normuon else 1)
-                for i, (w, o) in enumerate(zip(W, O))]
+    expected = [0.95 * w - 0.1 * 3 * o.float() for w, o in zip(W, O)]
     in_place, sending = [*W], [SimpleNamespace(wait=partial(part.copy_, values))
                                for part, values in zip(O, O.clone())]
     O.zero_()
-    group = {"lr": 0.1, "weight_decay": 0.5, "normuon": normuon}
-    Muon.move(None, group, 3.0, stack, O, sending)
+    Muon.move(None, {"lr": 0.1, "weight_decay": 0.5}, 3.0, W, O, sending)
     torch.testing.assert_close(in_place, expected)
-    assert all((square == i + normuon).all() for i, square in enumerate(squares))
 
 
 @pytest.mark.parametrize("nesterov", [True, False], ids=["nesterov", "plain"])
@@ -186,7 +150,7 @@ def ranks(rank, world, folder):
 
 def trained(rank=0, world=1):
     model, extra = tiny_model(**MIXED), parameter(8, seed=3)
-    optimizers = make(model, multipliers=Multipliers(model), normuon=True, extra=[extra])
+    optimizers = make(model, multipliers=Multipliers(model), extra=[extra])
     for step, batch in enumerate(random_tokens(4, 2, 9, seed=0)):
         share = batch[rank * 2 // world:(rank + 1) * 2 // world]
         (loss_of(model, share) + (share[:, 1:].float().mean(0) @ extra).sum() / 97).backward()
@@ -566,7 +530,7 @@ def restarted(model, optimizers, kind=None, **kw):
 @pytest.mark.parametrize("kind", [None, "vector"])
 def test_a_run_goes_on_bit_for_bit_from_a_stored_state(optimizer, kind):
     """By names, so parameters may be grouped otherwise now; under the settings given now."""
-    model, kw = tiny_model(), dict(optimizer=optimizer, normuon=True)
+    model, kw = tiny_model(), dict(optimizer=optimizer)
     optimizers = make(model, multipliers=Multipliers(model, kind) if kind else None, **kw)
     train(model, optimizers, 3)
     twin, again, known = restarted(model, optimizers, kind=kind, **kw)
