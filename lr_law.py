@@ -27,6 +27,7 @@ Symbols
     slice    the runs of one (N, D, group), which differ in lr alone
     optimum  an (N, D) and its lr*, most often of the parabola through a slice
 """
+import contextlib
 import csv
 import functools
 import io
@@ -36,7 +37,7 @@ import math
 import operator
 import os
 import shlex
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -51,6 +52,7 @@ from model import (
     Parser,
     command,
     fcntl,
+    positive,
     read_text,
     reading,
     tokenizer_from_dict,
@@ -197,72 +199,53 @@ def predict_law(law: dict, N: float, D: float, level: float = 0.9) -> dict:
 # Published laws
 
 
-@dataclass
-class Published:
-    """A published law: its source, what N counts, its batch size in words, lr(N, D) and, where it
-    is known in numbers, batch(N, D) in tokens per step. Units: parameters and tokens."""
-
-    source: str
-    counts: str
-    batch_rule: str
-    lr: Callable
-    batch: Callable | None = None
-
-
+# {name: (source, what N counts and batch size; learning rate at N parameters and D tokens)}
 LAWS = {
-    "step": Published(
-        "Step Law, arXiv 2503.04715", "non-embedding parameters",
-        "batch grown with D: 0.58 D^0.571 tokens",
-        lambda N, D: 1.79 * N**-0.713 * D**0.307, lambda N, D: 0.58 * D**0.571),
-    "bjorck": Published(
-        "arXiv 2409.19913", "parameters",
-        "0.5M tokens; the constant is disputed, this one for N and D in billions",
-        lambda N, D: 1.55e-3 * (N / 1e9) ** -0.23 * (D / 1e9) ** -0.32, lambda N, D: 5e5),
-    "deepseek": Published(
-        "DeepSeek LLM, arXiv 2401.02954", "non-embedding FLOPs per token / 6",
+    "step": (
+        "Step Law, arXiv 2503.04715; N: non-embedding parameters; batch: grown with D: "
+        "0.58 D^0.571 tokens",
+        lambda N, D: 1.79 * N**-0.713 * D**0.307),
+    "bjorck": (
+        "arXiv 2409.19913; N: parameters; batch: 0.5M tokens; the constant is disputed, this one "
+        "for N and D in billions",
+        lambda N, D: 1.55e-3 * (N / 1e9) ** -0.23 * (D / 1e9) ** -0.32),
+    "deepseek": (
+        "DeepSeek LLM, arXiv 2401.02954; N: non-embedding FLOPs per token / 6; batch: "
         "0.2920 C^0.3271 tokens; C = 6 N D here",
-        lambda N, D: 0.3118 * (6 * N * D) ** -0.1250, lambda N, D: 0.2920 * (6 * N * D) ** 0.3271),
-    "porian": Published(
-        "arXiv 2406.19146", "parameters with the head", "0.7576 N^0.703 tokens",
-        lambda N, D: 3.7 * N**-0.36, lambda N, D: 0.7576 * N**0.703),
-    "kaplan": Published(
-        "arXiv 2001.08361, as Step Law tabulates it", "non-embedding parameters",
-        "grows as the loss falls", lambda N, D: 3.239e-3 - 1.395e-4 * math.log(N)),
-    "minicpm": Published(
-        "arXiv 2404.06395", "non-embedding parameters",
-        "grows as the loss falls; constant under its own muP", lambda N, D: 0.01),
-    "ling": Published(
-        "Ling MoE, arXiv 2507.17702", "non-embedding FLOPs per token / 6, of the active experts",
-        "0.0694 C^0.3644",
-        lambda N, D: 1.1576 * (6 * N * D) ** -0.1529, lambda N, D: 0.0694 * (6 * N * D) ** 0.3644),
+        lambda N, D: 0.3118 * (6 * N * D) ** -0.1250),
+    "porian": (
+        "arXiv 2406.19146; N: parameters with the head; batch: 0.7576 N^0.703 tokens",
+        lambda N, D: 3.7 * N**-0.36),
+    "kaplan": (
+        "arXiv 2001.08361, as Step Law tabulates it; N: non-embedding parameters; batch: grows as "
+        "the loss falls",
+        lambda N, D: 3.239e-3 - 1.395e-4 * math.log(N)),
+    "minicpm": (
+        "arXiv 2404.06395; N: non-embedding parameters; batch: grows as the loss falls; constant "
+        "under its own muP",
+        lambda N, D: 0.01),
+    "ling": (
+        "Ling MoE, arXiv 2507.17702; N: non-embedding FLOPs per token / 6, of the active experts; "
+        "batch: 0.0694 C^0.3644",
+        lambda N, D: 1.1576 * (6 * N * D) ** -0.1529),
     # The units of N and D behind its constant are unknown, so only ratios of it can be used.
-    "zhou": Published("arXiv 2601.05049", "unknown; MoE models", "unknown",
-                      lambda N, D: N**-0.2219 * D**-0.3509),
+    "zhou": ("arXiv 2601.05049; N: unknown; MoE models; batch: unknown",
+             lambda N, D: N**-0.2219 * D**-0.3509),
 }
 
 
-def published(name: str, N: float, D: float, anchor=None, batch: float = 0.0) -> float:
-    """The learning rate of a published law at (N, D).
+def published(name: str, N: float, D: float, anchor=None) -> float:
+    """The learning rate of a published law at (N, D), at the law's own batch size.
 
-    anchor = (N, D, lr): a known optimum; the law then gives the ratio to it. batch: tokens per
-    step, to which the learning rate is scaled from the law's own batch by the square-root rule."""
-    if name not in LAWS:
-        raise BadInput(f"--law={name}: no file and no published law; those are {', '.join(LAWS)}")
-    law = LAWS[name]
-    if batch and not law.batch:
-        raise BadInput(f"--law={name} --batch_tokens={batch:g}: its own batch is not known in "
-                       "numbers")
+    anchor = (N, D, lr): a known optimum; the law then gives the ratio to it."""
+    _, law = LAWS[name]
     if name == "zhou" and not anchor:
         raise BadInput(f"--law={name}: its units are unknown, so --anchor=N,D,LR is needed")
-
-    def rate(N, D):
-        lr = law.lr(N, D) * (math.sqrt(batch / law.batch(N, D)) if batch else 1)
-        if lr <= 0:
-            raise BadInput(f"--law={name}: gives {lr:.3g} at {N:g} parameters, far outside the "
-                           "range that it was fitted on")
-        return lr
-
-    return anchor[2] * rate(N, D) / rate(*anchor[:2]) if anchor else rate(N, D)
+    lr = anchor[2] * law(N, D) / law(*anchor[:2]) if anchor else law(N, D)
+    if lr <= 0:
+        raise BadInput(f"--law={name} --n_params={N:g}: gives {lr:.3g}, far outside the range that "
+                       "it was fitted on")
+    return lr
 
 
 # --------------------------------------------------------------------------------------------------
@@ -302,23 +285,20 @@ def extrapolate(runs, D: float) -> list[dict]:
     One for each size, group and learning rate with at least 3 horizons below D. Learning rates less
     than 1 % apart count as one, since tables round them. It is unknown whether the paper reads its
     horizons at a constant learning rate or after a decay; tables of both kinds can be used."""
-    curves, predicted = defaultdict(list), []
-    for (N, horizon, group), (rates, losses) in slices_of(runs).items():
-        for lr, loss in zip(rates, losses, strict=True):
-            if horizon < D:
-                curves[N, group].append((lr, horizon, loss))
-    for (N, group), points in curves.items():
-        by_lr, previous = defaultdict(list), 0.0
-        for lr, horizon, loss in sorted(points):
-            if lr > 1.01 * previous:
-                previous = lr
-            by_lr[previous].append((horizon, loss))
-        for lr, curve in by_lr.items():
-            horizons, losses = np.array(curve).T
-            if len(np.unique(horizons)) >= 3:
-                fit = fit_horizon(horizons, losses)
-                loss = fit["L_0"] + fit["A"] * D ** -fit["gamma"]
-                predicted.append({"N": N, "D": D, "lr": lr, "loss": loss, "group": group})
+    points = sorted((N, group, lr, horizon, loss)
+                    for (N, horizon, group), (rates, losses) in slices_of(runs).items()
+                    for lr, loss in zip(rates, losses) if horizon < D)
+    curves, same, predicted = defaultdict(list), {}, []
+    for N, group, lr, horizon, loss in points:
+        if lr > 1.01 * same.get((N, group), 0.0):
+            same[N, group] = lr
+        curves[N, group, same[N, group]].append((horizon, loss))
+    for (N, group, lr), curve in curves.items():
+        horizons, losses = np.array(curve).T
+        if len(np.unique(horizons)) >= 3:
+            fit = fit_horizon(horizons, losses)
+            loss = fit["L_0"] + fit["A"] * D ** -fit["gamma"]
+            predicted.append({"N": N, "D": D, "lr": lr, "loss": loss, "group": group})
     return predicted
 
 
@@ -364,9 +344,8 @@ def group_rate(optima) -> Callable:
 
 
 def costs(held, rest, others: dict) -> dict[str, np.ndarray]:
-    """What ways of choosing the learning rate cost on the slices `held`, in nats above the lowest
-    loss of a slice. An array (slices, 2) for each way: the cost by the slice's parabola, and by its
-    losses, interpolated in ln lr (outside the swept learning rates: the loss at their end).
+    """What ways of choosing the learning rate cost on the slices `held`, by their parabolas: nats
+    above the lowest loss of each slice, (slices,) for each way.
 
     The ways: the law of a slice's group, and one learning rate for all, both fitted to the optima
     `rest`; Step Law as published; and `others`, functions of a slice by their names."""
@@ -374,12 +353,8 @@ def costs(held, rest, others: dict) -> dict[str, np.ndarray]:
     rates = {"its group's law": group_rate(rest), **others,
              "Step Law, published": lambda f: published("step", f.N, f.D),
              f"always {constant:.3g}": lambda f: constant}
-    table = defaultdict(list)
-    for (name, rate), f in itertools.product(rates.items(), held):
-        x = math.log(rate(f))
-        between = np.interp(x, np.log(f.rates), f.losses) - f.losses.min()
-        table[name].append((f.C * (x - math.log(f.lr)) ** 2, between))
-    return {name: np.array(values) for name, values in table.items()}
+    return {name: np.array([f.C * math.log(rate(f) / f.lr) ** 2 for f in held])
+            for name, rate in rates.items()}
 
 
 def hold_out(runs, tolerance: float = 0.05) -> dict[str, np.ndarray]:
@@ -441,23 +416,20 @@ def vocabulary_size(c) -> int:
     return tokenizer_from_dict(train.make_tokenizer_for(c, ())).n_vocab
 
 
-def planned_runs(sizes: str, lrs: str, tokens: str, seeds: int, flags: list[str]) -> list[Run]:
-    """The runs of a sweep, cheapest first: one for each size, learning rate and seed.
+def planned_runs(sizes, lrs, tokens, seeds: int, flags: list[str]) -> list[Run]:
+    """The runs of a sweep, cheapest first: one for each size (blocks, width), learning rate and
+    seed. flags: of train.py.
 
     A run keeps its learning rate after warm-up, and its loss is read at every number of tokens on
     its way. A full grid has a run for each horizon instead (the paper's saving)."""
     import train
     base, runs = train_config(flags), []
-    if not 1 <= seeds <= 10_000:
-        raise BadInput(f"--seeds={seeds}: from 1 to 10,000 are possible")
     if base.teacher == "auto":
         raise BadInput("--teacher=auto: depends on the length of a run, and these are read at "
                        "several; name a checkpoint")
     V = vocabulary_size(base)
-    steps = sorted({max(1, round(D / base.batch_tokens)) for D in numbers("--tokens", tokens)})
-    for size, lr, seed in itertools.product(dict.fromkeys(sizes.split(",")), numbers("--lrs", lrs),
-                                            range(seeds)):
-        n_layer, n_embd = parse_size("--sizes", size)
+    steps = sorted({max(1, round(D / base.batch_tokens)) for D in tokens})
+    for (n_layer, n_embd), lr, seed in itertools.product(dict.fromkeys(sizes), lrs, range(seeds)):
         c = replace(base, n_layer=n_layer, n_embd=n_embd, lr=lr, seed=seed, steps=steps[-1],
                     warmup_steps=min(base.warmup_steps, steps[0]), sample_tokens=0,
                     schedule="constant")
@@ -470,56 +442,49 @@ def planned_runs(sizes: str, lrs: str, tokens: str, seeds: int, flags: list[str]
     return sorted(runs, key=lambda run: (run.flops, run.c.seed, run.c.lr))
 
 
-def plan(runs: list[Run], speed: float) -> str:
-    """The cost of a sweep on a machine of `speed` FLOP/s, beside that of a full grid, which trains
-    a run of its own for each horizon."""
-    by_size = defaultdict(list)
-    for run in runs:
-        by_size[run.N, f"{run.c.n_layer} x {run.c.n_embd}"].append(run)
+def plan_command(a, flags) -> str:
+    """The cost of a sweep, beside that of a full grid, which trains a run of its own for each
+    horizon."""
+    runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, flags)
+    sizes = Counter((run.N, f"{run.c.n_layer} x {run.c.n_embd}", run.flops) for run in runs)
     steps, batch = runs[0].steps, runs[0].c.batch_tokens  # the same for all runs
     horizons = ", ".join(f"{n * batch:,}" for n in steps)
-    lines = [f"  N {N:>12,} ({size})  {len(alike)} runs, read at {horizons} tokens: "
-             f"{len(alike) * alike[0].flops:.3g} FLOPs"
-             for (N, size), alike in sorted(by_size.items())]
+    lines = [f"  N {N:>12,} ({size})  {n} runs, read at {horizons} tokens: {n * flops:.3g} FLOPs"
+             for (N, size, flops), n in sorted(sizes.items())]
     total, points = sum(run.flops for run in runs), len(runs) * len(steps)
+    speed = a.flops_per_second
     full = total * sum(steps) / steps[-1]
     return "\n".join([*lines, f"{len(runs)} runs, {points} points, {total:.3g} FLOPs, "
                       f"{total / speed / 3600:.2f} hours at {speed:.3g} FLOP/s; the full grid: "
                       f"{points} runs, {full:.3g} FLOPs, {full / speed / 3600:.2f} hours"])
 
 
-def sweep(runs: list[Run], path, folder="", shard: str = "1/1"):
-    """Trains those runs of this shard (I/N: every N-th from the I-th) that the table lacks. Their
-    folders lie in `folder`, by default the table's name without its suffix."""
-    i, slash, n = shard.partition("/")
-    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
-        raise BadInput(f"--shard={shard}: I/N with 1 <= I <= N is needed")
-    try:
-        rows = open_table(path)
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be written to ({e.strerror})") from None
-    for flags in rows.values():
-        refuse_settings(path, flags, settings(runs[0].c))
-    for run in runs[int(i) - 1::int(n)]:
-        run_one(run, path, folder or Path(path).with_suffix(""), rows)
+def sweep_command(a, flags) -> str:
+    """Trains those runs of this shard that the table lacks. Their folders lie in one of the table's
+    name without its suffix."""
+    runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, flags)
+    rows = open_table(a.csv)
+    for stored in rows.values():
+        refuse_settings(a.csv, stored, settings(runs[0].c))
+    for run in runs[a.shard]:
+        run_one(run, a.csv, rows)
+    return f"written to {a.csv}"
 
 
-def run_one(run: Run, path, folder, rows):
+def run_one(run: Run, path, rows):
     """Trains one run of a sweep from reading to reading, and appends a row at each that is not
     among `rows`. A run that diverges has the loss inf there and at all later readings."""
     import train
     c, diverged = run.c, False
-    out = Path(folder, f"{c.n_layer}x{c.n_embd}-{c.lr:.3e}-{c.seed}")
+    out = Path(path).with_suffix("") / f"{c.n_layer}x{c.n_embd}-{c.lr:.3e}-{c.seed}"
     for steps in run.steps:
         D = steps * c.batch_tokens
         if (run.N, D, c.lr, c.seed) in rows:
             continue
         result = {"val_loss": math.inf, "flops": 0, "seconds": 0}
-        try:
+        with contextlib.suppress(train.NonFinite):
             if not diverged:
                 result = train_until(c, steps, out)
-        except train.NonFinite:
-            pass
         diverged = not math.isfinite(result["val_loss"])
         append_row(path, {
             "N": run.N, "D": D, "lr": c.lr, "loss": math.inf if diverged else result["val_loss"],
@@ -534,11 +499,7 @@ def train_until(c, steps: int, out: Path) -> dict:
     checkpoint = out / "ckpt.pt"
     resume = str(checkpoint) if checkpoint.exists() else ""
     if resume:
-        stored = train.load_run(resume)
-        if stored["step"] > steps:
-            raise BadInput(f"--tokens={steps * c.batch_tokens}: the run in {out} is past step "
-                           f"{steps}, where its loss is to be read; name another --folder")
-        refuse_settings(f"--folder={out.parent}", settings(stored["config"]), settings(c))
+        refuse_settings(out, settings(train.load_run(resume)["config"]), settings(c))
     result = train.train(replace(c, steps=steps, eval_every=steps, save_every=steps,
                                  out_dir=str(out), resume=resume))
     if result["interrupted"]:
@@ -550,30 +511,20 @@ def train_until(c, steps: int, out: Path) -> dict:
 # muTransfer: tune a small proxy, and carry its learning rate over by rules (model.PARAM_RULES)
 
 
-def horizon_factors(steps: float, tokens: float, rule: str) -> dict[str, float]:
-    """Factors on lr, weight decay, 1 - beta and eps for `steps` times the optimizer steps and
-    `tokens` times the tokens.
+def target_flags(c, lr: float, steps: float) -> dict:
+    """The flags of c that `steps` times the optimizer steps change; lr is the proxy's.
 
-    sqrt    lr and decay steps^-1/2, 1 - beta steps^-1, eps steps^1/2 (Complete(d)P, arXiv
-            2512.22382, as summaries give it). A batch k times as large at the same tokens is
-            steps = 1 / k, so lr grows with sqrt(k).
-    bjorck  lr tokens^-0.32 at one batch size (arXiv 2409.19913), an empirical rule
-    none    1"""
-    if rule == "sqrt":
-        return {"lr": steps**-0.5, "decay": steps**-0.5, "beta": 1 / steps, "eps": steps**0.5}
-    return {"lr": tokens**-0.32 if rule == "bjorck" else 1.0, "decay": 1.0, "beta": 1.0, "eps": 1.0}
-
-
-def target_flags(c, lr: float, factors: dict) -> dict:
-    """The flags of c that another horizon changes; lr is the proxy's. Muon's momentum is an average
-    of gradients as AdamW's betas are. eps has no flag; at its default of 1e-10 it hardly counts."""
-    flags = {"lr": lr * factors["lr"], "weight_decay": c.weight_decay * factors["decay"]}
+    lr and weight decay go with steps^-1/2, 1 - beta with 1 / steps (Complete(d)P, arXiv 2512.22382,
+    as summaries give it; eps, with steps^1/2, has no flag). A batch k times as large at the same
+    tokens is steps = 1 / k, so lr grows with sqrt(k). Muon's momentum is an average of gradients as
+    AdamW's betas are."""
+    flags = {"lr": lr, "weight_decay": c.weight_decay}
     if c.multipliers != "none":
-        flags["multiplier_lr"] = c.multiplier_lr * factors["lr"]
-        flags["multiplier_weight_decay"] = c.multiplier_weight_decay * factors["decay"]
-    flags = {name: float(f"{value:.4g}") for name, value in flags.items()}
+        flags["multiplier_lr"] = c.multiplier_lr
+        flags["multiplier_weight_decay"] = c.multiplier_weight_decay
+    flags = {name: float(f"{value * steps**-0.5:.4g}") for name, value in flags.items()}
     for name in ("beta1", "beta2", "momentum") if c.optimizer == "muon" else ("beta1", "beta2"):
-        flags[name] = max(0.0, 1 - float(f"{(1 - getattr(c, name)) * factors['beta']:.4g}"))
+        flags[name] = max(0.0, 1 - float(f"{(1 - getattr(c, name)) / steps:.4g}"))
     return flags
 
 
@@ -590,24 +541,23 @@ def at_size(c, param: str, size: tuple[int, int], base: tuple[int, int]):
     return c
 
 
-def proxy_optimum(path, proxy: str, c) -> tuple[SimpleNamespace, int]:
-    """The parabola of the proxy's runs at their longest horizon, and how many runs diverged."""
-    layers, width = parse_size("--proxy", proxy)
+def proxy_optimum(path, size: tuple[int, int], c) -> SimpleNamespace:
+    """The parabola of the proxy's runs at their longest horizon. size: (blocks, width)."""
     columns = {"N": "N", "D": "D", "lr": "lr", "loss": "loss", "group": "n_layer,n_embd,flags"}
-    table, diverged = read_runs(path, columns)
-    size = f"{layers},{width},"
-    runs = [run for run in table if run["group"].startswith(size)]
+    table, _ = read_runs(path, columns)
+    beginning, proxy = "{},{},".format(*size), "--proxy={}x{}".format(*size)
+    runs = [run for run in table if run["group"].startswith(beginning)]
     if not runs:
-        raise BadInput(f"{path}: no runs of --proxy={proxy} in it")
+        raise BadInput(f"{path}: no runs of {proxy} in it")
     for group in {run["group"] for run in runs}:  # a sweep shortens warm-ups, counts stops in steps
-        refuse_settings(path, group.removeprefix(size), settings(c),
+        refuse_settings(path, group.removeprefix(beginning), settings(c),
                         ["--warmup_steps", "--let_stop", "--distill_stop"])
     D = max(run["D"] for run in runs)
     found = fit_slices([run for run in runs if run["D"] == D])
     if not found or not found[0].inside:
-        raise BadInput(f"{path}: at {D:,.0f} tokens the best learning rate of --proxy={proxy} "
-                       "is not inside the swept ones; at least 3 around it are needed")
-    return found[0], diverged
+        raise BadInput(f"{path}: at {D:,.0f} tokens the best learning rate of {proxy} is not "
+                       "inside the swept ones; at least 3 around it are needed")
+    return found[0]
 
 
 def transfer_command(a, flags) -> str:
@@ -615,37 +565,30 @@ def transfer_command(a, flags) -> str:
     The proxy has the base size, where every parametrization is the standard model."""
     import train
     c = train_config(flags)
-    proxy, size = parse_size("--proxy", a.proxy), parse_size("--target", a.target)
     if c.param != "standard":
         raise BadInput(f"--param={c.param}: goes before the --, as the proxy is the standard model")
-    best, diverged = proxy_optimum(a.csv, a.proxy, c)
-    D = best.D
-    tokens, batch = a.target_tokens or D, a.target_batch_tokens or c.batch_tokens
-    if not math.inf > tokens >= batch > 0:
+    best = proxy_optimum(a.csv, a.proxy, c)
+    tokens, batch = a.target_tokens or best.D, a.target_batch_tokens or c.batch_tokens
+    if tokens < batch:
         raise BadInput(f"--target_tokens={tokens:g} --target_batch_tokens={batch}: at least one "
-                       "step of at least one token is needed")
-    factors = horizon_factors(tokens / D * c.batch_tokens / batch, tokens / D, a.horizon)
-    heads = a.target_n_head or c.n_head
-    target = replace(c, n_head=heads, base_n_head=c.n_head if heads != c.n_head else 0,
-                     batch_tokens=batch, steps=round(tokens / batch),
-                     **target_flags(c, best.lr, factors))
-    target = at_size(target, a.param, size, proxy)
+                       "step is needed")
+    longer = tokens / best.D * c.batch_tokens / batch
+    target = replace(c, batch_tokens=batch, steps=round(tokens / batch),
+                     **target_flags(c, best.lr, longer))
+    target = at_size(target, a.param, a.target, a.proxy)
     config = train.model_config(target, target.vocab_size)
-    changes = ", ".join(f"{name} {value:.3g}" for name, value in factors.items())
     return "\n".join([
-        f"proxy {a.proxy}, {D:,.0f} tokens: lr* {best.lr:.4g}, loss {best.L_min:.4f}, R^2 "
-        f"{best.r2:.3f} of {best.n} points; {diverged} diverged runs in the table",
-        f"target {a.target}, {tokens:,.0f} tokens: {a.param} with m_N {config.width_ratio:g}, m_L "
-        f"{config.depth_ratio:g}, m_D {config.head_ratio:g}",
-        f"factors by horizon and batch ({a.horizon}): {changes} (beta: on 1 - beta; eps: no flag)",
+        f"proxy, {best.D:,.0f} tokens: lr* {best.lr:.4g}, loss {best.L_min:.4f}, R^2 {best.r2:.3f} "
+        f"of {best.n} points",
+        f"target, {tokens:,.0f} tokens, {longer:.3g} times the steps: {a.param} with m_N "
+        f"{config.width_ratio:g}, m_L {config.depth_ratio:g}, m_D {config.head_ratio:g}",
         f"python train.py {changed_flags(target)}"])
 
 
 # --------------------------------------------------------------------------------------------------
 # Coordinate check: do activations move as much at every size?
 
-ACTIVATIONS = {"embed": "embedding", "attention": "attention", "ssm": "ssm", "router": "router",
-               "mlp": "mlp"}  # the kind of activation, by the name of its module
+ACTIVATIONS = ("embed", "attention", "ssm", "router", "mlp")  # the names of their modules
 
 
 def activations(model: GPT, idx) -> dict[str, list[torch.Tensor]]:
@@ -653,7 +596,7 @@ def activations(model: GPT, idx) -> dict[str, list[torch.Tensor]]:
     residual stream after the last block; "logits"."""
     seen, hooks = defaultdict(list), []
     for name, module in model.named_modules():
-        if kind := ACTIVATIONS.get(name.rpartition(".")[2]):
+        if (kind := name.rpartition(".")[2]) in ACTIVATIONS:
             hooks.append(module.register_forward_hook(
                 lambda module, inputs, output, kind=kind: seen[kind].append(output)))
     with torch.no_grad():
@@ -701,24 +644,20 @@ def slope(sizes, values) -> float:
 
 def coordcheck_command(a, flags) -> str:
     """The table of coordinate_check over widths and over depths, for each parametrization."""
-    c, params = train_config(flags), a.params.split(",")
-    widths = numbers("--widths", a.widths, int)
-    depths = numbers("--depths", a.depths, int) if a.depths else [c.n_layer]
-    if a.steps < 3 or a.seeds < 1 or max(len(widths), len(depths)) < 2:
-        raise BadInput(f"--widths={a.widths} --depths={a.depths} --steps={a.steps} --seeds="
-                       f"{a.seeds}: two widths or depths, 3 steps and 1 seed are needed at least")
-    base = depths[0], widths[0]
-    by_width, by_depth = [(base[0], width) for width in widths], [(n, base[1]) for n in depths]
+    c, base = train_config(flags), (a.depths[0], a.widths[0])
+    if a.steps < 3 or min(len(a.widths), len(a.depths)) < 2:
+        raise BadInput(f"--widths={a.widths} --depths={a.depths} --steps={a.steps}: two widths, "
+                       "two depths and 3 steps are needed at least")
+    by_width = [(base[0], width) for width in a.widths]
+    by_depth = [(depth, base[1]) for depth in a.depths]
     configs = {(param, size): at_size(c, param, size, base)
-               for param, size in itertools.product(params, by_width + by_depth)}
+               for param, size in itertools.product(a.params, by_width + by_depth)}
     moved = {key: coordinate_check(config, a.steps, a.seeds) for key, config in configs.items()}
     lines = [f"RMS of the change after {a.steps} steps with {c.optimizer} at lr {c.lr:g}"]
-    for title, x, sizes in ((f"over width ({base[0]} blocks)", widths, by_width),
-                            (f"over depth (width {base[1]})", depths, by_depth)):
-        if len(sizes) < 2:
-            continue
+    for title, x, sizes in ((f"over width ({base[0]} blocks)", a.widths, by_width),
+                            (f"over depth (width {base[1]})", a.depths, by_depth)):
         lines.append(f"{title:<23}" + "".join(f"{value:>10}" for value in x) + "     slope")
-        for param, kind in itertools.product(params, moved[params[0], base]):
+        for param, kind in itertools.product(a.params, moved[a.params[0], base]):
             values = [moved[param, size][kind] for size in sizes]
             lines.append(f"  {param:<10} {kind:<10}" + "".join(f"{v:>10.3g}" for v in values)
                          + f"{slope(x, values):>+10.2f}")
@@ -742,8 +681,7 @@ def changed_flags(c, ignored=()) -> str:
 
 def settings(c) -> str:
     """What a row of a table says about the flags of its run."""
-    flags = changed_flags(c, NOT_SETTINGS)
-    return flags.encode(errors="backslashreplace").decode()  # names of files can need it
+    return changed_flags(c, NOT_SETTINGS)
 
 
 def refuse_settings(where: str, stored: str, current: str, ignored=()):
@@ -755,40 +693,14 @@ def refuse_settings(where: str, stored: str, current: str, ignored=()):
                        "name another")
 
 
-def numbers(flag: str, text: str, kind=float) -> list:
-    """Positive numbers from "1,2,3", or from "low:high:count", evenly spaced in the logarithm."""
-    try:
-        if ":" in text:
-            low, high, count = text.split(":")
-            values = np.geomspace(float(low), float(high), min(int(count), 10_000)).tolist()
-        else:
-            values = [kind(v) for v in text.split(",")]
-        if not values or not all(0 < v < math.inf for v in values):
-            raise ValueError
-    except ValueError:
-        raise BadInput(f"{flag}={text}: positive numbers of type {kind.__name__} are needed, as "
-                       "1,2,3 or LOW:HIGH:COUNT") from None
-    return list(dict.fromkeys(values))
-
-
-def parse_size(flag: str, text: str) -> tuple[int, int]:
-    """(blocks, width) of "4x128"."""
-    try:
-        n_layer, n_embd = map(int, text.split("x"))
-    except ValueError:
-        raise BadInput(f"{flag}={text}: LAYERSxWIDTH is needed, such as 4x128") from None
-    return n_layer, n_embd
-
-
 def train_config(flags: list[str]):
     """train.Config from flags. Those that a command here sets itself are refused."""
     import train
     c = train.parse_flags(flags)
-    for f in fields(c):
-        if f.name in ("lr_law", "resume", "decay_now", "decay_fraction", "dry_run", "schedule",
-                      "out_dir"):
-            if getattr(c, f.name) != f.default:
-                raise BadInput(f"--{f.name}={getattr(c, f.name)}: cannot be used here")
+    for name in ("lr_law", "resume", "decay_now", "decay_fraction", "dry_run", "schedule",
+                 "out_dir"):
+        if getattr(c, name) != train.FLAGS[name].default:
+            raise BadInput(f"--{name}={getattr(c, name)}: cannot be used here")
     return c
 
 
@@ -796,19 +708,20 @@ def train_config(flags: list[str]):
 # Files: tables of runs, and the law
 
 
-def read_table(path, text: str, needed) -> dict[int, dict]:
-    """{line number: {column: text}} of the rows of a CSV file with a header, which has the needed
-    columns. Blank lines are left out. text: that of the file. Raises BadInput."""
+def read_table(path, needed, read) -> list:
+    """read(row) of each row of a CSV file with a header, which has the needed columns. row:
+    {column: text}. Blank lines are left out. Raises BadInput with the number of the line."""
+    found, rows = [], csv.DictReader(io.StringIO(read_text(path), newline=""))
     with reading(path):
-        rows = csv.DictReader(io.StringIO(text, newline=""))
         names = rows.fieldnames or []
         if missing := [name for name in needed if name not in names]:
             raise BadInput(f"no column {', '.join(missing)}; there are {', '.join(names)}")
-        table = dict((rows.line_num, row) for row in rows)
-        for line, row in table.items():
-            if None in row or None in row.values():
-                raise BadInput(f"line {line} needs {len(names)} cells")
-    return table
+        for row in rows:
+            with reading(f"line {rows.line_num}"):
+                if None in row or None in row.values():
+                    raise BadInput(f"{len(names)} cells are needed")
+                found.append(read(row))
+    return found
 
 
 def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
@@ -819,19 +732,18 @@ def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
     empty cell), and the other seeds of such a setting, whose mean would hide that it diverges."""
     groups = list(filter(None, columns["group"].split(",")))
     named = [columns[name] for name in ("N", "D", "lr", "loss")]
-    runs, table = [], read_table(path, read_text(path), [*named, *groups])
-    if not table:
-        raise BadInput(f"{path}: no runs in it")
-    if len({row.get("flags") for row in table.values()}) > 1 and "flags" not in groups:
+
+    def read(row):
+        N, D, lr, loss = (float(row[name] or "nan") for name in named)  # empty: it diverged
+        if not all(0 < value < math.inf for value in (N, D, lr)) or loss <= 0:
+            raise BadInput("N, D, lr and loss must be positive")
+        return {"N": N, "D": D, "lr": lr, "loss": loss, "flags": row.get("flags"),
+                "group": ",".join(row[name] for name in groups)}
+
+    runs = read_table(path, [*named, *groups], read)
+    if len({run.pop("flags") for run in runs}) > 1 and "flags" not in groups:
         raise BadInput(f"{path}: runs with different flags, which do not compare; --group=flags "
                        "keeps them apart")
-    for line, row in table.items():
-        with reading(f"{path}, line {line}"):
-            N, D, lr, loss = (float(row[name] or "nan") for name in named)  # empty: it diverged
-            if not all(0 < value < math.inf for value in (N, D, lr)) or loss <= 0:
-                raise BadInput("N, D, lr and loss must be positive")
-        group = ",".join(row[name] for name in groups)
-        runs.append({"N": N, "D": D, "lr": lr, "loss": loss, "group": group})
     setting = operator.itemgetter("N", "D", "lr", "group")
     diverged = {setting(run) for run in runs if not math.isfinite(run["loss"])}
     kept = [run for run in runs if setting(run) not in diverged]
@@ -841,42 +753,26 @@ def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
 COLUMNS = ("N", "D", "lr", "loss", "seed", "n_layer", "n_embd", "flops", "seconds", "flags")
 
 
-def csv_line(values) -> bytes:
-    """One line of a CSV file, with values quoted where they contain commas."""
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(values)
-    return line.getvalue().encode()
-
-
 def open_table(path) -> dict[tuple, str]:
-    """Opens or begins a table of `sweep`. Returns (N, D, lr, seed) -> flags of each row.
-
-    Several processes may begin a table at once: the one that holds the file's lock first writes the
-    header. A last row without a line end comes from an interrupted write; it is cut off."""
-    path, header = Path(path), csv_line(COLUMNS)
-    with open(path, "ab") as file:
+    """Opens or begins a table of `sweep`. Returns (N, D, lr, seed) -> flags of each row. Several
+    processes may begin a table at once: the one that locks the file first writes the header."""
+    header = ",".join(COLUMNS)
+    with open(path, "a") as file:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_size == 0:  # now, not when it was opened
-            file.write(header)
-    text = read_text(path)
-    rest = text[text.rfind("\n") + 1:]
-    if not text.startswith(header.decode().strip()):
-        raise BadInput(f"{path}: not a table of `sweep`, whose columns are {', '.join(COLUMNS)}")
-    rows = {}
-    for line, row in read_table(path, text.removesuffix(rest), COLUMNS).items():
-        with reading(f"{path}, line {line}"):
-            setting = int(row["N"]), int(row["D"]), float(row["lr"]), int(row["seed"])
-            rows[setting] = row["flags"]
-    if rest:
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    return rows
+            file.write(f"{header}\n")
+    if not read_text(path).startswith(header):
+        raise BadInput(f"{path}: not a table of `sweep`, whose columns are {header}")
+    return dict(read_table(path, COLUMNS, lambda row: (
+        (int(row["N"]), int(row["D"]), float(row["lr"]), int(row["seed"])), row["flags"])))
 
 
 def append_row(path, row: dict):
-    """Appends one row by a single write, so that several processes may do so at once."""
-    with open(path, "ab", buffering=0) as file:
-        file.write(csv_line(row[name] for name in COLUMNS))
+    """Appends one row. It is written at once, so that several processes may do so."""
+    with open(path, "a", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+        file.flush()
         os.fsync(file.fileno())
 
 
@@ -934,14 +830,10 @@ def report(law: dict, fitted: list[dict], diverged: int) -> list[str]:
 def cost_lines(title: str, found: dict) -> list[str]:
     """What `costs` found, as a table."""
     slices = len(next(iter(found.values())))
-    lines = [f"{title}: nats above the lowest loss of {slices} slices, by their parabolas, and by "
-             "their losses interpolated",
-             f"{'':<26}{'median':>9}{'max':>9}{'median':>11}{'max':>9}"]
-    for name, values in found.items():
-        middle, worst = np.median(values, axis=0), values.max(axis=0)
-        lines.append(f"  {name:<24}{middle[0]:>9.4f}{worst[0]:>9.4f}{middle[1]:>11.4f}"
-                     f"{worst[1]:>9.4f}")
-    return lines
+    lines = [f"{title}: nats above the lowest loss of {slices} slices, by their parabolas",
+             f"{'':<26}{'median':>9}{'max':>9}"]
+    return lines + [f"  {name:<24}{np.median(values):>9.4f}{values.max():>9.4f}"
+                    for name, values in found.items()]
 
 
 def plot_fit(fitted, law, path):
@@ -970,8 +862,6 @@ def plot_fit(fitted, law, path):
 
 
 def fit_command(a, _) -> str:
-    if not (a.basin > 0 and 0 <= a.extrapolate < math.inf):
-        raise BadInput(f"--basin={a.basin} --extrapolate={a.extrapolate}: must be positive")
     columns = {name: getattr(a, name) for name in ("N", "D", "lr", "loss", "group")}
     table, diverged = read_runs(a.runs, columns)
     runs = table
@@ -980,19 +870,15 @@ def fit_command(a, _) -> str:
         predicted = extrapolate(table, a.extrapolate)
         runs += predicted
     fitted = fit_slices(runs, a.basin)
-    optima = near_optima(runs) if a.joint else [f for f in fitted if f.inside]
-    try:
-        law = law_of(optima)
-    except BadInput as e:
-        raise BadInput(f"{a.runs}: {e}; each needs at least 3 swept rates around it") from None
+    with reading(a.runs):
+        law = law_of(near_optima(runs) if a.joint else [f for f in fitted if f.inside])
     lines = report(law, fitted, diverged)
     if a.extrapolate:
         lines.append(f"{len(predicted)} losses at D = {a.extrapolate:g} are predicted by L(D)")
         if found := check_horizon(fitted, table, a.extrapolate, a.basin):
             lines += cost_lines(f"real runs at D = {a.extrapolate:g}", found)
     if a.hold_out:
-        largest = max(run["N"] for run in table)
-        lines += cost_lines(f"held out, N {largest:.3g}", hold_out(table, a.basin))
+        lines += cost_lines("held out, the largest N", hold_out(table, a.basin))
     if a.plot:
         plot_fit(fitted, law, a.plot)
     if a.output:
@@ -1006,23 +892,13 @@ def fit_command(a, _) -> str:
 
 
 def predict_command(a, _) -> str:
-    N, D, batch = a.n_params, a.tokens, a.batch_tokens
-    if not (0 < N < math.inf and 0 < D < math.inf and 0 <= batch < math.inf):
-        raise BadInput(f"--n_params={N:g} --tokens={D:g} --batch_tokens={batch:g}: must "
-                       "be positive")
-    anchor = numbers("--anchor", a.anchor) if a.anchor else None
-    if anchor and len(anchor) != 3:
-        raise BadInput(f"--anchor={a.anchor}: N,D,LR, three positive numbers, are needed")
-    if a.law in LAWS or not Path(a.law).exists():
-        rate, law = published(a.law, N, D, anchor, batch), LAWS[a.law]
-        text = f"lr {rate:.4g}   ({a.law}: {law.source}; N: {law.counts}; batch: {law.batch_rule}"
-        if batch:
-            text += f"; scaled from {law.batch(N, D):,.0f} tokens to yours by the square-root rule"
-        return text + ("; as a ratio to the anchor)" if anchor else ")")
-    if batch or anchor:
-        raise BadInput(f"--law={a.law} --batch_tokens={batch:g} --anchor={a.anchor}: these two are "
-                       "for published laws")
+    N, D = a.n_params, a.tokens
+    if a.law in LAWS:
+        ratio = "; as a ratio to the anchor" if a.anchor else ""
+        return f"lr {published(a.law, N, D, a.anchor):.4g}   ({a.law}: {LAWS[a.law][0]}{ratio})"
     at = predict_law(load_law(a.law, "--law"), N, D)
+    if a.anchor:
+        raise BadInput(f"--law={a.law} --anchor={a.anchor}: an anchor is for published laws")
     text = "lr {:.4g}   90 % interval {:.4g} to {:.4g}".format(at["lr"], *at["interval"])
     if at["decades"] > 0:
         far = ": do not trust it far" if at["decades"] > 1 else ""
@@ -1036,26 +912,55 @@ def predict_command(a, _) -> str:
 # Command line
 
 
-def sweep_command(a, flags) -> str:
-    runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, flags)
-    if a.command == "plan":
-        if not 0 < a.flops_per_second < math.inf:
-            raise BadInput(f"--flops_per_second={a.flops_per_second}: must be positive")
-        return plan(runs, a.flops_per_second)
-    sweep(runs, a.csv, a.folder, a.shard)
-    return f"written to {a.csv}"
+def numbers(text: str) -> list[float]:
+    """Positive numbers from "1,2,3", or from "low:high:count", evenly spaced in the logarithm. This
+    and the next two are types of flags: a ValueError is reported with the flag and its value."""
+    if ":" in text:
+        low, high, count = text.split(":")
+        values = np.geomspace(float(low), float(high), min(int(count), 10_000)).tolist()
+    else:
+        values = [float(value) for value in text.split(",")]
+    if not values or not all(0 < value < math.inf for value in values):
+        raise ValueError(text)
+    return list(dict.fromkeys(values))
 
 
-# A flag: (default, help). A type in place of the default: needed. A tuple: choices, the first is
-# the default.
+def size(text: str) -> tuple[int, int]:
+    """(blocks, width) of "4x128"."""
+    n_layer, n_embd = map(int, text.split("x"))
+    return n_layer, n_embd
+
+
+def shard(text: str) -> slice:
+    """The runs that "I/N" stands for: every N-th from the I-th."""
+    i, n = map(int, text.split("/"))
+    if not 1 <= i <= n:
+        raise ValueError(text)
+    return slice(i - 1, None, n)
+
+
+def listed(kind, count: int | None = None):
+    """For argparse: values of this kind, separated by commas; `count` of them, if it is given."""
+    def parse(text):
+        values = [kind(value) for value in text.split(",")]
+        if count and len(values) != count:
+            raise ValueError(text)
+        return values
+
+    parse.__name__ = f"list of {kind.__name__}"
+    return parse
+
+
+# A flag: (default, help), and its type where it is not that of the default. A default of None: the
+# flag is needed.
 GRID = {
-    "--sizes": (str, "LAYERSxWIDTH, separated by commas"),
-    "--lrs": (str, "1e-3,3e-3 or LOW:HIGH:COUNT"),
-    "--tokens": (str, "horizons at which each run is read, likewise"),
+    "--sizes": (None, "LAYERSxWIDTH, separated by commas", listed(size)),
+    "--lrs": (None, "1e-3,3e-3 or LOW:HIGH:COUNT", numbers),
+    "--tokens": (None, "horizons at which each run is read, likewise", numbers),
     "--seeds": (1, "number of seeds: 0, 1, ...")}
 COMMANDS = {
     "fit": (fit_command, "parabolas and the law from a table of runs", {
-        "runs": (str, "a CSV with a header"),
+        "runs": (None, "a CSV with a header"),
         **{f"--{name}": (name, "name of the column") for name in ("N", "D", "lr", "loss")},
         "--group": ("", "names of columns that tell runs apart, such as the batch size"),
         "--basin": (0.05, "losses above (1 + this) times the lowest are left out, except the "
@@ -1067,55 +972,52 @@ COMMANDS = {
         "-o --output": ("", "write the law to this file"),
         "--plot": ("", "write a picture to this file")}),
     "predict": (predict_command, "the learning rate at a size and a horizon", {
-        "--law": (str, f"a file of `fit`, or one of {', '.join(LAWS)}"),
-        "--n_params": (float, "N"), "--tokens": (float, "D"),
-        "--batch_tokens": (0.0, "scale a published law to this batch by the square-root rule; 0: "
-                           "its own batch"),
-        "--anchor": ("", "N,D,LR: a known optimum, to which a published law gives the ratio")}),
-    "plan": (sweep_command, "what a sweep costs", {
+        "--law": (None, f"a file of `fit`, or one of {', '.join(LAWS)}"),
+        "--n_params": (None, "N", positive(1.0)), "--tokens": (None, "D", positive(1.0)),
+        "--anchor": ((), "N,D,LR: a known optimum, to which a published law gives the ratio",
+                     listed(positive(1.0), 3))}),
+    "plan": (plan_command, "what a sweep costs", {
         **GRID, "--flops_per_second": (1e11, "that train.py reaches")}),
     "sweep": (sweep_command, "train the runs, one row of a CSV for each reading", {
-        "csv": (str, "the table of runs, new or to be continued"), **GRID,
-        "--shard": ("1/1", "I/N: every N-th run from the I-th, for job arrays"),
-        "--folder": ("", "of the runs; default: the table's name without .csv")}),
+        "csv": (None, "the table of runs, new or to be continued"), **GRID,
+        "--shard": ("1/1", "I/N: every N-th run from the I-th, for job arrays", shard)}),
     "transfer": (transfer_command, "muTransfer from a sweep of a small proxy", {
-        "csv": (str, "the proxy's table of runs, made by `sweep`"),
-        "--proxy": (str, "LAYERSxWIDTH, the base size"), "--target": (str, "LAYERSxWIDTH"),
-        "--param": (("completep", "mup"), "parametrization of the target"),
-        "--target_tokens": (0.0, "0: the proxy's"), "--target_batch_tokens": (0, "0: the proxy's"),
-        "--target_n_head": (0, "0: the proxy's number, of wider heads"),
-        "--horizon": (("sqrt", "bjorck", "none"), "rule for another number of steps")}),
+        "csv": (None, "the proxy's table of runs, made by `sweep`"),
+        "--proxy": (None, "LAYERSxWIDTH, the base size", size),
+        "--target": (None, "LAYERSxWIDTH", size),
+        "--param": ("completep", "parametrization of the target: completep or mup"),
+        "--target_tokens": (0.0, "0: the proxy's"),
+        "--target_batch_tokens": (0, "0: the proxy's")}),
     "coordcheck": (coordcheck_command, "how far activations move at each size", {
-        "--widths": ("64,128,256,512,1024", "the first is the base"),
-        "--depths": ("2,4,8,16,32", "the first is the base; empty: only widths"),
-        "--params": ("standard,mup,completep", "parametrizations"), "--steps": (5, "of training"),
-        "--seeds": (2, "to average over")})}
+        "--widths": ("64,128,256,512,1024", "the first is the base", listed(positive(1))),
+        "--depths": ("2,4,8,16,32", "the first is the base", listed(positive(1))),
+        "--params": ("standard,mup,completep", "parametrizations", listed(str)),
+        "--steps": (5, "of training"), "--seeds": (2, "to average over")})}
 
 
-def add_flag(parser, names: str, default, text: str):
-    options = {"help": text, "default": default, "type": type(default)}
-    if isinstance(default, type):
-        options = {"help": text, "type": default}
-        if names.startswith("-"):
-            options["required"] = True
-    elif isinstance(default, tuple):
-        options = {"help": text, "default": default[0], "choices": default}
-    elif default is False:
+def add_flag(parser, names: str, default, text: str, kind=str):
+    options = {"help": text, "default": default, "type": kind}
+    if default is False:
         options = {"help": text, "action": "store_true"}
+    elif isinstance(default, (int, float)):
+        options["type"] = positive(default)
+    elif default is None and names.startswith("-"):
+        options["required"] = True
     parser.add_argument(*names.split(), **options)
 
 
 def main(argv):
     parser = Parser(
         prog="lr_law.py", description="Fit and predict the optimum learning rate.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (_, text, flags) in COMMANDS.items():
+    commands = parser.add_subparsers(required=True)
+    for name, (function, text, flags) in COMMANDS.items():
         one = commands.add_parser(name, help=text, epilog="flags of train.py follow after --")
-        for names, (default, text) in flags.items():
-            add_flag(one, names, default, text)
+        one.set_defaults(function=function)
+        for names, options in flags.items():
+            add_flag(one, names, *options)
     at = argv.index("--") if "--" in argv else len(argv)
     a = parser.parse_args(argv[:at])
-    print(COMMANDS[a.command][0](a, argv[at + 1:]))
+    print(a.function(a, argv[at + 1:]))
 
 
 if __name__ == "__main__":

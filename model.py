@@ -1433,6 +1433,18 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message.removeprefix("argument "))
 
 
+def positive(default):
+    """For argparse: a number of the type of the default that is above 0, or is the default."""
+    def parse(text):
+        value = type(default)(text)
+        if value != default and not 0 < value < math.inf:
+            raise ValueError(text)
+        return value
+
+    parse.__name__ = f"positive {type(default).__name__}"
+    return parse
+
+
 def out_of_memory(e: Exception) -> bool:
     """Whether an error means that no memory is left; on a CPU torch raises RuntimeError."""
     return (isinstance(e, (MemoryError, torch.OutOfMemoryError))
