@@ -1,7 +1,7 @@
 """probes.py: what can be measured on trained models and on their runs, and the linearity
 regularizer.
 
-    python probes.py linearity runs/1 --text notes.txt --plot=blocks.png   # how linear a block is
+    python probes.py linearity runs/1 --text notes.txt           # how linear each block is
     python probes.py prune runs/1 --text notes.txt --blocks 1 2 3    # remove or replace blocks
     python probes.py curvature runs/1 runs/2 --text notes.txt    # eigenvalues of the Hessian
     python probes.py eval runs/1 --task python hellaswag.jsonl --text notes.txt    # accuracy
@@ -34,11 +34,10 @@ import json
 import math
 import random
 import statistics
-import time
 import tokenize
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +62,7 @@ from model import (
     logical_pieces,
     new_folder,
     next_token_loss,
+    positive,
     read_json_lines,
     read_text,
     reading,
@@ -186,7 +186,7 @@ def linearity_profile(model, batches, skip_first=False) -> list[dict]:
 # Linearity: the regularizer
 
 
-def linearity_penalty(states, kind="cosine", reduction="sum", stop_gradient="none"):
+def linearity_penalty(states, kind="cosine"):
     """The pretraining regularizer (section 4), 0-d float32. It pulls neighboring states together.
     The paper reports that the residual-free score then falls.
 
@@ -195,21 +195,14 @@ def linearity_penalty(states, kind="cosine", reduction="sum", stop_gradient="non
 
     The first is half of the second on normalized states, as ||a - b||^2 = 2 - 2 cos(a, b) for unit
     vectors. states: h_0, ..., h_L, each (B, T, C). The paper does not say whether tokens and blocks
-    are summed or averaged, nor which of two states gets the gradient. Here tokens are averaged;
-    blocks by `reduction`, `sum` or `mean`; stop_gradient: the state of a pair that gets no
-    gradient, `none`, `lower` or `upper`."""
+    are summed or averaged, nor which of two states gets the gradient. Here tokens are averaged,
+    blocks are summed, and both states get it."""
     states = [h.float() for h in states]
     if kind == "cosine":
         states = [F.normalize(h, dim=-1, eps=1e-8) for h in states]
-    terms = []
-    for lower, upper in itertools.pairwise(states):
-        if stop_gradient == "lower":
-            lower = lower.detach()
-        if stop_gradient == "upper":
-            upper = upper.detach()
-        terms.append((upper - lower).square().sum(-1).mean())
-    loss = sum(terms) / (2 if kind == "cosine" else 1)
-    return loss / len(terms) if reduction == "mean" else loss
+    distances = [(upper - lower).square().sum(-1).mean()
+                 for lower, upper in itertools.pairwise(states)]
+    return sum(distances) / (2 if kind == "cosine" else 1)
 
 
 # --linearity. A new regularizer is a function of [h_0, ..., h_L], each (B, T, C), and an entry.
@@ -357,19 +350,6 @@ def mean_loss(model, batches) -> float:
     return sum(losses) / sum(map(len, batches))
 
 
-@torch.no_grad()
-def seconds_per_pass(models, idx, rounds=9) -> list[float]:
-    """Median seconds of each model's forward pass over idx (B, T), head included. The models take
-    turns, so that other work on the machine slows all alike. The first round is a warm-up."""
-    times = [[] for _ in models]
-    for _ in range(rounds + 1):
-        for model, seconds in zip(models, times):
-            start = time.perf_counter()
-            model.logits(model(idx)[0])[0, 0, 0].item()  # .item() waits for the device
-            seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds[1:]) for seconds in times]
-
-
 # --------------------------------------------------------------------------------------------------
 # Curvature: the eigenvalues of the Hessian of the loss, from products of it with vectors
 
@@ -443,7 +423,9 @@ def spectrum(model, batches, steps=32, probes=2, seed=0, top=3) -> dict:
 
     top: the largest eigenvalues, falling, and least: the most negative one, from the first vector;
     residual: a bound on their error. trace; rms: root mean square of all N eigenvalues; both from
-    means over the vectors. ritz: [(theta, w)] of all vectors, for density()."""
+    means over the vectors: sum_i w_i theta_i^k estimates the mean of the k-th powers of all
+    eigenvalues (stochastic Lanczos quadrature; for networks Ghorbani et al. 2019, arXiv
+    1901.10159)."""
     params = list(model.requires_grad_(True).parameters())
     N, product = sum(p.numel() for p in params), hessian_product(model, batches)
     generator = torch.Generator().manual_seed(seed)
@@ -455,17 +437,7 @@ def spectrum(model, batches, steps=32, probes=2, seed=0, top=3) -> dict:
     return {"parameters": N, "top": theta.flip(0)[:top].tolist(), "least": theta[0].item(),
             "residual": max(bounds[0], bounds[-top:].max()).item(),
             "trace": N * statistics.fmean((w @ theta).item() for theta, w, _ in found),
-            "rms": statistics.fmean((w @ theta.square()).item() for theta, w, _ in found) ** 0.5,
-            "ritz": [(theta, w) for theta, w, _ in found]}
-
-
-def density(ritz, x, sigma: float):
-    """The density of eigenvalues at x (n,), each widened to a normal of standard deviation sigma;
-    its integral is 1. Stochastic Lanczos quadrature (Lin, Saad & Yang 2016; for networks Ghorbani
-    et al. 2019, arXiv 1901.10159)."""
-    normals = [torch.distributions.Normal(theta, sigma) for theta, _ in ritz]
-    curves = [normal.log_prob(x[:, None]).exp() @ w for normal, (_, w) in zip(normals, ritz)]
-    return torch.stack(curves).mean(0)
+            "rms": statistics.fmean((w @ theta.square()).item() for theta, w, _ in found) ** 0.5}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -844,42 +816,24 @@ def compare_row(name: str, group: dict, reference: dict) -> list:
                            for k in ("step", "flops", "seconds"))]
 
 
-def over_seeds(group, x: str, key: str):
-    """(values of x, means of `key`, standard deviations) at each step, over the runs of a group
-    (lists of lines) that have a finite number there. The deviation of a single one is 0."""
-    by_step = {}
-    for line in itertools.chain(*group):
-        if line.get(key) is not None and math.isfinite(line[key]):
-            by_step.setdefault(line["step"], []).append((line[x], line[key]))
-    xs, means, deviations = [], [], []
-    for _, points in sorted(by_step.items()):
-        at, values = zip(*points)
-        xs.append(statistics.fmean(at))
-        means.append(statistics.fmean(values))
-        deviations.append(statistics.stdev(values) if len(values) > 1 else 0.0)
-    return xs, means, deviations
-
-
 def plot_runs(runs, path: str) -> str:
     """Held-out loss over steps, tokens, FLOPs and seconds, and where runs have them cosine(T, M)
-    and scales of the weights (weight_scales) over steps: a line a group of runs NAME-SEED, with a
-    band of one standard deviation over seeds."""
-    pyplot = plotting(path)
-    groups = {name: [*group.values()] for name, group in grouped(runs, read_metrics).items()}
-    lines = itertools.chain(*itertools.chain(*groups.values()))
-    keys = dict.fromkeys(itertools.chain(*lines))
+    and scales of the weights (weight_scales) over steps: a line a run, a color a group of runs
+    NAME-SEED."""
+    pyplot, groups = plotting(path), grouped(runs, read_metrics)
+    every = [line for group in groups.values() for lines in group.values() for line in lines]
+    keys = dict.fromkeys(itertools.chain(*every))
     need("val_loss" in keys, f"{runs[0]}/metrics.jsonl: no evaluation in it")
     panels = [("val_loss", x) for x in ("step", "tokens", "flops", "seconds")]
     panels += [(key, "step") for key in keys if key.startswith(("let_cosine", "weights"))]
     rows = math.ceil(len(panels) / 4)
     figure, axes = pyplot.subplots(rows, 4, figsize=(18, 3.6 * rows), layout="constrained")
     for axis, (key, x) in zip(axes.flat, panels):
-        for name, group in groups.items():
-            xs, means, deviations = over_seeds(group, x, key)
-            first = len(xs) // 10  # the fall of the loss from ln V would flatten the rest
-            xs, means, deviations = (torch.tensor(v[first:]) for v in (xs, means, deviations))
-            axis.plot(xs, means, label=f"{name}, {len(group)} seeds")
-            axis.fill_between(xs, means - deviations, means + deviations, alpha=0.2)
+        for color, (name, group) in enumerate(groups.items()):
+            for seed, lines in group.items():
+                points = [(line[x], line[key]) for line in lines if line.get(key) is not None]
+                first = len(points) // 10  # the fall of the loss from ln V would flatten the rest
+                axis.plot(*zip(*points[first:]), color=f"C{color}", label=f"{name} {seed}")
         axis.set(title=key, xlabel=x)
         axis.legend(fontsize="small")
     for axis in axes.flat[len(panels):]:
@@ -897,24 +851,16 @@ def need(ok, message: str):
         raise BadInput(message)
 
 
-def open_model(name, device: str, dtype=torch.float32):
+def open_model(name, device: str, ours=False):
     """(model, encoding, tokenizer as a checkpoint holds it) of anything that
-    teacher.load_pretrained reads, frozen, in eval mode, its parameters in `dtype`."""
+    teacher.load_pretrained reads, frozen, in eval mode. ours: for what needs the blocks or the
+    derivatives of a GPT of model.py."""
     from teacher import load_pretrained
 
     need(device_exists(device), f"--device={device}: no such device here")
-    model, tokenizer = load_pretrained(name, device, dtype, flag="")
-    for p in model.parameters():  # not the tables of rotary positions
-        p.data = p.data.to(dtype)
-        need(p.isfinite().all(), f"{name}: has weights that are not finite")
+    model, tokenizer = load_pretrained(name, device, flag="")
+    need(isinstance(model, GPT) or not ours, f"{name}: its architecture is not one of model.py's")
     return model, tokenizer_from_dict(tokenizer), tokenizer
-
-
-def open_ours(name, device: str, dtype=torch.float32):
-    """open_model, for commands that need the blocks or the derivatives of a GPT of model.py."""
-    found = open_model(name, device, dtype)
-    need(isinstance(found[0], GPT), f"{name}: its architecture is not one of model.py's")
-    return found
 
 
 def read_ids(a, enc) -> list[int]:
@@ -924,35 +870,16 @@ def read_ids(a, enc) -> list[int]:
 
 
 def read_batches(a, model, enc, least: int) -> list:
-    """--text as `least` or more batches of token ids (B, T), B at most 8. Contexts are cut from one
-    sequence, so position 0 of all but the first holds whatever token comes there."""
-    limit = model.config.block_size
-    length = a.context or min(512, limit)
-    need(2 <= length <= limit, f"--context={a.context}: from 2 to the model's {limit}")
+    """--text as `least` or more batches of token ids (B, T), B at most 8, T at most 512. Contexts
+    are cut from one sequence, so position 0 of all but the first holds whatever token comes there.
+    """
+    length = min(512, model.config.block_size)
     ids = torch.tensor(read_ids(a, enc), device=a.device)
     contexts = ids[:len(ids) // length * length].view(-1, length)
     tokens = max(4 * model.config.n_embd, least * length)  # 4 tokens a dimension of the width
     need(contexts.numel() >= tokens, f"--text={a.text} --tokens={a.tokens}: {contexts.numel():,} "
          f"tokens in contexts of {length}; at least {tokens:,} are needed")
     return [*contexts.split(min(8, len(contexts) // least))]
-
-
-def read_pieces(a, model, enc) -> list:
-    """--text as pieces of --characters characters, each read alone after an end-of-text token, as
-    batches (B, T) of equal lengths, B at most 8. With 512 characters this is the paper's way."""
-    text, pieces, tokens = read_text(a.text, "--text="), [], 0
-    for start in range(0, len(text) - a.characters + 1, a.characters):
-        if 0 < a.tokens <= tokens:
-            break
-        ids = [enc.eot_token, *encode(enc, text[start:start + a.characters])]
-        pieces.append(ids[:model.config.block_size])
-        tokens += len(pieces[-1])
-    needed = 4 * model.config.n_embd  # 4 tokens a dimension of the width
-    need(tokens >= needed, f"--text={a.text} --tokens={a.tokens} --characters={a.characters}: "
-         f"{tokens:,} tokens; at least {needed:,} are needed")
-    alike = itertools.groupby(sorted(pieces, key=len), key=len)
-    return [batch for _, group in alike
-            for batch in torch.tensor([*group], device=a.device).split(8)]
 
 
 def table(*rows) -> str:
@@ -986,39 +913,20 @@ def save_figure(figure, path: str):
 def linearity_command(a) -> str:
     """Show how linear each block of a model is."""
     model, enc, _ = open_model(a.checkpoint, a.device)
-    batches = read_pieces(a, model, enc) if a.characters else read_batches(a, model, enc, 2)
-    profile = linearity_profile(model, batches, a.skip_first)
+    profile = linearity_profile(model, read_batches(a, model, enc, 2), a.skip_first)
     keys = ("full", "full_held_out", "free", "free_held_out", "ratio_mean")
     rows = [(p["block"], *(f"{p[key]:.4f}" for key in keys), p["rank"]) for p in profile]
-    if a.plot:
-        figure, axis = plotting(a.plot).subplots(figsize=(6, 4), layout="constrained")
-        for key in keys[:4]:
-            axis.plot([p["block"] for p in profile], [p[key] for p in profile], "o-", label=key)
-        axis.set(xlabel="block", ylabel="linearity score", title="linearity of each block")
-        axis.legend()
-        save_figure(figure, a.plot)
     n = profile[0]["n"]
     return (f"{n:,} tokens to fit on, {n / model.config.n_embd:.1f} times the width\n\n"
             + table(("block", *keys, "rank"), *rows))
 
 
-@dataclass
-class Pruned:
-    """A pruned model, the order and the arm that made it, and the numbers of the blocks that
-    went."""
-
-    order: str
-    arm: str
-    blocks: list
-    model: GPT
-
-
 def pruned_models(whole: GPT, fitted, a):
-    """A Pruned for each order, number of blocks and arm that is asked for. fitted: the batches to
-    fit on."""
+    """(how, model) for each order, number of blocks and arm that is asked for. how: the order, the
+    arm, and the numbers of the blocks that went. fitted: the batches to fit on."""
     profile = linearity_profile(whole, fitted, a.skip_first)
     for order, count in itertools.product(a.orders, a.blocks):
-        chosen = sorted(prune_order(profile, order, a.seed)[:count])
+        chosen = sorted(prune_order(profile, order)[:count])
         replaced = replace_blocks(whole, chosen, fitted, a.skip_first)
         for arm in a.arms:
             if arm == "remove":
@@ -1028,7 +936,7 @@ def pruned_models(whole: GPT, fitted, a):
             else:
                 model = distil(replaced, whole, fitted, a.distil_steps, a.distil_lr,
                                everything=arm == "distil_all")
-            yield Pruned(order, arm, chosen, model)
+            yield {"order": order, "arm": arm, "blocks": chosen}, model
 
 
 def prune_command(a) -> str:
@@ -1036,8 +944,9 @@ def prune_command(a) -> str:
 
     A row for every order, number of blocks and arm. Three quarters of the batches are fitted on. Of
     the models with the most blocks gone, the one with the least loss on the next eighth is written.
-    The table reports the loss on the last eighth, which chooses nothing."""
-    whole, enc, tokenizer = open_ours(a.checkpoint, a.device)
+    The table reports the loss on the last eighth, which chooses nothing. What is written is read
+    like any other checkpoint; training goes on by train.py --init_from."""
+    whole, enc, tokenizer = open_model(a.checkpoint, a.device, ours=True)
     n_layer = whole.config.n_layer
     need(max(a.blocks) < n_layer, f"--blocks={max(a.blocks)}: {a.checkpoint} has {n_layer} blocks, "
          "of which one has to stay")
@@ -1045,83 +954,59 @@ def prune_command(a) -> str:
                      "--out_dir=") / "ckpt.pt"
     batches = read_batches(a, whole, enc, 8)
     eighth = len(batches) // 8
-    fitted, choosing, reported = (batches[:-2 * eighth], batches[-2 * eighth:-eighth],
-                                  batches[-eighth:])
-    rows, least, best = [], math.inf, None
-    for found in itertools.chain([Pruned("", "whole", [], whole)],
-                                 pruned_models(whole, fitted, a)):
-        loss = mean_loss(found.model, reported)
-        rows.append([found.order, found.arm, ", ".join(map(str, found.blocks)), f"{loss:.4f}",
-                     f"{torch.tensor(loss).exp():.2f}", f"{found.model.num_params():,}"])
-        if len(found.blocks) == max(a.blocks):
-            loss = mean_loss(found.model, choosing)
+    fitted, reported = batches[:-2 * eighth], batches[-eighth:]
+    rows, least, best = [("order", "arm", "blocks", "held-out nats", "parameters")], math.inf, {}
+    none = {"order": "", "arm": "whole", "blocks": []}
+    for how, model in itertools.chain([(none, whole)], pruned_models(whole, fitted, a)):
+        blocks = ", ".join(map(str, how["blocks"]))
+        rows.append((how["order"], how["arm"], blocks, f"{mean_loss(model, reported):.4f}",
+                     f"{model.num_params():,}"))
+        if len(how["blocks"]) == max(a.blocks):
+            loss = mean_loss(model, batches[-2 * eighth:-eighth])
             if loss < least:
-                least, best = loss, found
-    if best is None:
+                least, best = loss, {"model": model.state_dict(), "pruned": how,
+                                     "model_config": asdict(model.config)}
+    if not best:
         raise Failed(f"--arms={','.join(a.arms)} --distil_lr={a.distil_lr:g}: no finite loss")
-    write_pruned(out, best, tokenizer)
-    heading = ("order", "arm", "blocks", "held-out nats", "perplexity", "parameters")
-    return (f"{table(heading, *rows)}\n\n{out}: {best.order}, {best.arm}, blocks {best.blocks}, "
-            f"chosen by {least:.4f} nats on other tokens")
-
-
-def write_pruned(path: Path, found: Pruned, tokenizer: dict):
-    """Write a checkpoint that is read like any other; training goes on by train.py --init_from."""
-    how = {"order": found.order, "arm": found.arm, "blocks": found.blocks}
-    ckpt = {"model": found.model.state_dict(), "tokenizer": tokenizer,
-            "model_config": asdict(found.model.config), "step": 0, "config": {}, "pruned": how}
-    save_checkpoint(path, ckpt)
+    save_checkpoint(out, {**best, "tokenizer": tokenizer, "step": 0, "config": {}})
+    order, arm, blocks = best["pruned"].values()
+    return (f"{table(*rows)}\n\n{out}: {order}, {arm}, blocks {blocks}, chosen by {least:.4f} nats "
+            "on other tokens")
 
 
 def curvature_command(a) -> str:
     """Show the extreme eigenvalues of the loss' Hessian, a row a checkpoint."""
-    found = {}
+    rows = [("checkpoint", "largest eigenvalues", "most negative", "error below", "trace", "rms")]
     for name in a.checkpoints:
-        model, enc, _ = open_ours(name, a.device, DTYPES[a.dtype])
+        model, enc, _ = open_model(name, a.device, ours=True)
         T = model.config.block_size
         ids = torch.tensor(read_ids(a, enc), device=a.device)
         n = (len(ids) - 1) // T * T
         need(n, f"--text={a.text}: {len(ids) - 1} tokens; a context of {T} is needed")
         parts = (part.view(-1, T).split(8) for part in (ids[:n], ids[1:n + 1]))
-        found[name] = spectrum(model, [*zip(*parts)], a.steps, a.probes)
-    if a.plot:
-        plot_spectra(found, a.plot)
-    rows = [(name, ", ".join(f"{value:.4g}" for value in s["top"]),
-             *(f"{s[key]:.4g}" for key in ("least", "residual", "trace", "rms")))
-            for name, s in found.items()]
-    heading = ("checkpoint", "largest eigenvalues", "most negative", "error below", "trace", "rms")
-    return table(heading, *rows)
-
-
-def plot_spectra(found: dict, path: str):
-    """Density of the eigenvalues of each checkpoint. found: {name: spectrum}."""
-    figure, axis = plotting(path).subplots(figsize=(6, 4), layout="constrained")
-    low, high = min(s["least"] for s in found.values()), max(s["top"][0] for s in found.values())
-    width = high - low
-    x = torch.linspace(low - 0.05 * width, high + 0.05 * width, 2000, dtype=torch.float64)
-    for name, s in found.items():
-        axis.semilogy(x, density(s["ritz"], x, 0.01 * width), label=name)
-    axis.set(xlabel="eigenvalue", ylabel="density", title="Hessian of the loss", ylim=(1e-10, None))
-    axis.legend(fontsize="small")
-    save_figure(figure, path)
+        s = spectrum(model, [*zip(*parts)], a.steps, a.probes)
+        rows.append((name, ", ".join(f"{value:.4g}" for value in s["top"]),
+                     *(f"{s[key]:.4g}" for key in ("least", "residual", "trace", "rms"))))
+    return table(*rows)
 
 
 def eval_command(a) -> str:
     """Show the accuracy on multiple choice and minimal pairs, and the perplexity of a text."""
     need(a.task or a.text, "eval: --task=FILE.jsonl or --text=FILE is needed")
-    model, enc, _ = open_model(a.checkpoint, a.device, DTYPES[a.dtype])
-    limit, rows, lines = model.config.block_size, [], []
+    model, enc, _ = open_model(a.checkpoint, a.device)
+    limit, tasks, lines = model.config.block_size, {}, []
     need(a.stride <= limit, f"--stride={a.stride}: at most the context of {limit}")
     for path in a.task:
-        tasks = python_tasks(enc, a.items or 2000) if path == "python" else {path: read_task(path)}
-        for name, task in tasks.items():
-            result = evaluate_task(model, enc, task[:a.items or None], a.batch_tokens)
-            percent = (f"{100 * result[key]:.2f}" for key in (
-                "sum", "sum_se", "per_character", "per_character_se", "chance"))
-            rows.append((name, result["items"], *percent, result["cut"]))
-    if rows:
-        lines.append(table(("task", "items", "accuracy by sum, %", "±", "per character, %", "±",
-                            "chance, %", "context cut"), *rows))
+        tasks |= python_tasks(enc, a.items or 2000) if path == "python" else {path: read_task(path)}
+    rows = [("task", "items", "accuracy by sum, %", "±", "per character, %", "±", "chance, %",
+             "context cut")]
+    for name, task in tasks.items():
+        result = evaluate_task(model, enc, task[:a.items or None], a.batch_tokens)
+        percent = (f"{100 * result[key]:.2f}" for key in (
+            "sum", "sum_se", "per_character", "per_character_se", "chance"))
+        rows.append((name, result["items"], *percent, result["cut"]))
+    if tasks:
+        lines.append(table(*rows))
     if a.text:
         ids = read_ids(a, enc)
         need(len(ids) > 1, f"--text={a.text}: no text in it")
@@ -1159,21 +1044,6 @@ def plot_command(a) -> str:
 # --------------------------------------------------------------------------------------------------
 # The command line
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-
-
-def positive(default):
-    """For argparse: a number of the type of the default that is above 0, or is the default."""
-    def parse(text):
-        value = type(default)(text)
-        if value != default and not 0 < value < math.inf:
-            raise ValueError(text)
-        return value
-
-    parse.__name__ = f"positive {type(default).__name__}"
-    return parse
-
-
 def add_command(commands, function, files: str, **numbers):
     """Add a command. files: the name of what it measures, one or more if it ends in s. numbers:
     flags of positive numbers, name=(default, help)."""
@@ -1190,12 +1060,9 @@ def add_command(commands, function, files: str, **numbers):
 def main(argv):
     parser = Parser(prog="probes.py", description="Measure models; compare runs.")
     commands = parser.add_subparsers(required=True)
-    context = (0, "tokens in a context; 0: the model's, at most 512")
-    linear = add_command(commands, linearity_command, "checkpoint", context=context,
-                         tokens=(40_000, "how many of the text's tokens"),
-                         characters=(0, "read pieces of so many characters, each alone (512: the "
-                                     "paper's way); 0: one text in contexts"))
-    prune = add_command(commands, prune_command, "checkpoint", context=context,
+    linear = add_command(commands, linearity_command, "checkpoint",
+                         tokens=(40_000, "how many of the text's tokens"))
+    prune = add_command(commands, prune_command, "checkpoint",
                         tokens=(80_000, "how many of the text's tokens"),
                         distil_steps=(200, "steps of distillation"),
                         distil_lr=(1e-3, "its learning rate"))
@@ -1212,6 +1079,7 @@ def main(argv):
                           "see read_task")
     add_command(commands, compare_command, "runs")
     plot = add_command(commands, plot_command, "runs")
+    plot.add_argument("--plot", default="runs.png", help="file to draw to")
     for one in (linear, prune, curvature, evaluate):
         one.add_argument("--text", required=one is not evaluate, help="a text file to read")
         one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -1219,22 +1087,15 @@ def main(argv):
     for one in (linear, prune):
         one.add_argument("--skip_first", action="store_true",
                          help="leave the first position of each context out")
-    for one in (curvature, evaluate):
-        one.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights")
-    for one, default in ((linear, ""), (curvature, ""), (plot, "runs.png")):
-        one.add_argument("--plot", default=default, help="file to draw a picture to")
     prune.add_argument("--blocks", nargs="+", type=positive(1), default=[1],
                        help="how many blocks go, such as 1 2 3")
     prune.add_argument("--orders", nargs="+", choices=ORDERS, default=["full"],
                        help="which go first")
     prune.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS[:3],
                        help="what happens to them; distil_all trains all parameters")
-    prune.add_argument("--seed", type=int, default=0, help="of the random order")
     prune.add_argument("--out_dir", default="", help="folder of the new "
                        "checkpoint; empty: `pruned` beside the old")
     a = parser.parse_args(argv)
-    if getattr(a, "plot", ""):
-        plotting(a.plot)  # a wrong name is refused before the work
     print(a.function(a))
 
 

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import statistics
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -188,11 +189,24 @@ def pruning(blocks: int, arm: str, order: str):
     return lambda run, _: measured(run, name, lambda: measure(run))
 
 
+@torch.no_grad()
+def seconds_per_pass(models, idx, rounds=9) -> list[float]:
+    """Median seconds of each model's forward pass over idx (B, T), head included. The models take
+    turns, so that other work on the machine slows all alike. The first round is a warm-up."""
+    times = [[] for _ in models]
+    for _ in range(rounds + 1):
+        for model, seconds in zip(models, times):
+            start = time.perf_counter()
+            model.logits(model(idx)[0])[0, 0, 0].item()  # .item() waits for the device
+            seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds[1:]) for seconds in times]
+
+
 def over_teacher(what: str):
     """What a run has over what its teacher has: speed of a forward pass, or `python`."""
     def measure(run):
         models = [probes.open_model(one.made, "cpu")[0] for one in (run.needs[0], run)]
-        slow, fast = probes.seconds_per_pass(models, batches(run, 2048)[0][0])
+        slow, fast = seconds_per_pass(models, batches(run, 2048)[0][0])
         return slow / fast
     if what == "python":
         return lambda run, _: (100 * python(run, _) / python(run.needs[0], _) if run.needs
