@@ -543,8 +543,7 @@ def at_size(c, param: str, size: tuple[int, int], base: tuple[int, int]):
 
 def proxy_optimum(path, size: tuple[int, int], c) -> SimpleNamespace:
     """The parabola of the proxy's runs at their longest horizon. size: (blocks, width)."""
-    columns = {"N": "N", "D": "D", "lr": "lr", "loss": "loss", "group": "n_layer,n_embd,flags"}
-    table, _ = read_runs(path, columns)
+    table, _ = read_runs(path, group="n_layer,n_embd,flags")
     beginning, proxy = "{},{},".format(*size), "--proxy={}x{}".format(*size)
     runs = [run for run in table if run["group"].startswith(beginning)]
     if not runs:
@@ -724,23 +723,22 @@ def read_table(path, needed, read) -> list:
     return found
 
 
-def read_runs(path, columns: dict[str, str]) -> tuple[list[dict], int]:
-    """Reads runs from a CSV with a header. columns: the names of N, D, lr, loss and group in the
-    file; for group several, separated by commas, or none.
+def read_runs(path, names=("N", "D", "lr", "loss"), group="") -> tuple[list[dict], int]:
+    """Reads runs from a CSV with a header. names: those of the columns of N, D, lr and loss; group:
+    names of columns that make up the group, separated by commas.
 
     Returns the runs, and how many are left out: those that diverged (their loss is inf, nan or an
     empty cell), and the other seeds of such a setting, whose mean would hide that it diverges."""
-    groups = list(filter(None, columns["group"].split(",")))
-    named = [columns[name] for name in ("N", "D", "lr", "loss")]
+    groups = list(filter(None, group.split(",")))
 
     def read(row):
-        N, D, lr, loss = (float(row[name] or "nan") for name in named)  # empty: it diverged
+        N, D, lr, loss = (float(row[name] or "nan") for name in names)  # empty: it diverged
         if not all(0 < value < math.inf for value in (N, D, lr)) or loss <= 0:
             raise BadInput("N, D, lr and loss must be positive")
         return {"N": N, "D": D, "lr": lr, "loss": loss, "flags": row.get("flags"),
                 "group": ",".join(row[name] for name in groups)}
 
-    runs = read_table(path, [*named, *groups], read)
+    runs = read_table(path, [*names, *groups], read)
     if len({run.pop("flags") for run in runs}) > 1 and "flags" not in groups:
         raise BadInput(f"{path}: runs with different flags, which do not compare; --group=flags "
                        "keeps them apart")
@@ -862,8 +860,7 @@ def plot_fit(fitted, law, path):
 
 
 def fit_command(a, _) -> str:
-    columns = {name: getattr(a, name) for name in ("N", "D", "lr", "loss", "group")}
-    table, diverged = read_runs(a.runs, columns)
+    table, diverged = read_runs(a.runs, (a.N, a.D, a.lr, a.loss), a.group)
     runs = table
     if a.extrapolate:
         runs = [run for run in table if run["D"] < a.extrapolate]

@@ -787,12 +787,14 @@ def mean_sd(values, digits: int) -> str:
     return f"{statistics.fmean(values):.{digits}f}{sd}" if values else ""
 
 
-def compare(runs) -> str:
-    """A table over groups of runs (folders NAME-SEED), mean ± standard deviation over seeds: the
+def compare_command(a) -> str:
+    """Show final losses, and where each run reaches the first one's.
+
+    A table over groups of runs (folders NAME-SEED), mean ± standard deviation over seeds: the
     final held-out loss, and where each run comes down to the final loss of the first group's run
     of the same seed, in steps, FLOPs and seconds as a share of that run's own. Paired by seed:
     two runs of a seed share their initial weights and the order of their data."""
-    groups = grouped(runs, read_evaluations)
+    groups = grouped(a.runs, read_evaluations)
     reference = next(iter(groups.values()))
     heading = ("run", "seeds", "held-out nats", "minus the first", "bits per byte",
                "seeds that reach the first", "steps to it, %", "FLOPs, %", "seconds, %")
@@ -816,14 +818,16 @@ def compare_row(name: str, group: dict, reference: dict) -> list:
                            for k in ("step", "flops", "seconds"))]
 
 
-def plot_runs(runs, path: str) -> str:
-    """Held-out loss over steps, tokens, FLOPs and seconds, and where runs have them cosine(T, M)
-    and scales of the weights (weight_scales) over steps: a line a run, a color a group of runs
+def plot_command(a) -> str:
+    """Draw losses and scales of the weights of runs.
+
+    Held-out loss over steps, tokens, FLOPs and seconds, and where runs have them cosine(T, M) and
+    scales of the weights (weight_scales) over steps: a line a run, a color a group of runs
     NAME-SEED."""
-    pyplot, groups = plotting(path), grouped(runs, read_metrics)
+    pyplot, groups = plotting(a.plot), grouped(a.runs, read_metrics)
     every = [line for group in groups.values() for lines in group.values() for line in lines]
     keys = dict.fromkeys(itertools.chain(*every))
-    need("val_loss" in keys, f"{runs[0]}/metrics.jsonl: no evaluation in it")
+    need("val_loss" in keys, f"{a.runs[0]}/metrics.jsonl: no evaluation in it")
     panels = [("val_loss", x) for x in ("step", "tokens", "flops", "seconds")]
     panels += [(key, "step") for key in keys if key.startswith(("let_cosine", "weights"))]
     rows = math.ceil(len(panels) / 4)
@@ -838,8 +842,8 @@ def plot_runs(runs, path: str) -> str:
         axis.legend(fontsize="small")
     for axis in axes.flat[len(panels):]:
         axis.remove()
-    save_figure(figure, path)
-    return path
+    save_figure(figure, a.plot)
+    return a.plot
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1029,16 +1033,6 @@ def python_tasks(enc, n: int) -> dict[str, list]:
         item = (pair.context, [pair.right, pair.wrong], 0)
         tasks.setdefault(f"python {pair.kind}", []).append(item)
     return tasks
-
-
-def compare_command(a) -> str:
-    """Show final losses, and where each run reaches the first one's."""
-    return compare(a.runs)
-
-
-def plot_command(a) -> str:
-    """Draw losses and scales of the weights of runs."""
-    return plot_runs(a.runs, a.plot)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -288,8 +288,7 @@ def test_from_a_table_to_a_law_to_a_rate(tmp_path, capsys):
 def test_a_rate_at_which_one_seed_diverged_is_not_scored_by_the_others(tmp_path):
     rows = [(1e6, 1e8, 0.01, 2, "a"), (1e6, 1e8, 0.02, 1, "a"), (1e6, 1e8, 0.02, "inf", "a"),
             (1e6, 1e8, 0.02, 3, "b"), (1e6, 2e8, 0.02, 4, "a")]
-    names = {"N": "N", "D": "D", "lr": "lr", "loss": "loss", "group": "bs"}
-    runs, left_out = lr_law.read_runs(write_table(tmp_path / "runs.csv", rows), names)
+    runs, left_out = lr_law.read_runs(write_table(tmp_path / "runs.csv", rows), group="bs")
     assert [run["loss"] for run in runs] == [2, 3, 4] and left_out == 2
 
 
@@ -300,17 +299,16 @@ def test_a_table_saved_by_a_spreadsheet_is_the_same_table_to_every_command(end, 
     text = end.join(",".join(map(str, row)) for row in [COLUMNS, *rows]) + end
     path = tmp_path / "runs.csv"
     path.write_text(text, newline="", encoding="utf-8-sig")
-    names = {name: name for name in ("N", "D", "lr", "loss")} | {"group": "seed,n_layer"}
-    runs, left_out = lr_law.read_runs(path, names)
+    runs, left_out = lr_law.read_runs(path, group="seed,n_layer")
     assert runs == runs_of([(1000, 2560, 0.1, 3, "0,2")]) and left_out == 1
     before = path.read_bytes()
     assert lr_law.open_table(path) == {(1000, 2560, lr, 0): SMALL for lr in (0.1, 0.2)}
     assert path.read_bytes() == before
     path.write_bytes(before + b"1,2,3\n")
     number = 7 if end == "\n\n" else 4
-    for read in (lambda: lr_law.read_runs(path, names), lambda: lr_law.open_table(path)):
+    for read in (lr_law.read_runs, lr_law.open_table):
         with pytest.raises(BadInput, match=rf"runs.csv\W+line {number}\b"):
-            read()
+            read(path)
 
 
 @pytest.mark.parametrize("change", [

@@ -642,7 +642,8 @@ def write_run(folder, losses, seconds_per_step=2.0, **more):
     return str(folder)
 
 
-def test_compare_finds_where_a_run_reaches_the_reference_and_which_did_not_finish(tmp_path):
+def test_compare_finds_where_a_run_reaches_the_reference_and_which_did_not_finish(
+        tmp_path, capsys):
     """By hand: the plain runs end at 3.0 and 4.0 after 30 steps. let-0 passes 3.0 half-way from
     step 10 (3.5) to 20 (2.5), at step 15 of 30, 50 %; let-1 reaches 4.0 at step 20, 66.7 %. A step
     of theirs takes 1.5 times as long. wild-0 ends before its last step."""
@@ -654,13 +655,15 @@ def test_compare_finds_where_a_run_reaches_the_reference_and_which_did_not_finis
         (tmp_path / f"{name}-0" / "config.json").write_text(json.dumps({"steps": steps}))
     with open(tmp_path / "plain-0" / "metrics.jsonl", "a") as file:
         file.write('{"step": 20, "val_l')  # a line cut short by a kill is left out
-    _, plain, let, worse, early, wild = table_cells(probes.compare(runs))
+    probes.main(["compare", *runs])
+    _, plain, let, worse, early, wild = table_cells(capsys.readouterr().out)
     assert let == ["let", "2", "2.7500 ± 1.0607", "-0.7500 ± 0.3536", "1.3750 ± 0.5303",
                    "2", "58.3 ± 11.8", "58.3 ± 11.8", "87.5 ± 17.7"]
     assert plain[6:] == ["100.0 ± 0.0"] * 3 and worse[5:] == ["0", "", "", ""]
     assert early[5:] == ["1", "0.0", "0.0", "0.0"], "it begins below the reference"
     assert wild[2] == "did not finish" and wild[5] == "0"
-    _, wild, plain = table_cells(probes.compare([runs[-1], runs[0]]))
+    probes.main(["compare", runs[-1], runs[0]])
+    _, wild, plain = table_cells(capsys.readouterr().out)
     assert plain[2] == "3.0000" and plain[3] == "did not finish" and plain[5] == "0"
 
 
