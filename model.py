@@ -29,7 +29,6 @@ import contextlib
 import errno
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -158,7 +157,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         gain = self.weight if self.scale == 1 else self.weight * self.scale
-        by_hand = x.device.type in ("cpu", "meta") and x.dtype == gain.dtype
+        by_hand = x.device.type == "cpu" and x.dtype == gain.dtype
         if by_hand and not torch.compiler.is_compiling():
             return RMSNormOnCPU.apply(x, gain, self.eps)
         return F.rms_norm(x, x.shape[-1:], gain.to(x.dtype), self.eps)
@@ -654,7 +653,7 @@ def load_balancing_loss(p, load):
 
 def product_dtype(x):
     """The dtype in which matrix products of x run: that of autocast where it is on."""
-    device = "cpu" if x.is_meta else x.device.type
+    device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
@@ -665,10 +664,9 @@ def grouped_products(x, weight, counts):
 
 
 def expert_loop(x, weight, counts):
-    """grouped_products by a loop over experts. On the meta device all get equally many rows."""
-    parts = x.tensor_split(len(weight)) if x.is_meta else x.split(counts.tolist())
+    """grouped_products by a loop over experts."""
     ys = []
-    for part, w in zip(parts, weight.to(x.dtype), strict=True):
+    for part, w in zip(x.split(counts.tolist()), weight.to(x.dtype), strict=True):
         # Padded to a multiple of 128 rows: on a CPU the first product of each new shape is slow.
         padded = F.pad(part, (0, 0, 0, -len(part) % 128))
         ys.append((padded @ w.T)[:len(part)])
@@ -814,7 +812,7 @@ def chunked_loss(loss, x, weight, *per_token, vocab_size: int, chunk: int = 1024
 
     compiled: torch.compile the loss with its gradient, one graph for each loss and shape, so that
     float32 logits need not be written to memory. Its speed on CUDA has not been measured."""
-    device, dtype = "cpu" if x.is_meta else x.device.type, product_dtype(x)
+    device, dtype = x.device.type, product_dtype(x)
     full = torch.promote_types(dtype, torch.float32)
     need_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     part = max(32, 2**18 // len(weight)) if device == "cpu" else 512  # rows of 1 MB of logits
@@ -986,54 +984,23 @@ def total(terms, step: int, p: Pass):
 @torch.no_grad()
 def log_likelihoods(model, sequences, at_once: int = 1 << 25) -> list[tuple[float, int]]:
     """(sum of log p of the counted targets in nats, their number) of each sequence (ids, targets),
-    two lists of equal length. at_once: about how many logits one forward pass may make.
-
-    A beginning that several sequences share, such as a question with several answers, is read once.
-    Sequences are grouped by their prefix: the tokens before the first counted target, cut to a
-    multiple of 16 so that many prefixes have the same length and form a batch. Each sequence
-    continues from the caches that its prefix left."""
-    max_tokens, found, groups = max(1, at_once // model.config.vocab_size), {}, {}
-    for i, (ids, targets) in enumerate(sequences):
-        uncounted = next((t for t, target in enumerate(targets) if target != IGNORE), 0)
-        P = uncounted // 16 * 16 if isinstance(model, GPT) else 0
-        groups.setdefault(tuple(ids[:P]), []).append(i)
-    for P, prefixes in itertools.groupby(sorted(groups, key=len), key=len):
-        for batch in by_length(prefixes, len, max_tokens):
-            caches = [Cache() for _ in model.blocks]
-            if P > 0:
-                model.trunk(torch.tensor(batch, device=model.head.weight.device), caches=caches)
-            members = [(row, i) for row, prefix in enumerate(batch) for i in groups[prefix]]
-            for some in by_length(members, lambda m: len(sequences[m[1]][0]), max_tokens):
-                own = [cache.rows([row for row, _ in some]) for cache in caches] if P > 0 else None
-                scores = score_batch(model, [sequences[i] for _, i in some], P, own)
-                found.update(zip((i for _, i in some), scores))
+    two lists of equal length. at_once: about how many logits one forward pass may make. Sequences
+    of similar length share a pass. The head runs only where a target counts."""
+    found, max_tokens = {}, at_once // model.config.vocab_size
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]), reverse=True)
+    while order:
+        n = max(1, max_tokens // len(sequences[order[0]][0]))
+        batch, order = order[:n], order[n:]
+        idx, targets = (nn.utils.rnn.pad_sequence(
+            [torch.tensor(sequences[i][side]) for i in batch], batch_first=True,
+            padding_value=padding).to(model.head.weight.device)
+            for side, padding in ((0, 0), (1, IGNORE)))
+        x, _ = model.forward(idx)
+        counted = targets != IGNORE
+        nats = F.cross_entropy(model.logits(x[counted]).float(), targets[counted], reduction="none")
+        for i, own in zip(batch, nats.cpu().double().split(counted.sum(1).tolist()), strict=True):
+            found[i] = -own.sum().item(), len(own)
     return [found[i] for i in range(len(sequences))]
-
-
-def by_length(items, length, max_tokens: int):
-    """Cuts items into lists, the longest items first. A list has at most max_tokens tokens, padded
-    to its longest item, or is one item. length: a function that gives the tokens of an item."""
-    items = sorted(items, key=length, reverse=True)
-    while items:
-        n = max(1, max_tokens // max(1, length(items[0])))
-        yield items[:n]
-        items = items[n:]
-
-
-def score_batch(model, sequences, P: int, caches) -> list[tuple[float, int]]:
-    """log_likelihoods of sequences in one padded pass. The caches hold their first P tokens. The
-    head runs only where a target counts."""
-    idx, targets = (nn.utils.rnn.pad_sequence(
-        [torch.tensor(sequence[side][P:]) for sequence in sequences], batch_first=True,
-        padding_value=padding).to(model.head.weight.device)
-        for side, padding in ((0, 0), (1, IGNORE)))
-    x, _ = model.forward(idx, caches=caches)
-    counted = targets != IGNORE
-    losses = [F.cross_entropy(model.logits(x_part).float(), wanted, reduction="none")
-              for x_part, wanted in zip(x[counted].split(1024), targets[counted].split(1024))]
-    log_p = torch.zeros(targets.shape, dtype=torch.float64)
-    log_p[counted.cpu()] = -torch.cat(losses).double().cpu()
-    return [*zip(log_p.sum(1).tolist(), counted.sum(1).tolist())]
 
 
 @dataclass
@@ -1053,11 +1020,6 @@ class Cache:
             k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
         self.k, self.v = k, v
         return k, v
-
-    def rows(self, chosen) -> "Cache":
-        """A cache of these rows of the batch; a row may be chosen several times."""
-        tensors = (self.k, self.v, self.conv, self.state)
-        return Cache(self.length, *(None if t is None else t[chosen] for t in tensors))
 
 
 def pick(logits, temperature: float, top_k: int, top_p: float, uniform):
@@ -1251,61 +1213,33 @@ def read_json_lines(path, read, flag="", cut=False) -> list:
     return found
 
 
-def load_checkpoint(path, device="cpu", flag="") -> dict:
+def load_checkpoint(path, flag="") -> dict:
     """Read a checkpoint that train.py wrote. Raises BadInput with the file's name if it is damaged,
-    or if its weights, settings and tokenizer do not fit each other. flag: what the user wrote
-    before the name, such as `--resume=`."""
-    where = f"{flag}{path}"
-    if not Path(path).is_file():
-        raise BadInput(f"{where}: no such checkpoint file")
-    with reading(where):
+    or if its weights are not finite, or if weights, settings and tokenizer do not fit each other.
+    flag: what the user wrote before the name, such as `--resume=`."""
+    with reading(f"{flag}{path}"):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load does not look at the checksums
                 raise ValueError(f"the checksum of {damaged} is wrong")
-        ckpt = torch.load(path, map_location=device, weights_only=True)
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(ckpt, dict) or ckpt.get("format") != CHECKPOINT_FORMAT:
             raise BadInput("not a checkpoint of this version of nanolet")
-        check_weights(ckpt["model"], ckpt["model_config"])
-        check_tokenizer(ckpt["tokenizer"], ckpt["model_config"]["vocab_size"])
+        with torch.device("meta"):  # needs no memory, and refuses other names and shapes
+            # (a copy: torch would remember `assign` for the next load of the same dict)
+            GPT(ModelConfig(**ckpt["model_config"])).load_state_dict({**ckpt["model"]}, assign=True)
+        if not all(w.isfinite().all() for w in ckpt["model"].values()):
+            raise ValueError("weights that are not finite")
+        n_vocab = tokenizer_from_dict(ckpt["tokenizer"]).n_vocab
+        if n_vocab > ckpt["model_config"]["vocab_size"]:
+            raise ValueError(f"a tokenizer of {n_vocab} tokens, more than the model has")
     return ckpt
 
 
-def check_weights(weights: dict, settings: dict):
-    """Raises an error unless these are the weights of ModelConfig(**settings) and finite. The
-    number of blocks is checked first, and a model on the meta device has no memory: altered sizes
-    cost nothing."""
-    blocks = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    if settings["n_layer"] != blocks or settings["block_size"] > 2**24:
-        raise ValueError(f"n_layer {settings['n_layer']}, block_size {settings['block_size']}, and "
-                         f"weights of {blocks} blocks")
-    with torch.device("meta"):
-        needed = GPT(ModelConfig(**settings)).state_dict()
-    if differ := [name for name in sorted(needed.keys() | weights.keys())
-                  if name not in needed or name not in weights
-                  or needed[name].shape != weights[name].shape]:
-        raise ValueError(f"{len(differ)} weights do not fit the settings, as {differ[0]}")
-    for name, w in weights.items():
-        if not (w.is_floating_point() and w.isfinite().all()):
-            raise ValueError(f"{name} has values that are not finite, or no floats")
-
-
-def check_tokenizer(tokenizer: dict, vocab_size: int):
-    """Raises an error unless the tokenizer can be made, for at most vocab_size tokens."""
-    ranks = tokenizer["ranks"]
-    single = {f"{byte:02x}" for byte in range(256)}
-    if "json" not in tokenizer and (len({*ranks.values()}) < len(ranks) or single - ranks.keys()):
-        raise ValueError("the tokenizer lacks a byte, or has a number twice")
-    tokenizer_id(tokenizer)
-    enc = tokenizer_from_dict(tokenizer)
-    if not 0 <= enc.eot_token < enc.n_vocab <= vocab_size:
-        raise ValueError(f"{enc.n_vocab} tokens do not fit the vocabulary of {vocab_size}")
-
-
-def model_from_checkpoint(ckpt: dict, device="cpu") -> GPT:
+def model_from_checkpoint(ckpt: dict) -> GPT:
     """The model of a checkpoint from load_checkpoint, with its weights."""
     model = GPT(ModelConfig(**ckpt["model_config"]))
     model.load_state_dict(ckpt["model"])
-    return model.to(device)
+    return model
 
 
 def save_checkpoint(path, state: dict):
@@ -1413,17 +1347,10 @@ def written_whole(path):
 
 
 def device_exists(name: str) -> bool:
-    """Whether `name` (cpu, cuda, cuda:1, mps) can hold a tensor on this machine."""
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            return False
-        if device.type == "cuda":  # without a tensor: it would start a context on that GPU
-            return (device.index or 0) < torch.cuda.device_count()
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        return False
-    return True
+    """Whether this machine has the device `name` (cpu, cuda, cuda:1, mps)."""
+    gpus = torch.cuda.device_count()
+    found = {"cpu": True, "cuda": gpus > 0, "mps": torch.backends.mps.is_available()}
+    return found.get(name, name in [f"cuda:{i}" for i in range(gpus)])
 
 
 class Parser(argparse.ArgumentParser):
@@ -1484,31 +1411,40 @@ def command(main):
         sys.exit(2 if isinstance(e, BadInput) or getattr(e, "errno", 0) in WRONG_PATH else 1)
 
 
+def between(kind, least, most):
+    """A type for argparse: a number of this kind, from least to most."""
+    def read(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise ValueError
+        return value
+    read.__name__ = f"{kind.__name__} from {least:,} to {most:,}"  # argparse shows it
+    return read
+
+
 def main(argv):
     parser = Parser(
         prog="model.py", description="Sample text from a checkpoint of train.py.")
     add = parser.add_argument
     add("checkpoint")
     add("--prompt", default="", help="text to continue; empty: start a new document")
-    add("--tokens", type=int, default=200, help="tokens to sample")
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    add("--top_k", type=int, default=0, help="keep the k likeliest tokens; 0: all")
-    add("--top_p", type=float, default=1.0, help="keep the likeliest up to this probability")
-    add("--seed", type=int, default=0, help="of the first sample; the others add 1, 2, ...")
-    add("--samples", type=int, default=1, help="continuations of the prompt")
+    add("--tokens", type=between(int, 1, 10**6), default=200, help="tokens to sample")
+    add("--temperature", type=between(float, 0, 1e6), default=0.8, help="0 takes the likeliest "
+        "token; else at least 0.001")
+    add("--top_k", type=between(int, 0, 10**9), default=0, help="keep the k likeliest tokens; 0: "
+        "all")
+    add("--top_p", type=between(float, 1e-9, 1), default=1.0, help="keep the likeliest up to this "
+        "probability")
+    add("--seed", type=between(int, 0, 2**62), default=0, help="of the first sample; the others "
+        "add 1, 2, ...")
+    add("--samples", type=between(int, 1, 10**6), default=1, help="continuations of the prompt")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args(argv)
-    for name in ("tokens", "samples"):
-        need(1 <= getattr(a, name) <= 10**6, a, name, "from 1 to 1,000,000")
-    need(a.temperature == 0 or 1e-3 <= a.temperature < math.inf, a, "temperature",
-         "0, or at least 0.001")
-    need(0 <= a.seed < 2**63, a, "seed", "from 0 to 2^63 - 1")
+    need(a.temperature == 0 or a.temperature >= 1e-3, a, "temperature", "0, or at least 0.001")
     need(device_exists(a.device), a, "device", "no such device here")
-    need(a.top_k >= 0, a, "top_k", "at least 0")
-    need(0 < a.top_p <= 1, a, "top_p", "above 0, at most 1")
     ckpt = load_checkpoint(checkpoint_file(a.checkpoint))
     enc = tokenizer_from_dict(ckpt["tokenizer"])
-    model = model_from_checkpoint(ckpt, a.device).eval()
+    model = model_from_checkpoint(ckpt).to(a.device).eval()
     ids = [enc.eot_token] + encode(enc, a.prompt)
     prompts = torch.tensor([ids] * a.samples, device=a.device)
     out = generate(model, prompts, a.tokens, a.temperature, a.top_k, a.top_p, a.seed)

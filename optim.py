@@ -296,8 +296,9 @@ class Stack(NamedTuple):
 class Multipliers:
     """W, r and c of every matrix that has multipliers, in its dtype. The model itself holds W~.
 
-    kind: "scalar" or "vector"; placement: see place_multipliers; modules: keys of MODULES. At the
-    start W = W~ and r = c = 1, so the function that the model computes is not changed.
+    kind: "scalar" or "vector"; placement: see place_multipliers; modules: keys of MODULES, of which
+    attention, mlp and ssm may be missing in the model. At the start W = W~ and r = c = 1, so the
+    function that the model computes is not changed.
 
     Before the optimizers' step, split_gradients() turns the gradients of W~ into those of W, r, c;
     after it, fold() writes W~ into the model.
@@ -308,9 +309,13 @@ class Multipliers:
     def __init__(self, model, kind="vector", placement="all",
                  modules=("embedding", "attention", "mlp", "ssm")):
         self.effective, self.W, self.stacks = {}, {}, {}
-        params, config = dict(model.named_parameters()), model.config
+        params, config, found = dict(model.named_parameters()), model.config, set()
         for name, pieces in logical_pieces(model).items():
-            if name not in params or module_of(pieces[0][0]) not in modules:
+            if name not in params:  # a tied head is the embedding's parameter
+                continue
+            module = module_of(pieces[0][0])
+            found.add(module)
+            if module not in modules:
                 continue
             p, stacks = params[name], []
             for (rows, row, column), alike in groupby(pieces, lambda piece: (
@@ -324,9 +329,9 @@ class Multipliers:
             if any(v is not None for stack in stacks for v in (stack.r, stack.c)):
                 self.effective[name], self.stacks[name] = p, stacks
                 self.W[name] = nn.Parameter(p.detach().clone())
-        if not self.W or {*modules} - {*MODULES}:
-            raise BadInput(f"--multiplier_modules={','.join(modules)}: needs modules of this model "
-                           f"out of {', '.join(MODULES)}")
+        if not self.W or {*modules} - found - {"attention", "mlp", "ssm"}:
+            raise BadInput(f"--multiplier_modules={','.join(modules)}: this model has "
+                           f"{', '.join(found)}")
 
     @property
     def pieces(self) -> dict[str, list[Piece]]:

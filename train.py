@@ -49,8 +49,6 @@ import sys
 import sysconfig
 import time
 import urllib.request
-import zipfile
-import zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -67,7 +65,6 @@ from model import (
     END_OF_TEXT,
     GPT,
     IGNORE,
-    MIXERS,
     BadInput,
     Failed,
     HFEncoding,
@@ -83,10 +80,8 @@ from model import (
     generate,
     load_checkpoint,
     locked,
-    logical_pieces,
     model_from_checkpoint,
     naming,
-    out_of_memory,
     read_text,
     reading,
     save_checkpoint,
@@ -103,7 +98,6 @@ from optim import (
     Optimizers,
     make_schedule,
     module_factors,
-    module_of,
     stable_phase,
 )
 from probes import PENALTIES, Linearity, read_lines, weight_scales
@@ -163,14 +157,15 @@ def make_terms(c: "Config", model: GPT, teacher=None) -> list:
     return terms
 
 
-def loop(run: "Run", stop_signals: "StopSignals") -> dict:
-    """Trains to --steps, or until a signal asks to stop. Returns the run's result."""
+def loop(run: "Run", signals: set) -> dict:
+    """Trains to --steps, or until there is one of `signals` (see stop_signals). Returns the run's
+    result."""
     c, state, optimizers = run.c, run.state, run.optimizers
     batches = run.batches()
     batch = next(batches)
     stopping = False
-    run.start_clock()
-    with progress_bar(c.steps, "", "step", initial=state.step) as progress:
+    shown = None if run.devices.rank == 0 else True  # on rank 0 if it has a terminal
+    with tqdm(total=c.steps, initial=state.step, unit="step", disable=shown) as progress:
         while True:
             run.evaluate_and_save(stopping)  # only at some steps; does not count as training time
             if state.step == c.steps or stopping:
@@ -188,7 +183,7 @@ def loop(run: "Run", stop_signals: "StopSignals") -> dict:
                     named[name] += value
             norm = optimizers.clip(c.clip)
             means = {name: value / run.accumulation for name, value in named.items()}
-            means |= {"grad_norm": norm, "stop": bool(stop_signals.seen)}
+            means |= {"grad_norm": norm, "stop": bool(signals)}
             means = mean_over_ranks(run.devices, means)
             refuse_non_finite(run, means)
             optimizers.step(state.step)
@@ -200,7 +195,7 @@ def loop(run: "Run", stop_signals: "StopSignals") -> dict:
             progress.set_postfix_str(f"loss {means['loss']:.3f}", refresh=False)
             if state.step % c.log_every == 0:
                 run.log_step(means)
-    return run.result(stop_signals)
+    return run.result(signals)
 
 
 def forward(run: "Run", batch: "Batch", synchronize: bool) -> Pass:
@@ -228,14 +223,10 @@ class NonFinite(Failed):
 
 def refuse_non_finite(run: "Run", means: dict):
     """Raises NonFinite if the loss or the gradient norm is inf or nan."""
-    if math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]):
-        return
-    kept = "No checkpoint has been written"
-    if run.checkpoint.exists():
-        kept = f"The last checkpoint is {run.checkpoint}"
-    raise NonFinite(f"step {run.state.step}: loss {means['loss']}, gradient norm "
-                    f"{means['grad_norm']}; this step has not changed the weights. {kept}. "
-                    "A lower --lr may help")
+    if not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])):
+        raise NonFinite(f"step {run.state.step}: loss {means['loss']}, gradient norm "
+                        f"{means['grad_norm']}; this step has not changed the weights. A lower "
+                        f"--lr may help. The last checkpoint, if any, is {run.checkpoint}")
 
 
 def mean_over_ranks(devices: "Devices", values: dict) -> dict:
@@ -283,32 +274,27 @@ def train(c: "Config") -> dict:
     seconds, val_loss, bits_per_byte, interrupted (the number of the signal that stopped the run, or
     0) and history (the lines of metrics.jsonl). With dry_run: see print_plan.
 
-    Raises BadInput for wrong flags or files, and leaves no folder then; NonFinite when the run
+    Raises BadInput for wrong flags or files, before it makes a folder; NonFinite when the run
     diverges; OSError when a file cannot be written."""
     check(c, int(os.environ.get("WORLD_SIZE", 1)))
     devices = set_up_devices(c)
     compare_ranks(c, devices)
     data = load_data(c)
-    with clear_out_of_memory(c), contextlib.ExitStack() as held:
-        if not c.dry_run:
-            c = on_rank_0(lambda: held.enter_context(run_folder(c, devices.world)))
-        resumed = load_run(c.resume) if c.resume else None
-        if resumed is not None:
-            refuse_changes(c, resumed, data.tokenizer)
-            if c.decay_now:
-                c = branch_decay(c, resumed)
-        has_teacher = needs_teacher(c, resumed["step"] if resumed else 0)
-        if has_teacher and c.teacher == "auto" and not c.dry_run:
-            result = train_teacher(automatic_teacher(c, data))
-            if result["interrupted"]:
-                return result
-        teacher = open_teacher(c, data, devices) if has_teacher else None
-        if c.dry_run:
-            return print_plan(c, data, devices, teacher)
-        run = Run(c, data, devices, teacher, resumed)
-        teacher = resumed = None  # frees the checkpoint, and lets the run free the teacher
-        with StopSignals() as stop_signals:
-            return loop(run, stop_signals)
+    resumed = load_run(c.resume) if c.resume else None
+    if resumed is not None:
+        refuse_changes(c, resumed, data.tokenizer)
+        if c.decay_now:
+            c = branch_decay(c, resumed)
+    teacher = None
+    if needs_teacher(c, resumed["step"] if resumed else 0):
+        teacher = open_teacher(c, data, devices)
+    if c.dry_run:
+        return print_plan(c, data, teacher)
+    run = Run(c, data, devices, teacher, resumed)
+    teacher = resumed = None  # frees the checkpoint, and lets the run free the teacher
+    with contextlib.ExitStack() as held:
+        run.begin(on_rank_0(lambda: held.enter_context(run_folder(run.c, devices.world))))
+        return loop(run, held.enter_context(stop_signals()))
 
 
 class Run:
@@ -347,11 +333,17 @@ class Run:
         if dist.is_initialized():
             self.net = DistributedDataParallel(self.model, gradient_as_bucket_view=True,
                                                broadcast_buffers=False)
-        self.out_dir = Path(c.out_dir)
-        self.checkpoint = self.out_dir / "ckpt.pt"
+
+    def begin(self, out_dir: str):
+        """Starts the files of the run in this folder, and the clock."""
+        self.c = c = replace(self.c, out_dir=out_dir)
+        data, devices = self.data, self.devices
+        self.checkpoint = Path(out_dir) / "ckpt.pt"
         on_rank_0(lambda: write_config(c, devices))
-        self.metrics = Metrics(self.out_dir, self.state.step, writes=devices.rank == 0)
-        say(f"{self.out_dir}: {describe_size(self.model)}, {'bf16' if devices.bf16 else 'fp32'} on "
+        self.metrics = Metrics(Path(out_dir), self.state.step, writes=devices.rank == 0)
+        self.clock = time.perf_counter()
+        self.logged_tokens, self.logged_seconds = self.state.tokens, self.state.seconds
+        say(f"{out_dir}: {describe_size(self.model)}, {'bf16' if devices.bf16 else 'fp32'} on "
             f"{devices.world} x {devices.name()}; {len(data.train) * c.block_size:,} training "
             f"tokens, {len(data.val) * c.block_size:,} held out")
 
@@ -364,7 +356,7 @@ class Run:
             for term in self.terms:
                 if term.name in checkpoint["terms"]:
                     term.load_state_dict(checkpoint["terms"][term.name])
-        self.state = State(**{f.name: checkpoint[f.name] for f in fields(State)})
+            self.state = State(**{f.name: checkpoint[f.name] for f in fields(State)})
 
     def save(self):
         checkpoint = {"model": self.model.state_dict(),
@@ -374,7 +366,7 @@ class Run:
                       **asdict(self.state), "provenance": provenance(self.devices)}
         on_rank_0(lambda: save_checkpoint(self.checkpoint, checkpoint))
         if self.c.keep_checkpoints:
-            kept = self.out_dir / f"step-{self.state.step:07}.pt"
+            kept = self.checkpoint.with_name(f"step-{self.state.step:07}.pt")
             on_rank_0(lambda: save_checkpoint(kept, checkpoint))
 
     def batches(self):
@@ -403,10 +395,6 @@ class Run:
         if len(kept) < len(self.terms):
             self.terms = kept
             gc.collect()  # a compiled teacher refers to itself
-
-    def start_clock(self):
-        self.clock = time.perf_counter()
-        self.logged_tokens, self.logged_seconds = self.state.tokens, self.state.seconds
 
     def read_clock(self):
         now = time.perf_counter()
@@ -437,10 +425,8 @@ class Run:
             self.metrics.write(state, val_loss=state.val_loss, bits_per_byte=state.bits_per_byte,
                                peak_memory_bytes=self.devices.peak_memory(),
                                **weight_scales(self.model, self.optimizers.multipliers))
-            left = state.seconds / max(1, state.step) * (c.steps - state.step)
             say(f"step {state.step:>6}  held-out {state.val_loss:.4f} nats, "
-                f"{state.bits_per_byte:.4f} bits per byte  {state.seconds:7.1f} s"
-                + (f", {left:.0f} s to go" if 0 < state.step < c.steps else ""))
+                f"{state.bits_per_byte:.4f} bits per byte  {state.seconds:7.1f} s")
         if saves:
             self.save()
         self.clock = time.perf_counter()
@@ -462,16 +448,15 @@ class Run:
         peak = self.devices.peak_flops()
         return tokens_per_second * self.model.flops_per_token() / peak if peak else None
 
-    def result(self, stop_signals: "StopSignals") -> dict:
-        state = self.state
-        interrupted = 0
-        if state.step < self.c.steps:
-            interrupted = int(min(stop_signals.seen, default=signal.SIGTERM))  # or another rank's
+    def result(self, signals: set) -> dict:
+        c, state, interrupted = self.c, self.state, 0
+        if state.step < c.steps:
+            interrupted = int(min(signals, default=signal.SIGTERM))  # or another rank's
             say(f"stopped at step {state.step}; to continue: "
                 f"python train.py --resume={self.checkpoint}")
         else:
             self.say_done()
-        return {**asdict(state), "out_dir": str(self.out_dir), "checkpoint": str(self.checkpoint),
+        return {**asdict(state), "out_dir": c.out_dir, "checkpoint": str(self.checkpoint),
                 "interrupted": interrupted, "history": self.metrics.lines}
 
     def say_done(self):
@@ -480,16 +465,15 @@ class Run:
         mfu = self.mfu(speed)
         say(f"done: held-out {state.val_loss:.4f} nats per token, {state.bits_per_byte:.4f} bits "
             f"per byte; {state.seconds:.0f} s, {state.tokens:,} tokens, {state.flops:.3g} FLOPs, "
-            f"{speed:,.0f} tokens/s, MFU {'n/a' if mfu is None else f'{100 * mfu:.1f} %'}, "
+            f"{speed:,.0f} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}, "
             f"peak memory {self.devices.peak_memory() / 1e9:.2f} GB")
-        if self.devices.rank == 0 and c.sample_tokens:
-            enc = self.tokenizer
-            prompt = [enc.eot_token] + enc.encode_ordinary("def " if c.data == "stdlib" else "")
-            idx = torch.tensor([prompt], device=self.devices.device)
-            sample = generate(self.model, idx, c.sample_tokens, 0.8, seed=c.seed)
-            say(f"a sample:\n{'-' * 80}\n{enc.decode(sample[0, 1:].tolist())}\n{'-' * 80}\n"
-                f"checkpoint: {self.checkpoint}\n"
-                f'more:       python model.py {self.checkpoint} --prompt "def " --tokens 200')
+        if c.sample_tokens:
+            prompt = "def " if c.data == "stdlib" else ""
+            ids = [self.tokenizer.eot_token, *self.tokenizer.encode_ordinary(prompt)]
+            idx = torch.tensor([ids], device=self.devices.device)
+            sample = generate(self.model, idx, c.sample_tokens, 0.8, seed=c.seed)[0, 1:].tolist()
+            say(f"a sample:\n{'-' * 80}\n{self.tokenizer.decode(sample)}\n{'-' * 80}\n"
+                f'more: python model.py {self.checkpoint} --prompt "def " --tokens 200')
 
 
 @dataclass
@@ -545,23 +529,15 @@ def refuse_others(c: "Config", needed: dict, where: str):
 
 def load_run(path: str) -> dict:
     """The checkpoint of --resume, with its `config` as a Config, whose stop is in steps. Raises
-    BadInput for a file without a run, or with values that no run has. Run.load checks the rest."""
+    BadInput for a file without a run, or with flags that no run has. Run.load checks the rest."""
     checkpoint = load_checkpoint(path, flag="--resume=")
-    needed = {"config", "optimizers", "terms", *(f.name for f in fields(State))}
-    if not (needed <= checkpoint.keys() and checkpoint["config"]):
+    if not checkpoint.get("config"):
         raise BadInput(f"--resume={path}: holds a model without the state of a run; --init_from "
                        "starts a new run from it")
     with reading(f"--resume={path}"):
         c = Config(**{name: v for name, v in checkpoint["config"].items() if name in FLAGS})
-        values = [*vars(c).items(), *((f.name, checkpoint[f.name]) for f in fields(State))]
-        types = {f.name: f.type for f in (*fields(Config), *fields(State))}
-        for name, value in values:
-            if not isinstance(value, (int, float) if types[name] is float else types[name]):
-                raise ValueError(f"{name} {value!r}")
         if bad := out_of_range(c):
             raise ValueError(bad[0])
-        if min(checkpoint["step"], checkpoint["tokens"]) < 0:
-            raise ValueError("a negative number of steps or tokens")
         return {**checkpoint, "config": with_stop_in_steps(c)}
 
 
@@ -629,7 +605,9 @@ def open_teacher(c: "Config", data: "Data", devices: "Devices"):
     if name == "auto":
         t = automatic_teacher(c, data)
         name = str(Path(t.out_dir) / "ckpt.pt")
-        if c.dry_run and not Path(name).exists():  # an untrained one costs the same
+        if not c.dry_run:
+            train_teacher(t)
+        elif not Path(name).exists():  # an untrained one costs the same
             return GPT(model_config(t, tokenizer_from_dict(data.tokenizer).n_vocab))
     published = not Path(name).is_file()
     dtype = torch.bfloat16 if devices.bf16 and published else torch.float32
@@ -658,20 +636,21 @@ def automatic_teacher(c: "Config", data: "Data") -> "Config":
     return replace(t, out_dir=str(cache_dir() / "teachers" / folder))
 
 
-def train_teacher(t: "Config") -> dict:
-    """Trains or resumes the teacher's run, unless it is finished. Returns its result. Another
-    process that trains the same teacher is waited for."""
+def train_teacher(t: "Config"):
+    """Trains or resumes the teacher's run, unless it is finished. A signal that stops it exits. If
+    another process trains the same teacher, waits for it."""
     path = Path(t.out_dir) / "ckpt.pt"
     with contextlib.ExitStack() as held:
         on_rank_0(lambda: held.enter_context(locked(t.out_dir, wait=True)))
         step = load_run(str(path))["step"] if path.exists() else 0
-        if step >= t.steps:
-            return {"interrupted": 0}
+        if step == t.steps:
+            return
         say(f"teacher: {t.n_layer} block(s) of width {t.n_embd}, trained once and kept in "
             f"{t.out_dir}")
         result = train(replace(t, resume=str(path) if step else ""))
+        if result["interrupted"]:
+            sys.exit(128 + result["interrupted"])
         say("student:")
-        return result
 
 
 def learning_rate_by_law(c: "Config", model: GPT) -> "Config":
@@ -696,15 +675,8 @@ def freeze_gains(model: GPT, which: str):
 def make_optimizers(c: "Config", model: GPT, terms: list, devices: "Devices") -> Optimizers:
     multipliers = None
     if c.multipliers != "none":
-        modules = c.multiplier_modules.split(",")
-        multipliers = Multipliers(model, c.multipliers, c.multiplier_placement, modules)
-        params = dict(model.named_parameters())
-        found = {module_of(pieces[0][0]) for name, pieces in logical_pieces(model).items()
-                 if name in params}  # a tied head is the embedding's parameter
-        default = FLAGS["multiplier_modules"].default  # serves all architectures
-        if c.multiplier_modules != default and not found.issuperset(modules):
-            raise BadInput(f"--multiplier_modules={c.multiplier_modules}: this model has "
-                           f"{', '.join(sorted(found))}")
+        multipliers = Multipliers(model, c.multipliers, c.multiplier_placement,
+                                  c.multiplier_modules.split(","))
     schedule = make_schedule(c.schedule, c.steps, c.warmup_steps, c.decay_fraction)
     return Optimizers(
         model, schedule, optimizer=c.optimizer, lr=c.lr, weight_decay=c.weight_decay,
@@ -716,7 +688,7 @@ def make_optimizers(c: "Config", model: GPT, terms: list, devices: "Devices") ->
         extra=[p for term in terms for p in term.parameters()])
 
 
-def print_plan(c: "Config", data: "Data", devices: "Devices", teacher) -> dict:
+def print_plan(c: "Config", data: "Data", teacher) -> dict:
     """--dry_run: prints and returns what the run would cost. The model is made on the meta device,
     which needs no memory."""
     if c.init_from:
@@ -732,21 +704,20 @@ def print_plan(c: "Config", data: "Data", devices: "Devices", teacher) -> dict:
         memory -= 4 * matrices  # Muon has one buffer
     if c.multipliers != "none":
         memory += 4 * (matrices + model.embed.weight.numel())  # W beside diag(r) W diag(c)
-    activations = activation_bytes(model, c, devices)
     flops = model.flops_per_token() * tokens
     taught = min(teacher_stop(c) or c.steps, c.steps)
     for term in terms:
         flops += term.flops_per_token(c.block_size, 0) * c.batch_tokens * taught
     plan = {"parameters": n, "steps": c.steps, "tokens": tokens, "flops": flops,
-            "memory_bytes": memory, "activation_bytes": activations, "interrupted": 0}
+            "memory_bytes": memory, "interrupted": 0}
     train_tokens, held_out = len(data.train) * c.block_size, len(data.val) * c.block_size
     say(f"plan\n  parameters      {describe_size(model)}\n"
         f"  data            {train_tokens:,} training tokens, {held_out:,} held out\n"
         f"  steps           {c.steps:,} of {c.batch_tokens:,} tokens: {tokens:,} tokens, "
         f"{tokens / train_tokens:.2f} epochs\n"
         f"  FLOPs           {flops:.3g} in all (the teacher's included)\n"
-        f"  memory          {memory / 1e6:,.0f} MB weights, gradients and optimizer, about "
-        f"{activations / 1e6:,.0f} MB activations")
+        f"  memory          {memory / 1e6:,.0f} MB weights, gradients and optimizer, beside the "
+        "activations")
     return plan
 
 
@@ -754,21 +725,6 @@ def describe_size(model: GPT) -> str:
     n, active = model.num_params(), model.num_params(active=True)
     some = f" ({active:,} active)" if active < n else ""
     return f"{n:,} parameters{some}, {model.flops_per_token():,} FLOPs per token"
-
-
-def activation_bytes(model: GPT, c: "Config", devices: "Devices") -> int:
-    """Bytes that autograd saves in one forward pass, without torch.compile."""
-    seen = {}
-
-    def pack(t):
-        seen[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        idx = torch.zeros(c.micro_batch, c.block_size, dtype=torch.int64)
-        with torch.autocast("cpu", torch.bfloat16, enabled=devices.bf16):
-            model(idx)
-    return sum(seen.values()) - sum(p.numel() * 4 for p in model.parameters())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -783,14 +739,14 @@ PATTERN = (r"(?:[^\w\r\n]|_)?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]
 BYTES_PATTERN = r"[^\n]+|\n"
 
 
-def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
+def train_bpe(texts, vocab_size: int) -> dict[bytes, int]:
     """Byte-level byte-pair encoding (Sennrich et al. 2016): start from the 256 bytes and merge the
     most frequent pair of neighbors, vocab_size - 256 times or until no pair is left. Returns
     {token bytes: rank}; rank is the order of merging, as tiktoken wants it.
 
     A text is cut by model.cut_text, a piece into words by PATTERN; pairs are within the UTF-8 bytes
     of a word. Ids are the bytes 0 to 255, then the merges in their order. Of equally frequent pairs
-    the one of lowest ids is merged. Every merge calls progress.update(), if there is a progress.
+    the one of lowest ids is merged.
 
     A token id is written as the character with that code, so a word is a string and str.replace
     merges a pair. Pairs are counted once, over the distinct words. A merge then updates the counts
@@ -827,8 +783,6 @@ def train_bpe(texts, vocab_size: int, progress=None) -> dict[bytes, int]:
                     grown.add(p)
         for p in grown:
             heapq.heappush(heap, (-pairs[p], p))
-        if progress is not None:
-            progress.update()
     # Two merges can make the same bytes. The first one counts; tiktoken needs ranks without a gap.
     return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
 
@@ -848,8 +802,7 @@ def make_tokenizer_for(c: "Config", texts) -> dict:
     texts."""
     name = c.tokenizer
     if name == "bpe":
-        with progress_bar(c.vocab_size - 257, "training the tokenizer", "merge") as progress:
-            ranks = train_bpe(texts, c.vocab_size - 1, progress)
+        ranks = train_bpe(texts, c.vocab_size - 1)
         if len(ranks) < c.vocab_size - 1:
             raise BadInput(f"--vocab_size={c.vocab_size}: the text of --data={c.data} has pairs "
                            f"for {len(ranks) + 1} tokens only")
@@ -1023,42 +976,32 @@ def download(name: str) -> list[Path]:
     return [folder / file for file in names]
 
 
+NOT_READ = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__",
+            "encodings"}  # folders of the standard library; the last one has tables of codecs
+
+
 def find_files(data: str) -> tuple[Path, list[Path]]:
-    """(folder, sorted files) of --data. Names of documents are relative to the folder."""
+    """(folder, sorted files) of --data, without what is hidden or lies behind a link to a folder.
+    Names of documents are relative to the folder."""
     if data in DOWNLOADS:
         files = download(data)
         return files[0].parent, files
     if data == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__",
-                "encodings"}  # tables of codecs
-        files = [p for p in root.rglob("*.py") if not skip & {*p.relative_to(root).parts}]
+        files = [p for p in root.rglob("*.py") if not NOT_READ & {*p.relative_to(root).parts}]
         return root, sorted(p for p in files if not p.name.startswith("_sysconfigdata"))
-    path, found = Path(data), [data]
+    path = Path(data)
     if path.is_dir():
-        found = files_below(path)
-    elif not path.exists():
-        found = glob.glob(data, recursive=True)  # without hidden files and folders
-    once = {}  # by real path, as a link can lead to a file a second time
-    for name in sorted(map(Path, found)):
-        if name.is_file():
-            once.setdefault(name.resolve(), name)
-    files = [*once.values()]
+        found = [p for p in path.rglob("*")
+                 if not any(part[0] == "." for part in p.relative_to(path).parts)]
+    else:
+        found = [path] if path.exists() else map(Path, glob.glob(data, recursive=True))
+    once = {p.resolve(): p for p in sorted(found, reverse=True) if p.is_file()}  # links to files
+    files = sorted(once.values())
     if not files:
         raise BadInput(f"--data={data}: no such file or glob, or no file in this folder")
     root = path if path.is_dir() else Path(os.path.commonpath([p.parent for p in files]))
     return root, files
-
-
-def files_below(folder: Path):
-    """The files of a folder and of those below, without hidden ones. Links are followed, and each
-    folder is read once."""
-    seen = {os.path.realpath(folder)}
-    for here, folders, names in os.walk(folder, followlinks=True):
-        yield from (Path(here, name) for name in names if name[0] != ".")
-        real = {name: os.path.realpath(Path(here, name)) for name in sorted(folders)}
-        folders[:] = [name for name in real if name[0] != "." and real[name] not in seen]
-        seen |= {real[name] for name in folders}
 
 
 def read_documents(root: Path, files: list[Path], data: str) -> list[tuple[str, str]]:
@@ -1066,12 +1009,7 @@ def read_documents(root: Path, files: list[Path], data: str) -> list[tuple[str, 
     documents in a file; elsewhere the string is ordinary text."""
     documents = []
     for path in files:
-        try:
-            text = read_text(path, f"--data={data}: ")
-        except BadInput:
-            if data == "stdlib":  # a few of its files are in other encodings on purpose
-                continue
-            raise
+        text = read_text(path, f"--data={data}: ")
         separator = rf"\n?^{re.escape(END_OF_TEXT)}[ \t]*\r?$\n?"
         parts = [part for part in re.split(separator, text, flags=re.M) if part.strip()]
         name = path.relative_to(root).as_posix()
@@ -1106,71 +1044,40 @@ def tokenize_text(c: "Config", root: Path, files: list[Path]):
     if name == "teacher":
         name = tokenizer_id(load_tokenizer(*pretrained_name(c)))
     folder = cache_dir() / "tokens" / key(str(root.resolve()), stamp, name, c.vocab_size, PATTERN)
-    if not is_whole(folder):
+    finished = folder / "tokenizer.json"  # written last
+    if not finished.exists():
         with locked(folder, wait=True):
-            if not is_whole(folder):  # nor has another process made it meanwhile
+            if not finished.exists():  # nor has another process made it meanwhile
                 write_tokens(c, folder, read_documents(root, files, c.data))
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    return [folder / "train.bin"], [folder / "val.bin"], tokenizer
+    return [folder / "train.bin"], [folder / "val.bin"], json.loads(finished.read_text())
 
 
 def write_tokens(c: "Config", folder: Path, documents):
-    """Writes the files of CACHED, and last their checksums."""
-    if any(folder.iterdir()):
-        say(f"{folder}: damaged or not complete, and made again")
+    say(f"tokenizing --data={c.data}, once; the tokens are kept in {folder}")
     train, held_out = split_documents(documents)
     tokenizer = make_tokenizer_for(c, (text for _, text in train))
     enc = tokenizer_from_dict(tokenizer)
     for part, documents in (("train", train), ("val", held_out)):
         with written_whole(folder / f"{part}.bin") as tmp:
-            write_shard(tmp, documents, enc, f"tokenizing, {part}")
-    for name, content in (("tokenizer.json", lambda: tokenizer),
-                          ("checksums.json", lambda: checksums(folder))):
-        with written_whole(folder / name) as tmp:
-            tmp.write_text(json.dumps(content()))
+            write_shard(tmp, documents, enc)
+    with written_whole(folder / "tokenizer.json") as tmp:
+        tmp.write_text(json.dumps(tokenizer))
 
 
-CACHED = ("train.bin", "val.bin", "tokenizer.json")
-
-
-def checksums(folder: Path) -> list:
-    """[length, CRC-32] of each file of CACHED. It finds all damage that is not on purpose, and
-    takes 0.1 s for 200 MB, a tenth of the time of SHA-256."""
-    found = []
-    for name in CACHED:
-        crc = 0
-        with open(folder / name, "rb") as file:
-            while part := file.read(2**24):
-                crc = zlib.crc32(part, crc)
-            found.append([file.tell(), crc])
-    return found
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether the files in a folder of the cache are those that were written."""
-    try:
-        return json.loads((folder / "checksums.json").read_text()) == checksums(folder)
-    except (OSError, ValueError):  # a file is missing, or is no JSON
-        return False
-
-
-def write_shard(path: Path, documents, enc, what: str):
+def write_shard(path: Path, documents, enc):
     """Writes the documents' tokens, with an end-of-text token before each document, in llm.c's
-    format (see open_shard). The tokenizer's threads share 256 pieces of about 256 kB at a time.
-    what: the title of the progress bar."""
+    format (see open_shard). The tokenizer's threads share 256 pieces of about 256 kB at a time."""
     magic = 20240520 if enc.n_vocab <= 2**16 else 20240801
-    characters, count, parts = sum(len(text) for _, text in documents), 0, cut_documents(documents)
-    with open(path, "wb") as f, progress_bar(characters, what, "char", unit_scale=True) as progress:
+    count, parts = 0, cut_documents(documents)
+    with open(path, "wb") as f:
         f.write(bytes(1024))  # the header, written at the end
         while some := list(itertools.islice(parts, 256)):
             begins, texts = zip(*some)
-            tokens = []
-            for begin, ids in zip(begins, enc.encode_ordinary_batch(
-                    texts, num_threads=os.cpu_count() or 1)):
-                tokens += [enc.eot_token, *ids] if begin else ids
+            encoded = enc.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+            tokens = [i for begin, ids in zip(begins, encoded)
+                      for i in [enc.eot_token] * begin + ids]
             np.array(tokens, SHARD_DTYPES[magic]).tofile(f)
             count += len(tokens)
-            progress.update(sum(map(len, texts)))
         f.seek(0)
         np.array([magic, 1, count], np.int32).tofile(f)
 
@@ -1191,41 +1098,30 @@ SHARD_DTYPES = {20240520: np.uint16, 20240801: np.uint32}  # llm.c's magic numbe
 
 
 def open_shard(path: Path, n_vocab: int, flags="") -> np.ndarray:
-    """The tokens of a shard, memory-mapped. n_vocab: of the tokenizer that made them. flags: what
-    the user wrote. Raises BadInput."""
+    """The tokens of a shard, memory-mapped: a .npy file; or a .bin file, with llm.c's header (256
+    int32: magic number, version, number of tokens), as in our cache, or of bare tokens (nanoGPT).
+    Bare tokens are uint32 if the first 2^18 are below n_vocab when read so, and else uint16: two of
+    these hardly ever make such a number. n_vocab: of the tokenizer that made them. flags: what the
+    user wrote. Raises BadInput."""
     with reading(f"{flags}: {path}"):
+        with open(path, "rb") as file:
+            magic, _, count = np.frombuffer(file.read(12), np.int32).tolist()
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r", allow_pickle=False)
+        elif magic in SHARD_DTYPES:
+            array = np.memmap(path, SHARD_DTYPES[magic], mode="r", offset=1024)
+            if len(array) != count:
+                raise BadInput(f"{len(array)} tokens, and {count} according to its header; "
+                               "truncated?")
         else:
-            array = open_bin(path, n_vocab)
+            wide = (np.fromfile(path, np.uint32, 2**18) < n_vocab).all()
+            array = np.memmap(path, np.uint32 if wide else np.uint16, mode="r")
         if array.ndim != 1 or array.dtype not in (np.uint16, np.uint32):
             raise BadInput(f"{array.dtype} of shape {array.shape}; a 1-D array of uint16 or uint32 "
                            "is needed")
         if array.dtype == np.uint16 and n_vocab > 2**16:
             raise BadInput(f"its tokens are uint16, and the tokenizer has {n_vocab:,}")
     return array
-
-
-def open_bin(path: Path, n_vocab: int) -> np.ndarray:
-    """open_shard for .bin: with llm.c's header (256 int32: magic number, version, number of
-    tokens), as in our cache, or bare tokens (nanoGPT). Bare tokens are uint32 if the first 2^18 are
-    below n_vocab when read so, and else uint16: two of these hardly ever make such a number."""
-    size = path.stat().st_size
-    header = np.fromfile(path, np.int32, 256)
-    magic, version, count = (int(h) for h in header[:3]) if len(header) == 256 else (0, 0, 0)
-    if magic in SHARD_DTYPES:
-        dtype = np.dtype(SHARD_DTYPES[magic])
-        if size != 1024 + count * dtype.itemsize:
-            raise BadInput(f"{(size - 1024) / dtype.itemsize:g} tokens, and {count} according "
-                           "to its header; truncated?")
-        return np.memmap(path, dtype, mode="r", offset=1024)
-    if 0 < version < 100 and count > 0 and size in (1024 + 2 * count, 1024 + 4 * count):
-        raise BadInput(f"a shard's header with the unknown magic number {magic}; "
-                       f"known: {', '.join(map(str, SHARD_DTYPES))}")
-    if size == 0 or size % 2:
-        raise BadInput(f"{size} bytes, which are no uint16 or uint32 tokens")
-    wide = (np.fromfile(path, np.uint32, 2**18) < n_vocab).all()
-    return np.memmap(path, np.uint32 if wide else np.uint16, mode="r")
 
 
 HELD_OUT_NAMES = {"val", "valid", "validation", "test"}
@@ -1241,13 +1137,11 @@ def find_shards(c: "Config", root: Path, paths: list[Path]):
     tokenizer = make_tokenizer_for(c, ())
     n_vocab = tokenizer_from_dict(tokenizer).n_vocab
     flags = f"--data={c.data} --tokenizer={c.tokenizer}"
-    with progress_bar(len(paths), "checking shards", "shard") as progress:
-        for path in paths:
-            tokens = open_shard(path, n_vocab, flags)
-            if (top := tokens.max(initial=0)) >= n_vocab:
-                raise BadInput(f"{flags}: {path} holds the token {top}, read as {tokens.dtype} (a "
-                               f".npy file would say its type); the tokenizer has {n_vocab}")
-            progress.update()
+    for path in paths:
+        tokens = open_shard(path, n_vocab, flags)
+        if (top := tokens.max(initial=0)) >= n_vocab:
+            raise BadInput(f"{flags}: {path} holds the token {top}, read as {tokens.dtype} (a .npy "
+                           f"file would say its type); the tokenizer has {n_vocab}")
     names = {p: p.relative_to(root).as_posix() for p in paths}
     val = [p for p in paths if HELD_OUT_NAMES & {*re.findall("[a-z]+", names[p].lower())}]
     if not val and len(paths) > 1:
@@ -1286,15 +1180,10 @@ def flag(default, help, choices=None, least=None, most=None, needs=None):
                                             "most": most, "needs": needs})
 
 
-def kinds_of(c) -> str:
-    """The mixer of each block, as a letter: A attention, M Mamba-2, H both, L affine."""
-    return MIXERS[c.mixer] * c.n_layer if c.mixer in MIXERS else c.mixer
-
-
 NEEDS = {
     "--tokenizer=bpe": lambda c: c.tokenizer == "bpe",
-    "blocks with attention": lambda c: {*kinds_of(c)} & {*"AH"},
-    "blocks with Mamba-2": lambda c: {*kinds_of(c)} & {*"MH"},
+    "blocks with attention": lambda c: {*ModelConfig.kinds(c)} & {*"AH"},
+    "blocks with Mamba-2": lambda c: {*ModelConfig.kinds(c)} & {*"MH"},
     "--n_experts": lambda c: c.n_experts > 0,
     "--param=mup or completep": lambda c: c.param != "standard",
     "--param=completep": lambda c: c.param == "completep",
@@ -1391,9 +1280,8 @@ class Config:
     multiplier_placement: str = flag("all", "all: rows and columns of every matrix; "
                                      "symmetry_free: without the redundant ones, see optim.py",
                                      ("all", "symmetry_free"), needs="--multipliers")
-    multiplier_modules: str = flag("embedding,attention,mlp,ssm", "modules that get multipliers; "
-                                   "another value must name modules of the model only",
-                                   needs="--multipliers")
+    multiplier_modules: str = flag("embedding,attention,mlp,ssm", "modules that get multipliers, "
+                                   "as far as the model has them", needs="--multipliers")
     multiplier_lr: float = flag(1e-2, "peak learning rate of the multipliers",
                                 least=1e-30, most=1e6, needs="--multipliers")
     multiplier_weight_decay: float = flag(2e-3, "weight decay of the multipliers", least=0,
@@ -1496,9 +1384,7 @@ def out_of_range(c: Config) -> list[str]:
     bad = []
     for name, f in FLAGS.items():
         value, m = getattr(c, name), f.metadata
-        if "\0" in str(value):
-            bad.append(f"--{name}={value!r}: no NUL byte is possible")
-        elif m["choices"] and value not in m["choices"]:
+        if m["choices"] and value not in m["choices"]:
             bad.append(f"--{name}={value}: one of {', '.join(m['choices'])} is needed")
         if m["least"] is not None and not value >= m["least"]:
             bad.append(f"--{name}={value}: at least {m['least']:g} is needed")
@@ -1654,23 +1540,18 @@ def set_up_devices(c: Config) -> Devices:
         libc.mallopt(-3, 1 << 30)
         libc.mallopt(-1, 2**31 - 1)
     if "RANK" in os.environ and not dist.is_initialized():
-        backend = {"backend": "gloo"}
-        if device.type == "cuda":
-            backend = {"backend": "nccl", "device_id": device}
-        dist.init_process_group(**backend)
+        gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     bf16 = c.dtype == "bf16" or c.dtype == "auto" and has_fast_bf16(device)
     return Devices(device, rank, world, bf16)
 
 
 def compare_ranks(c: Config, devices: Devices):
-    """Raises BadInput on all ranks unless they have the same flags, source and checkpoint."""
+    """Raises BadInput on all ranks unless they have the same flags and source."""
     if not dist.is_initialized():
         return
     own = {f"--{name}": value for name, value in asdict(c).items()}
     own |= {name: provenance(devices)[name] for name in ("source_sha256", "torch", "bf16")}
-    if c.resume:
-        with zipfile.ZipFile(c.resume) as archive:
-            own[c.resume] = [part.CRC for part in archive.infolist()]
     found = [None] * devices.world
     dist.all_gather_object(found, own)
     for rank, name in itertools.product(range(devices.world), found[0]):
@@ -1708,46 +1589,23 @@ def say(text: str):
         tqdm.write(text, file=sys.stdout)
 
 
-def progress_bar(total, what: str, unit: str, **kwargs):
-    """A progress bar on rank 0's terminal, nothing elsewhere."""
-    hidden = not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"
-    return tqdm(total=total, desc=what, unit=unit, disable=hidden, leave=not what,
-                dynamic_ncols=True, **kwargs)
-
-
 @contextlib.contextmanager
-def clear_out_of_memory(c: Config):
-    """Turns an error of the allocation into one line that names --micro_batch."""
+def stop_signals():
+    """Yields the set of the signals received so far, out of SIGINT and SIGTERM. The first one asks
+    the loop to stop; the same signal again exits at once. (Under torchrun, Ctrl-C arrives as both
+    signals.)"""
+    seen = set()
+
+    def handle(number, frame):
+        if number in seen:
+            sys.exit(128 + number)
+        seen.add(number)
+
+    old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
-    except (RuntimeError, MemoryError) as e:
-        if not out_of_memory(e):
-            raise
-        raise Failed(f"out of memory with --micro_batch={c.micro_batch}; a lower one needs less "
-                     f"({str(e)[:200]})") from None
-
-
-class StopSignals:
-    """The signals received so far, out of SIGINT and SIGTERM. The first one asks the loop to stop;
-    the same signal again exits at once. (Under torchrun, Ctrl-C arrives as both signals.)"""
-
-    def __init__(self):
-        self.seen, self.old = set(), {}
-
-    def handle(self, number, frame):
-        if number in self.seen:
-            raise SystemExit(128 + number)
-        self.seen.add(number)
-
-    def __enter__(self):
-        try:
-            self.old = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # only the main thread can handle signals
-            pass
-        return self
-
-    def __exit__(self, *_):
-        for s, handler in self.old.items():
+        yield seen
+    finally:
+        for s, handler in old.items():
             signal.signal(s, handler)
 
 
@@ -1775,26 +1633,16 @@ def write_config(c: Config, devices: Devices):
 
 @contextlib.contextmanager
 def run_folder(c: Config, world: int):
-    """Makes --out_dir, or the first free runs/N, and holds it for this process alone. Yields c with
-    this --out_dir. A folder without a line of metrics is removed again."""
-    folders = [Path(c.out_dir)] if c.out_dir else (Path(f"runs/{n}") for n in itertools.count(1))
+    """Makes --out_dir, or the first free runs/N, and holds it for this process alone. Yields its
+    name."""
+    folders = [c.out_dir] if c.out_dir else (f"runs/{n}" for n in itertools.count(1))
     for folder in folders:
-        new = [path for path in (folder, *folder.parents) if not path.exists()]
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True, exist_ok=bool(c.out_dir))
+            Path(folder).mkdir(parents=True, exist_ok=bool(c.out_dir))
             break
-    try:
-        with locked(folder, flag="--out_dir="):
-            check(c, world)  # again: another run can have ended here meanwhile
-            try:
-                yield replace(c, out_dir=str(folder))
-            finally:
-                if not (folder / "metrics.jsonl").exists():
-                    (folder / "config.json").unlink(missing_ok=True)
-    finally:
-        for path in new:
-            with contextlib.suppress(OSError):  # not empty
-                path.rmdir()
+    with locked(folder, flag="--out_dir="):
+        check(c, world)  # again: another run can have ended here meanwhile
+        yield folder
 
 
 class Metrics:
@@ -1804,12 +1652,12 @@ class Metrics:
 
     def __init__(self, out_dir: Path, step: int, writes: bool):
         self.path, self.writes, self.lines = out_dir / "metrics.jsonl", writes, []
-        if step > 0 and self.path.exists():
+        if self.path.exists():
             self.lines = [line for line in read_lines(out_dir)
                           if line["step"] <= step - ("val_loss" in line)]
-        if writes and self.path.exists():
-            with written_whole(self.path) as tmp:
-                tmp.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            if writes:
+                with written_whole(self.path) as tmp:
+                    tmp.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
     def write(self, state: State, **values):
         line = {"step": state.step, "tokens": state.tokens, "flops": state.flops,

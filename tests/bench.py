@@ -520,7 +520,7 @@ def race_run(bench, held_out, steps: int) -> float:
         result = train.train(train.Config(
             data=bench.args.data, tokenizer="bytes", steps=steps, eval_every=steps, sample_tokens=0,
             save_every=steps, device=bench.args.device, out_dir=f"{folder}/run"))
-        model = ours.model_from_checkpoint(ours.load_checkpoint(result["checkpoint"]), device)
+        model = ours.model_from_checkpoint(ours.load_checkpoint(result["checkpoint"])).to(device)
     short = held_out_loss(lambda idx, y: model.loss(model(idx)[0], y), held_out, device)
     bench.report(name=f"ours, {steps} steps", loss=result["val_loss"], loss_at_context_64=short,
                  seconds=result["seconds"])

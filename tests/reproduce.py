@@ -206,7 +206,7 @@ def estimate(words: tuple) -> float:
     if c.teacher == "smollm2":
         taught = {"let": c.let_stop * (c.let_weight > 0), "salt": 0.17}.get(c.distill, 1)
         per_token += 2.7e8 * taught
-    slow = 2.5 if {*train.kinds_of(c)} & {*"MH"} else 1
+    slow = 2.5 if {*train.ModelConfig.kinds(c)} & {*"MH"} else 1
     step = 0.03 + 0.006 * c.n_layer + c.batch_tokens * per_token / 1.3e11
     evaluations = 1 + c.steps // c.eval_every
     evaluation = evaluations * c.eval_tokens * per_token / 4e11

@@ -185,7 +185,7 @@ def test_a_run_of_a_million_characters_is_trained_on_and_encoded_whole(run, toke
     enc = t.tokenizer_from_dict(tokenizer)
     text = f"x = 1\n{run * (10**6 // len(run))}\nend\n"
     assert enc.decode(encode(enc, text), errors="strict") == text
-    t.write_shard(tmp_path / "x.bin", [("a", text), ("b", text[-9:])], enc, "")
+    t.write_shard(tmp_path / "x.bin", [("a", text), ("b", text[-9:])], enc)
     ids = t.open_shard(tmp_path / "x.bin", enc.n_vocab).tolist()
     assert ids == [enc.eot_token, *encode(enc, text), enc.eot_token, *encode(enc, text[-9:])]
     assert [*t.train_bpe([text], 258)] == [*t.train_bpe([text[:6], run * 999], 258)]
@@ -248,7 +248,7 @@ def test_names_and_records_that_are_not_unicode_are_read(folder, tiny, cache, tm
 def test_a_token_takes_two_bytes_where_the_vocabulary_fits_and_else_four(n_vocab, dtype, tmp_path):
     enc = SimpleNamespace(n_vocab=n_vocab, eot_token=n_vocab - 1,
                           encode_ordinary_batch=lambda texts, num_threads: [[n_vocab - 2, 5]])
-    t.write_shard(tmp_path / "x.bin", [("a", "text")], enc, "")
+    t.write_shard(tmp_path / "x.bin", [("a", "text")], enc)
     tokens = t.open_shard(tmp_path / "x.bin", n_vocab)
     assert tokens.dtype == dtype and tokens.tolist() == [n_vocab - 1, n_vocab - 2, 5]
 
@@ -259,10 +259,9 @@ def test_text_is_found_by_folder_glob_and_name_but_not_what_is_hidden(folder):
                         ("*/a.*", ["a.md"]), ("b.txt", ["b.txt"])):
         root, files = t.find_files(str(folder / data))
         assert [p.relative_to(root).as_posix() for p in files] == names
-    for link, target in (("sub/up", ""), ("up", ""), ("same.txt", "b.txt"), ("far", "../far")):
-        (folder / link).symlink_to(folder / target)  # the first two would never end
-    write_text(folder.parent / "far", {"f.txt": "f", "deep/g.txt": "g"})
-    names = ["b.txt", "far/deep/g.txt", "far/f.txt", "sub/a.md"]
+    for link, target in (("sub/up", ""), ("up", ""), ("same.txt", "b.txt")):
+        (folder / link).symlink_to(folder / target)
+    names = ["b.txt", "sub/a.md"]
     root, files = t.find_files(str(folder))
     assert [p.relative_to(root).as_posix() for p in files] == names
     assert t.find_files(f"{folder}/*.txt")[1] == [folder / "b.txt"]
@@ -272,28 +271,25 @@ def test_text_is_found_by_folder_glob_and_name_but_not_what_is_hidden(folder):
     assert not any({"test", "site-packages", "__pycache__"} & {*p.parts} for p in names)
 
 
-@pytest.mark.parametrize("damage", [
-    Path.unlink, lambda path: os.truncate(path, path.stat().st_size - 1),
-    lambda path: path.write_bytes(path.read_bytes().replace(b"5", b"6", 1))],
-    ids=["missing", "cut", "other"])
-def test_tokens_are_made_once_and_a_damaged_cache_is_named_and_made_again(
-        damage, folder, tiny, cache, capsys):
+def test_tokens_are_made_once_and_what_a_killed_process_left_is_made_again(folder, tiny, cache):
     write_text(folder, {f"{i}.txt": f"document {i} of 5\n" * 30 for i in range(9)})
     c = tiny(data=str(folder), tokenizer="bpe", vocab_size=260)
     before = t.load_data(c)
     expected = ids_of(before.train), ids_of(before.val), before.tokenizer
-    for name in ("train.bin", "val.bin", "tokenizer.json", "checksums.json"):
-        file, = cache.rglob(name)
-        (file.parent / ".train.bin.0123456789abcdef.tmp").write_bytes(b"of a killed process")
-        damage(file)
-        capsys.readouterr()
+    made = files_below(cache)
+    for name in ("", "val.bin", "train.bin"):  # tokenizer.json is written after these
+        if name:
+            file, = cache.rglob(name)
+            file.with_name(f".{name}.0123456789abcdef.tmp").write_bytes(b"of a killed process")
+            file.unlink()
+            file.with_name("tokenizer.json").unlink()
         data = t.load_data(c)
         assert (ids_of(data.train), ids_of(data.val), data.tokenizer) == expected
-        said, made = capsys.readouterr().out, files_below(cache)
-        assert str(file.parent) in said and said.count("\n") == 1 and len(made) == 4
-        data = t.load_data(c)
-        assert (ids_of(data.train), ids_of(data.val), data.tokenizer) == expected
-        assert files_below(cache) == made and capsys.readouterr().out == ""
+        assert files_below(cache).keys() == made.keys() and (name or files_below(cache) == made)
+    part, = cache.rglob("val.bin")
+    os.truncate(part, part.stat().st_size - 2)
+    with pytest.raises(t.BadInput, match=str(part)):
+        t.load_data(c)
 
 
 def test_two_processes_with_one_process_id_share_a_cache(folder, tiny, cache):
@@ -306,7 +302,7 @@ def test_two_processes_with_one_process_id_share_a_cache(folder, tiny, cache):
     with ThreadPoolExecutor() as pool:
         runs = [*pool.map(lambda _: run_python("-c", code, *flags), range(2))]
     made = files_below(cache)
-    assert [run.returncode for run in runs] == [0, 0] and len(made) == 4
+    assert [run.returncode for run in runs] == [0, 0] and len(made) == 3
     assert documents_of(t.load_data(t.parse_flags(flags)), texts.values()) == sorted(texts.values())
     assert files_below(cache) == made
 
@@ -873,10 +869,10 @@ def test_a_signal_saves_at_the_next_step_on_all_ranks_and_exits_with_its_code(
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 def test_the_same_signal_twice_aborts():
-    with t.StopSignals() as signals:
+    with t.stop_signals() as seen:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)  # torchrun's echo of a Ctrl-C: another, the same wish
-        assert signals.seen == {signal.SIGTERM, signal.SIGINT}
+        assert seen == {signal.SIGTERM, signal.SIGINT}
         with pytest.raises(SystemExit) as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.1)
@@ -966,7 +962,7 @@ def finished(corpus, teacher, tmp_path_factory):
 
 
 WRONG_VALUES = {int: ["x", "", "1.5", "nan", "-9", "1" * 5000],
-                float: ["x", "", "nan", "1e999", "-9"], bool: ["maybe", ""], str: ["a\0b"]}
+                float: ["x", "", "nan", "1e999", "-9"], bool: ["maybe", ""], str: []}
 
 
 @pytest.mark.parametrize("name", t.FLAGS)
@@ -975,7 +971,7 @@ def test_a_value_that_a_flag_cannot_have_is_refused_by_name(name, tiny, refused)
     for value in WRONG_VALUES[f.type] + (["odd", ""] if f.metadata["choices"] else []):
         if (name, value) != ("let_teacher_layer", "-9"):
             said = refused(t.main, *flags_of(tiny()), f"--{name}={value}")
-            assert f"--{name}" in said and value.split("\0")[0][:9] in said
+            assert f"--{name}" in said and value[:9] in said
 
 
 @pytest.mark.parametrize("flag", ["resume", "init_from", "teacher", "data", "lr_law", "out_dir"])
@@ -1003,7 +999,7 @@ REFUSED = """
     --steps=10 --warmup_steps=11 | --lr=1.0 --lr_law=x | --module_lr=heads=2 | --module_lr=head=-1
     (--optimizer=adamw --tie_embeddings) --momentum=0.5 --muon_scale=spectral --embedding_lr=3.0
     (--schedule=cosine) --decay_fraction=0.5 | (--multipliers=scalar) --multiplier_modules=all
-    (--multipliers=scalar) --multiplier_modules=mlp,ssm | --distill=kd
+    (--multipliers=scalar) --multiplier_modules=ssm | --distill=kd
     (--multipliers=scalar --tie_embeddings) --multiplier_modules=mlp,head
     (--multipliers=scalar) --clip_multipliers=True --clip=0.0 | TAUGHT --let_teacher_layer=2
     (--teacher=auto) --let_student_layer=3 | (--teacher=auto) --distill_temperature=2.0
@@ -1048,9 +1044,9 @@ BAD_DATA = {  # files; --data below their folder and further flags; words of the
     "too short": ({"a.txt": b"short line\n" * 20}, "a.txt", "held-out --block_size=32"),
     "too few pairs": ({"a.txt": b"ab\n" * 99}, " --tokenizer=bpe --vocab_size=300", "=300 258"),
     "shards and bpe": ({"a.bin": raw(FINE)}, " --tokenizer=bpe", "--tokenizer=bpe"),
-    "wrong magic": ({"a.bin": llm_c(FINE, magic=12345)}, "", "a.bin 12345 20240801"),
+    "wrong magic": ({"a.bin": llm_c(FINE, magic=12345)}, "", "a.bin 12345"),
     "truncated": ({"a.bin": llm_c(FINE[:1500], count=2000)}, "", "a.bin 2000 1500"),
-    "odd number of bytes": ({"a.bin": raw(FINE) + b"x"}, "", "a.bin 4001"),
+    "odd number of bytes": ({"a.bin": raw(FINE) + b"x"}, "", "a.bin"),
     "empty shard": ({"a.bin": raw(FINE), "b.bin": b""}, "", "b.bin"),
     "token beyond": ({"a.bin": raw(FINE), "b.bin": llm_c(FINE + [300])}, "", "b.bin 300 257"),
     **{f"npy of {array.dtype} {array.shape}": ({"a.npy": npy(array)}, "", "a.npy") for array in (
