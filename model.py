@@ -987,15 +987,15 @@ def log_likelihoods(model, sequences, at_once: int = 1 << 25) -> list[tuple[floa
     two lists of equal length. at_once: about how many logits one forward pass may make. Sequences
     of similar length share a pass. The head runs only where a target counts."""
     found, max_tokens = {}, at_once // model.config.vocab_size
+    pad, device = nn.utils.rnn.pad_sequence, model.head.weight.device
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]), reverse=True)
     while order:
         n = max(1, max_tokens // len(sequences[order[0]][0]))
         batch, order = order[:n], order[n:]
-        idx, targets = (nn.utils.rnn.pad_sequence(
-            [torch.tensor(sequences[i][side]) for i in batch], batch_first=True,
-            padding_value=padding).to(model.head.weight.device)
-            for side, padding in ((0, 0), (1, IGNORE)))
-        x, _ = model.forward(idx)
+        ids, targets = ([torch.tensor(sequences[i][side], device=device) for i in batch]
+                        for side in (0, 1))
+        targets = pad(targets, batch_first=True, padding_value=IGNORE)
+        x, _ = model.forward(pad(ids, batch_first=True))
         counted = targets != IGNORE
         nats = F.cross_entropy(model.logits(x[counted]).float(), targets[counted], reduction="none")
         for i, own in zip(batch, nats.cpu().double().split(counted.sum(1).tolist()), strict=True):
@@ -1277,28 +1277,23 @@ def locked(folder, wait=False, flag=""):
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        if take_lock(handle, folder, wait, flag):
-            for dead in folder.glob(".*.tmp"):
-                remove(dead)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise BadInput(f"{flag}{folder}: another process writes to this folder") from None
+            print(f"waiting for the process that writes to {folder}", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:  # a disk without locks on folders, such as NFS
+            yield
+            return
+        for dead in folder.glob(".*.tmp"):
+            remove(dead)
         HELD.add(folder)
         yield
     finally:
         HELD.discard(folder)
         os.close(handle)
-
-
-def take_lock(handle: int, folder: Path, wait: bool, flag: str) -> bool:
-    """Locks an open folder. False on a disk that has no locks on folders, such as NFS."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not wait:
-            raise BadInput(f"{flag}{folder}: another process writes to this folder") from None
-        print(f"waiting for the process that writes to {folder}", file=sys.stderr)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
 
 
 def remove(path: Path):

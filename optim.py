@@ -331,7 +331,7 @@ class Multipliers:
                 self.W[name] = nn.Parameter(p.detach().clone())
         if not self.W or {*modules} - found - {"attention", "mlp", "ssm"}:
             raise BadInput(f"--multiplier_modules={','.join(modules)}: this model has "
-                           f"{', '.join(found)}")
+                           f"{', '.join(sorted(found))}")
 
     @property
     def pieces(self) -> dict[str, list[Piece]]:

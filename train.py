@@ -31,7 +31,6 @@ import argparse
 import contextlib
 import ctypes
 import datetime
-import errno
 import functools
 import gc
 import glob
@@ -164,8 +163,8 @@ def loop(run: "Run", signals: set) -> dict:
     batches = run.batches()
     batch = next(batches)
     stopping = False
-    shown = None if run.devices.rank == 0 else True  # on rank 0 if it has a terminal
-    with tqdm(total=c.steps, initial=state.step, unit="step", disable=shown) as progress:
+    hidden = True if run.devices.rank else None  # None: only where there is no terminal
+    with tqdm(total=c.steps, initial=state.step, unit="step", disable=hidden) as progress:
         while True:
             run.evaluate_and_save(stopping)  # only at some steps; does not count as training time
             if state.step == c.steps or stopping:
@@ -343,9 +342,11 @@ class Run:
         self.metrics = Metrics(Path(out_dir), self.state.step, writes=devices.rank == 0)
         self.clock = time.perf_counter()
         self.logged_tokens, self.logged_seconds = self.state.tokens, self.state.seconds
-        say(f"{out_dir}: {describe_size(self.model)}, {'bf16' if devices.bf16 else 'fp32'} on "
-            f"{devices.world} x {devices.name()}; {len(data.train) * c.block_size:,} training "
-            f"tokens, {len(data.val) * c.block_size:,} held out")
+        say(f"{out_dir}: {self.model.num_params():,} parameters, "
+            f"{self.model.flops_per_token():,} FLOPs per token, "
+            f"{'bf16' if devices.bf16 else 'fp32'} on {devices.world} x {devices.name()}; "
+            f"{len(data.train) * c.block_size:,} training tokens, "
+            f"{len(data.val) * c.block_size:,} held out")
 
     def load(self, checkpoint: dict):
         """Continues from a checkpoint: weights, optimizers, terms and state. Nothing in a step
@@ -689,8 +690,9 @@ def make_optimizers(c: "Config", model: GPT, terms: list, devices: "Devices") ->
 
 
 def print_plan(c: "Config", data: "Data", teacher) -> dict:
-    """--dry_run: prints and returns what the run would cost. The model is made on the meta device,
-    which needs no memory."""
+    """--dry_run: prints and returns what the run would cost. flops: the teacher's included;
+    memory_bytes: of weights, gradients and optimizer, without activations. The model is made on the
+    meta device, which needs no memory."""
     if c.init_from:
         start_from(c, data.tokenizer)  # refuses what the run would refuse
     with torch.device("meta"):
@@ -709,22 +711,10 @@ def print_plan(c: "Config", data: "Data", teacher) -> dict:
     for term in terms:
         flops += term.flops_per_token(c.block_size, 0) * c.batch_tokens * taught
     plan = {"parameters": n, "steps": c.steps, "tokens": tokens, "flops": flops,
-            "memory_bytes": memory, "interrupted": 0}
-    train_tokens, held_out = len(data.train) * c.block_size, len(data.val) * c.block_size
-    say(f"plan\n  parameters      {describe_size(model)}\n"
-        f"  data            {train_tokens:,} training tokens, {held_out:,} held out\n"
-        f"  steps           {c.steps:,} of {c.batch_tokens:,} tokens: {tokens:,} tokens, "
-        f"{tokens / train_tokens:.2f} epochs\n"
-        f"  FLOPs           {flops:.3g} in all (the teacher's included)\n"
-        f"  memory          {memory / 1e6:,.0f} MB weights, gradients and optimizer, beside the "
-        "activations")
-    return plan
-
-
-def describe_size(model: GPT) -> str:
-    n, active = model.num_params(), model.num_params(active=True)
-    some = f" ({active:,} active)" if active < n else ""
-    return f"{n:,} parameters{some}, {model.flops_per_token():,} FLOPs per token"
+            "epochs": round(tokens / len(data.train) / c.block_size, 3), "memory_bytes": memory}
+    for name, value in plan.items():
+        say(f"{name:<12} {value:>30,}")
+    return {**plan, "interrupted": 0}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -811,16 +801,13 @@ def make_tokenizer_for(c: "Config", texts) -> dict:
         return load_tokenizer(*pretrained_name(c))
     if name == "bytes":
         return make_tokenizer("bytes", {bytes([i]): i for i in range(256)}, BYTES_PATTERN)
-    known = tiktoken.list_encoding_names()
-    if name not in known:
-        raise BadInput(f"--tokenizer={name}: bpe, bytes, teacher, or one of tiktoken's: "
-                       f"{', '.join(known)}")
     try:
         return tokenizer_to_dict(tiktoken.get_encoding(name))
-    except OSError as e:  # requests' errors are OSErrors
-        raise BadInput(f"--tokenizer={name}: tiktoken could not fetch its vocabulary "
-                       f"({type(e).__name__}); on a machine with a network run it once with "
-                       "TIKTOKEN_CACHE_DIR=FOLDER, and copy that folder here") from None
+    except (ValueError, OSError) as e:  # no such name, or no network: requests' errors are OSErrors
+        raise BadInput(f"--tokenizer={name}: bpe, bytes, teacher, or one of tiktoken's ("
+                       f"{', '.join(tiktoken.list_encoding_names())}), which it fetches once "
+                       f"({type(e).__name__}); without a network, copy here the folder of "
+                       "TIKTOKEN_CACHE_DIR=FOLDER of a machine with one") from None
 
 
 def pretrained_name(c: "Config") -> tuple[str, str]:
@@ -965,14 +952,10 @@ def download(name: str) -> list[Path]:
             else:
                 from huggingface_hub import hf_hub_download  # the extra `hf`
                 hf_hub_download(dataset, file, repo_type="dataset", local_dir=folder)
-        except ImportError:
-            raise BadInput(f"--data={name}: needs huggingface_hub; pip install -e "
-                           "'.[hf]'") from None
-        except Exception as e:  # without a network, the hub's client raises many kinds of errors
-            if getattr(e, "errno", None) == errno.ENOSPC:
-                raise
-            raise BadInput(f"--data={name}: no download ({type(e).__name__}); fetch {file} of "
-                           f"{dataset or SHAKESPEARE} elsewhere and put it at {path}") from None
+        except Exception as e:  # the hub's client raises many kinds of errors
+            raise BadInput(f"--data={name}: no download ({type(e).__name__}); it needs a network, "
+                           "and for the hub `pip install -e '.[hf]'`; or put the file "
+                           f"{file} of {dataset or SHAKESPEARE} at {path}") from None
     return [folder / file for file in names]
 
 

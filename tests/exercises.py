@@ -364,7 +364,6 @@ EQUIVALENT = {
     ("ssd", "K * Q >= T"): "fills up with no tokens",
     ("chunked_loss", "part = m"): "the number of rows at a time changes the speed alone",
     ("chunked_loss", "if not compiled"): "the same loss, compiled",
-    ("chunked_loss", "if not x.is_meta"): "concerns tensors without values",
     ("pick", "+1"): "there are two axes, of which the last is axis 1",
     ("pick", "top_k <= "): "keeps all tokens",
     ("pick", "if top_p <"): "keeps all tokens",
