@@ -60,6 +60,7 @@ from model import (
     new_folder,
     product_dtype,
     read_json_lines,
+    reading,
     rope_tables,
     tokenizer_from_dict,
     tokenizer_id,
@@ -595,22 +596,11 @@ def draw_prompts(documents, enc, n: int, n_tokens: int, seed: int) -> list[list[
 
 def load_score(name: str):
     """The user's function `module:function`: (prompts, completions) -> one number for each
-    completion, as TRL's reward functions. Its results are checked."""
+    completion, as TRL's reward functions. The module may be in the current folder."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
-    try:
-        reward = getattr(importlib.import_module(module), function)
-    except Exception as e:  # the user's module can fail in any way
-        raise BadInput(f"--score={name}: not likelihood, none or module:function ({e})") from None
-
-    def checked(prompts, completions):
-        scores = [float(s) for s in reward(prompts=prompts, completions=completions)]
-        if len(scores) != len(completions) or not all(map(math.isfinite, scores)):
-            raise BadInput(f"--score={name}: a finite number for each completion is needed, "
-                           f"not {scores[:4]}")
-        return scores
-
-    return checked
+    with reading(f"--score={name}: likelihood, none or module:function are needed"):
+        return getattr(importlib.import_module(module), function)
 
 
 def write_text(model, enc, prompts, n_tokens: int, temperatures=(1.0,), seeds=(0,), top_p=1.0,
@@ -645,8 +635,12 @@ def write_text(model, enc, prompts, n_tokens: int, temperatures=(1.0,), seeds=(0
         sequences = [(ids[:-1], [IGNORE] * (start - 1) + ids[start:]) for _, ids in kept.values()]
         scores = [total / n for total, n in log_likelihoods(model, sequences)]
     elif score != "none":
-        scores = score([r["prompt"] for r in records],
-                       [r["text"][len(r["prompt"]):] for r in records])
+        scores = [float(s) for s in score(
+            prompts=[r["prompt"] for r in records],
+            completions=[r["text"][len(r["prompt"]):] for r in records])]
+        if len(scores) != len(records) or not all(map(math.isfinite, scores)):
+            raise BadInput(f"--score={score.__module__}:{score.__name__}: a finite number for each "
+                           f"completion is needed, not {scores[:4]}")
     for r, value in zip(records, scores, strict=True):
         r["score"] = value
     if not best:
@@ -901,10 +895,6 @@ def keep_states(states: dict, k: int, block, args, kwargs, out):
     states[k] = out[0] if isinstance(out, tuple) else out
 
 
-def first_line(e) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
-
-
 def need_package(module: str, where: str):
     """Imports an optional package. If it is missing, BadInput says what to install. where: the flag
     that needs it, and its value."""
@@ -922,14 +912,15 @@ def from_pretrained(kind: str, name: str, where: str, **settings):
     try:
         return auto.from_pretrained(name, trust_remote_code=False, **settings)
     except Exception as e:  # damaged files raise errors of many kinds
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         if "trust_remote_code" in str(e):
             raise BadInput(f"{where}: it needs code of its own, which is never run") from None
         if Path(name).is_dir():
             raise BadInput(f"{where}: {kind} of transformers cannot read this folder "
-                           f"({first_line(e)})") from None
+                           f"({reason})") from None
         raise BadInput(f"{where}: no such folder or checkpoint here, and no such id on the Hugging "
                        "Face hub, or no network to ask it; where there is one, run `hf download "
-                       f"{name} --local-dir FOLDER` and give FOLDER ({first_line(e)})") from None
+                       f"{name} --local-dir FOLDER` and give FOLDER ({reason})") from None
 
 
 def tokenizer_from_hf(theirs, name: str, where: str) -> dict:
@@ -971,13 +962,10 @@ def read_smollm2(where: str) -> tuple:
     reader.tqdm = partial(tqdm, disable=None)  # no progress bar unless stderr is a terminal
     with torch.device("meta"):  # the reader wants the names of the weights
         names = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=30))
-    try:
+    with reading(f"{where}: {path}"):
         read = reader.load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=names)
         tokens, kinds = read["tokenizer"]["tokens"], read["tokenizer"]["token_type"]
         merges = [tuple(merge.split(" ")) for merge in read["tokenizer"]["merges"]]
-    except Exception as e:  # damaged bytes raise errors of many kinds
-        raise BadInput(f"{where}: {path} is damaged; install {SMOLLM2} again "
-                       f"({first_line(e)})") from None
     bpe = tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges)
     t, pre = tokenizers.Tokenizer(bpe), tokenizers.pre_tokenizers
     t.pre_tokenizer = pre.Sequence(
@@ -1000,12 +988,9 @@ def load_transformers(name: str, n_vocab: int, dtype, where: str):
     rows = theirs.get_input_embeddings().weight.shape[0]
     if rows < n_vocab:
         raise BadInput(f"{where}: its tokenizer has {n_vocab} tokens and its embedding {rows}")
-    try:
+    with reading(f"{where}, a {type(theirs).__name__}"):
         ours = from_hf(theirs.config, theirs.state_dict(), n_vocab)
         return ours or HFModel(theirs.eval(), n_vocab)
-    except (ValueError, AttributeError, KeyError, TypeError, RuntimeError, IndexError) as e:
-        raise BadInput(f"{where}: a {type(theirs).__name__} cannot be a teacher here: "
-                       f"{first_line(e)}") from None
 
 
 def is_checkpoint(name) -> bool:
