@@ -91,52 +91,14 @@ def linearity_score(X, Y) -> float:
     return 1 - (X @ A - Y).square().sum().item()
 
 
-class Moments:
-    """The sums over tokens that a linear fit of D on X needs, so that no states have to be kept.
-    All in float64.
-
-    n: number of tokens so far. Z (n, 2 d) is X and D side by side. mean (2 d,): of Z. products
-    (2 d, 2 d): Z^T Z with Z centered. norm_ratio, cosine: sums over tokens of ||D_i|| / ||Y_i|| and
-    of cos(X_i, Y_i), not centered."""
-
-    def __init__(self, width: int, device="cpu"):
-        self.n = 0
-        self.mean = torch.zeros(2 * width, dtype=torch.float64, device=device)
-        self.products = torch.zeros(2 * width, 2 * width, dtype=torch.float64, device=device)
-        self.norm_ratio = 0.0
-        self.cosine = 0.0
-
-    def add(self, x, y):
-        """x, y: (..., d) states before and after a block. The centered products of two sets of
-        tokens are merged as in Chan, Golub & LeVeque (1983), which stays exact where a mean is
-        large."""
-        x, y = x.double().flatten(0, -2), y.double().flatten(0, -2)
-        d = y - x
-        self.norm_ratio += (d.norm(dim=1) / y.norm(dim=1).clamp(min=1e-300)).sum().item()
-        self.cosine += F.cosine_similarity(x, y, dim=1).sum().item()
-        z = torch.cat((x, d), dim=1)
-        gap = z.mean(0) - self.mean
-        z = z - z.mean(0)
-        share = len(z) / (self.n + len(z))
-        self.products += z.mT @ z + self.n * share * torch.outer(gap, gap)
-        self.mean += share * gap
-        self.n += len(z)
-
-    def about(self, mean):
-        """The products with another point, mean (2 d,), as the center."""
-        gap = self.mean - mean
-        return self.products + self.n * torch.outer(gap, gap)
+def joined(batches):
+    """[(x, y)], states (..., d) of batches of tokens, as one pair (n, d) in float64."""
+    return [torch.cat([h.flatten(0, -2) for h in states]).double() for states in zip(*batches)]
 
 
-def squared_error(A, products) -> float:
-    """||X A - D||^2 from products = Z^T Z (see Moments): X A - D = Z M, where M is A above -I. With
-    A = 0 this is ||D||^2, with A = -I it is ||Y||^2."""
-    M = torch.cat((A, -torch.eye(len(A)).to(A)))
-    return (M * (products @ M)).sum().item()
-
-
-def linearity(fit: Moments, held_out: Moments) -> dict:
-    """The scores of one block. The map is fitted on the tokens of `fit`.
+def linearity(fit, held_out) -> dict:
+    """The scores of one block. fit, held_out: pairs (x, y) of the states before and after it, each
+    (n, d) in float64. The map is fitted on the tokens of `fit`.
 
     n, rank: number of these tokens; rank of their X. full, free: linearity_score of (X, Y) and of
     (X, D) on these tokens, as the paper computes them. They are too high where n is not many times
@@ -148,19 +110,20 @@ def linearity(fit: Moments, held_out: Moments) -> dict:
     however nonlinear D is. X often has less than full rank (few distinct tokens): eigenvalues of
     X^T X below d eps times the largest count as 0. A block that adds nothing has no residual-free
     score (nan)."""
-    d = len(fit.products) // 2
-    xx, xd = fit.products[:d].split(d, dim=1)
-    e, V = torch.linalg.eigh(xx)
-    kept = e > d * torch.finfo(e.dtype).eps * e[-1].clamp(min=1e-300)
+    x, y = fit
+    mean_x, mean_d = x.mean(0), (y - x).mean(0)
+    X = x - mean_x
+    e, V = torch.linalg.eigh(X.mT @ X)
+    kept = e > len(e) * torch.finfo(e.dtype).eps * e[-1].clamp(min=1e-300)
     V = V[:, kept]
-    A = V @ (V.mT @ xd / e[kept, None])
-    out = {"n": fit.n, "rank": V.shape[1], "cosine": fit.cosine / fit.n,
-           "ratio_mean": fit.norm_ratio / fit.n}
-    minus_one = -torch.eye(d).to(A)
-    for sums, suffix in ((fit, ""), (held_out, "_held_out")):
-        error = squared_error(A, sums.about(fit.mean))
-        for name, B in (("full", minus_one), ("free", 0 * minus_one)):
-            size = squared_error(B, sums.products)  # ||Y||^2, ||D||^2
+    A = V @ (V.mT @ (X.mT @ (y - x)) / e[kept, None])  # X is centered, so D need not be
+    out = {"n": len(x), "rank": V.shape[1],
+           "cosine": F.cosine_similarity(x, y, dim=1).mean().item(),
+           "ratio_mean": ((y - x).norm(dim=1) / y.norm(dim=1)).mean().item()}
+    for (x, y), suffix in ((fit, ""), (held_out, "_held_out")):
+        error = ((x - mean_x) @ A - (y - x - mean_d)).square().sum().item()
+        for name, target in (("full", y), ("free", y - x)):
+            size = (target - target.mean(0)).square().sum().item()
             out[name + suffix] = 1 - error / size if size > 0 else math.nan
     return out
 
@@ -168,18 +131,15 @@ def linearity(fit: Moments, held_out: Moments) -> dict:
 @torch.no_grad()
 def linearity_profile(model, batches, skip_first=False) -> list[dict]:
     """linearity() of every block over batches of token ids (B, T): the even ones to fit, the odd
-    ones held out.
+    ones held out. All states are kept: 4 bytes * tokens * width * (blocks + 1).
     skip_first: leave position 0 out. Its states can be a hundred times as large as others (an
     attention sink) and then carry nearly all of the variance."""
-    numbers = tuple(range(model.config.n_layer + 1))
-    sums = [[Moments(model.config.n_embd, batches[0].device) for _ in range(2)]
-            for _ in numbers[1:]]
+    numbers, parts = tuple(range(model.config.n_layer + 1)), ([], [])
     for i, idx in enumerate(tqdm(batches, "linearity", unit="batch", disable=None, leave=False)):
         _, states = model.trunk(idx, hidden=numbers)
-        states = [h[:, int(skip_first):] for h in states]
-        for pair, x, y in zip(sums, states, states[1:]):
-            pair[i % 2].add(x, y)
-    return [{"block": k, **linearity(*pair)} for k, pair in enumerate(sums, start=1)]
+        parts[i % 2].append([h[:, int(skip_first):] for h in states])
+    return [{"block": k, **linearity(*(joined(states[k - 1:k + 1] for states in part)
+                                       for part in parts))} for k in numbers[1:]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -274,42 +234,47 @@ def remove_blocks(model: GPT, chosen) -> GPT:
     return with_blocks(model, [b for k, b in enumerate(blocks, start=1) if k not in chosen])
 
 
-def fit_affine(fit: Moments, held_out: Moments):
-    """(W (d, d), b (d,), ridge) of the map y = x + W x + b, float64.
+def fit_affine(fit, held_out):
+    """(W (d, d), b (d,), ridge) of the map y = x + W x + b, float64. fit, held_out: pairs (x, y) of
+    states, (n, d) each.
 
     Ridge regression on W, not on I + W, because a block is near the identity: min over B = W^T of
-    ||X B - D||^2 + ridge ||B||^2, X and D centered. The ridge, in units of the largest eigenvalue
-    of X^T X, is the one of inf, 1, 0.1, ..., 1e-12 with the smallest error on the tokens of
-    `held_out` (their sums about the mean of `fit`). A ridge of inf gives W = 0, a constant b."""
-    d = len(fit.products) // 2
-    xx, xd = fit.products[:d].split(d, dim=1)
-    e, V = torch.linalg.eigh(xx)
-    other = held_out.about(fit.mean)
+    ||X B - D||^2 + ridge ||B||^2, X and D = Y - X centered on `fit`. The ridge, in units of the
+    largest eigenvalue of X^T X, is the one of inf, 1, 0.1, ..., 1e-12 with the smallest error of
+    the map on `held_out`. A ridge of inf gives W = 0, a constant b."""
+    (x, y), (other_x, other_y) = fit, held_out
+    mean_x, mean_d = x.mean(0), (y - x).mean(0)
+    X = x - mean_x
+    e, V = torch.linalg.eigh(X.mT @ X)
+    projected = V.mT @ (X.mT @ (y - x))  # X is centered, so D need not be
 
     def solve(ridge):
-        return V @ (V.mT @ xd / (e.clamp(min=0) + ridge * e[-1])[:, None])
+        B = V @ (projected / (e.clamp(min=0) + ridge * e[-1])[:, None])
+        return B, mean_d - mean_x @ B
 
-    grid = (math.inf, *(10.0 ** -j for j in range(13)))
-    ridge = min(grid, key=lambda ridge: squared_error(solve(ridge), other))
-    B = solve(ridge)
-    mean_x, mean_d = fit.mean.split(d)
-    return B.mT, mean_d - mean_x @ B, ridge
+    def error(ridge):
+        B, b = solve(ridge)
+        return (other_x + other_x @ B + b - other_y).norm().item()
+
+    ridge = min((math.inf, *(10.0 ** -j for j in range(13))), key=error)
+    B, b = solve(ridge)
+    return B.mT, b, ridge
 
 
 @torch.no_grad()
 def replace_blocks(model: GPT, chosen, batches, skip_first=False) -> GPT:
     """The model with an affine map in place of each chosen block. batches: token ids (B, T); every
     fourth one chooses the ridge."""
-    c, first, device = model.config, int(skip_first), batches[0].device
+    c, first = model.config, int(skip_first)
     blocks, new = [*zip(c.kinds(), model.blocks)], model
     for k in sorted(chosen):
-        sums = [Moments(c.n_embd, device) for _ in range(2)]
+        parts = [], []
         for i, idx in enumerate(batches):
             x, _ = new.trunk(idx, blocks=k - 1)
             y, _ = model.trunk(idx, blocks=k)
-            sums[i % 4 == 3].add(x[:, first:], y[:, first:])
-        W, b, _ = fit_affine(*sums)
-        block = AffineBlock(c).to(device)
+            parts[i % 4 == 3].append((x[:, first:], y[:, first:]))
+        W, b, _ = fit_affine(*map(joined, parts))
+        block = AffineBlock(c).to(W.device)
         block.affine.weight.copy_(W / block.scale)  # the block multiplies by it
         block.affine.bias.copy_(b / block.scale)
         blocks[k - 1] = "L", block

@@ -380,6 +380,7 @@ EQUIVALENT = {
     ("linearity_score", "(Y - X @ A)"): "its square is the same",
     ("linearity_penalty", "eps=2e-08"): "concerns norms below 2e-8 alone",
     ("linearity_penalty", "(lower - upper)"): "its square is the same",
+    ("fit_affine", "(other_y - "): "its norm is the same",
     ("fit_affine", "range(14)"): "a ridge of 1e-13 is as good as one of 1e-12",
     ("hessian_product", "zip(v.split"): "a product in the other order",
     ("hessian_product", "=False"): "concerns parameters without a second derivative",

@@ -48,13 +48,6 @@ def table_cells(text):
 
 
 # Linearity: the score
-def moments(x, y, parts=1):
-    made = probes.Moments(x.shape[-1])
-    for a, b in zip(x.chunk(parts), y.chunk(parts)):
-        made.add(a, b)
-    return made
-
-
 def r_squared(x, y, x2=None, y2=None):
     """By numpy's least squares with an intercept, on the same rows or on others."""
     x2, y2 = (x, y) if x2 is None else (x2, y2)
@@ -74,16 +67,15 @@ def test_the_scores_are_the_r_squared_of_a_regression_on_the_same_tokens_and_on_
     x, x2 = randn(403, 12) @ randn(12, 12, seed=1) + 100, randn(50, 12, seed=1) * 1.3 + 100
     y, y2 = (block(t - 100) + 100 + 0.3 * randn(*t.shape, seed=2) for t in (x, x2))
     d = y - x
-    for parts in (1, 7):
-        got = probes.linearity(moments(x, y, parts), moments(x2, y2))
-        assert got["rank"] == 12 and got["n"] == 403
-        for name, target, target2 in (("full", y, y2), ("free", d, y2 - x2)):
-            in_sample = pytest.approx(r_squared(x, target), abs=1e-10)
-            assert got[name] == in_sample and probes.linearity_score(x, target) == in_sample
-            held_out = r_squared(x, target, x2, target2)
-            assert got[f"{name}_held_out"] == pytest.approx(held_out, abs=1e-9)
-        assert got["ratio_mean"] == pytest.approx((d.norm(dim=1) / y.norm(dim=1)).mean().item())
-        assert got["cosine"] == pytest.approx(F.cosine_similarity(x, y, dim=1).mean().item())
+    got = probes.linearity((x, y), (x2, y2))
+    assert got["rank"] == 12 and got["n"] == 403
+    for name, target, target2 in (("full", y, y2), ("free", d, y2 - x2)):
+        in_sample = pytest.approx(r_squared(x, target), abs=1e-10)
+        assert got[name] == in_sample and probes.linearity_score(x, target) == in_sample
+        held_out = r_squared(x, target, x2, target2)
+        assert got[f"{name}_held_out"] == pytest.approx(held_out, abs=1e-9)
+    assert got["ratio_mean"] == pytest.approx((d.norm(dim=1) / y.norm(dim=1)).mean().item())
+    assert got["cosine"] == pytest.approx(F.cosine_similarity(x, y, dim=1).mean().item())
 
 
 @pytest.mark.exercise("linearity_score")
@@ -94,10 +86,10 @@ def test_rank_deficient_and_ill_conditioned_states_are_solved():
     spread = U @ torch.diag(torch.logspace(0, -6, 10, dtype=torch.float64)) @ turn
     for x, rank, noise in ((few, 199, 0.1), (normed, 9, 0.1), (spread, 10, 0)):
         y = block(x) + noise * randn(*x.shape, seed=3)
-        got = probes.linearity(moments(x, y), moments(x, y))
+        got = probes.linearity((x, y), (x, y))
         assert got["rank"] == rank and got["full"] == pytest.approx(r_squared(x, y), abs=1e-9)
         assert probes.linearity_score(x, y) == pytest.approx(r_squared(x, y), abs=1e-9)
-    few = moments(randn(10, 30), randn(10, 30, seed=1))
+    few = randn(10, 30), randn(10, 30, seed=1)
     assert probes.linearity(few, few)["full"] == pytest.approx(1.0), "n <= d"
 
 
@@ -182,7 +174,7 @@ def test_the_fit_is_ridge_regression_on_the_difference_with_the_ridge_best_on_ot
         return x, x + 0.03 * x @ randn(d, d, seed=8) / d**0.5 + error - 0.2
 
     (x, y), other = tokens(n, 20), tokens(n, 30)
-    W, b, ridge = probes.fit_affine(moments(x, y, 3), moments(*other, 3))
+    W, b, ridge = probes.fit_affine((x, y), other)
     B, bias = ridge_by_lstsq(x, y, ridge)
     torch.testing.assert_close(W, B.mT, atol=1e-8, rtol=1e-6)
     torch.testing.assert_close(b, bias, atol=1e-7, rtol=1e-6)
@@ -217,7 +209,7 @@ def test_removing_is_a_loop_over_the_blocks_left_and_replacing_leaves_less_error
 
 
 def test_maps_are_fitted_in_depth_order_on_the_output_of_those_before():
-    model, sums = tiny_model(n_layer=4).requires_grad_(False), []
+    model, parts = tiny_model(n_layer=4).requires_grad_(False), []
     batches = token_batches()
     replaced = probes.replace_blocks(model, [3, 1], batches, skip_first=True)
     assert replaced.config.kinds() == "LALA"
@@ -225,8 +217,8 @@ def test_maps_are_fitted_in_depth_order_on_the_output_of_those_before():
         x = replaced.blocks[0](model.embed(idx), None, None).detach()
         x = model.blocks[1](x, model.cos[:24], model.sin[:24])
         _, (y,) = model.trunk(idx, hidden=(3,))
-        sums.append(moments(x[:, 1:], y[:, 1:]))
-    W, b, _ = probes.fit_affine(*sums)
+        parts.append([h[:, 1:].flatten(0, 1).double() for h in (x, y)])
+    W, b, _ = probes.fit_affine(*parts)
     affine = replaced.blocks[2].affine
     torch.testing.assert_close(affine.weight.double(), W, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(affine.bias.double(), b, atol=1e-3, rtol=1e-3)
