@@ -1355,18 +1355,6 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message.removeprefix("argument "))
 
 
-def positive(default):
-    """For argparse: a number of the type of the default that is above 0, or is the default."""
-    def parse(text):
-        value = type(default)(text)
-        if value != default and not 0 < value < math.inf:
-            raise ValueError(text)
-        return value
-
-    parse.__name__ = f"positive {type(default).__name__}"
-    return parse
-
-
 def out_of_memory(e: Exception) -> bool:
     """Whether an error means that no memory is left; on a CPU torch raises RuntimeError."""
     return (isinstance(e, (MemoryError, torch.OutOfMemoryError))
@@ -1415,6 +1403,13 @@ def between(kind, least, most):
         return value
     read.__name__ = f"{kind.__name__} from {least:,} to {most:,}"  # argparse shows it
     return read
+
+
+def positive(default):
+    """A type for argparse: a number above 0, of the type of the default; 0 too, if it is the
+    default."""
+    least = 1 if isinstance(default, int) else 1e-30
+    return between(type(default), least if default else 0, 1e30)
 
 
 def main(argv):
