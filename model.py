@@ -1243,13 +1243,10 @@ def model_from_checkpoint(ckpt: dict) -> GPT:
 
 
 def save_checkpoint(path, state: dict):
-    """Writes a checkpoint, whole or not at all. Raises OSError when the disk is full."""
-    with written_whole(path) as tmp:
-        try:
-            torch.save({"format": CHECKPOINT_FORMAT, **state}, tmp)
-        except RuntimeError as e:  # torch hides the OSError
-            reason = str(e).splitlines()[0][:80]
-            raise OSError(errno.ENOSPC, f"not written, disk full? ({reason})") from None
+    """Writes a checkpoint, whole or not at all. Raises OSError when the disk is full, which
+    torch.save would hide if it opened the file itself."""
+    with written_whole(path) as tmp, open(tmp, "wb") as file:
+        torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
 
 
 def new_folder(name, flag="") -> Path:

@@ -1333,7 +1333,7 @@ def check(c: Config, world: int = 1):
     """Raises one BadInput for all values out of range, or else for all values in one of the groups
     below that contradict each other."""
     bad = out_of_range(c)
-    for group in (check_architecture, check_batches, check_optimizer, check_teacher, check_run):
+    for group in (check_architecture, check_combinations, check_run):
         if bad:
             break  # later groups rely on earlier ones
         for holds, names, why in group(c, world):
@@ -1372,7 +1372,7 @@ def check_architecture(c: Config, world: int):
             yield eval(needs, names), name, f"has no effect unless {needs}"
 
 
-def check_batches(c: Config, world: int):
+def check_combinations(c: Config, world: int):
     sequences, rest = divmod(c.batch_tokens, c.block_size)
     per_rank = sequences // world
     yield rest == 0, "batch_tokens block_size", "the first must be a multiple of the second"
@@ -1386,15 +1386,11 @@ def check_batches(c: Config, world: int):
         yield sequences <= c.micro_batch, "let_loss micro_batch", (
             "its statistics are over all sequences of a step: one pass must hold them, on one rank")
 
-
-def check_optimizer(c: Config, world: int):
     if c.schedule.startswith("wsd"):
         yield c.warmup_steps <= c.steps, "warmup_steps steps", "the warm-up is longer"
     yield c.clip > 0 or not c.clip_multipliers, "clip clip_multipliers", "nothing is clipped"
     yield not c.lr_law or c.lr == FLAGS["lr"].default, "lr lr_law", "each sets the learning rate"
 
-
-def check_teacher(c: Config, world: int):
     pretrained = c.init_from or c.teacher not in ("none", "auto")
     yield c.tokenizer != "teacher" or pretrained, "tokenizer teacher", "no model has a tokenizer"
     yield c.teacher != "none" or c.distill in ("let", "step_by_step"), "distill teacher", (

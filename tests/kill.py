@@ -57,7 +57,7 @@ def die_in_a_save(rng):
             result = function(*args, **kw)
             if left[0] == 0:
                 if function is save:
-                    os.truncate(args[1], rng.randrange(os.path.getsize(args[1])))
+                    args[1].truncate(rng.randrange(args[1].tell()))
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
         return call

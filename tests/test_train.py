@@ -900,9 +900,9 @@ def test_a_loss_that_is_not_finite_stops_a_run_before_its_weights_are_touched(ti
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tiny, tmp_path, monkeypatch):
     checkpoint = t.train(tiny(steps=5))["checkpoint"]
 
-    def full_disk(state, path):
-        Path(path).write_bytes(b"half of the file")
-        raise RuntimeError("what torch says")
+    def full_disk(state, file):
+        file.write(b"half of the file")
+        raise OSError(28, "no space")
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError) as error:
