@@ -1028,10 +1028,9 @@ def tokenize_text(c: "Config", root: Path, files: list[Path]):
         name = tokenizer_id(load_tokenizer(*pretrained_name(c)))
     folder = cache_dir() / "tokens" / key(str(root.resolve()), stamp, name, c.vocab_size, PATTERN)
     finished = folder / "tokenizer.json"  # written last
-    if not finished.exists():
-        with locked(folder, wait=True):
-            if not finished.exists():  # nor has another process made it meanwhile
-                write_tokens(c, folder, read_documents(root, files, c.data))
+    with locked(folder, wait=True):
+        if not finished.exists():
+            write_tokens(c, folder, read_documents(root, files, c.data))
     return [folder / "train.bin"], [folder / "val.bin"], json.loads(finished.read_text())
 
 
