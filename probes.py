@@ -851,6 +851,20 @@ def read_batches(a, model, enc, least: int) -> list:
     return [*contexts.split(min(8, len(contexts) // least))]
 
 
+def read_pieces(a, model, enc) -> list:
+    """--text in pieces of --characters characters, each read alone after an end-of-text token, as
+    batches (B, T) of equal lengths, B at most 8. With 512 characters this is the paper's way."""
+    text = enc.decode(read_ids(a, enc)[1:])
+    pieces = [[enc.eot_token, *encode(enc, text[start:start + a.characters])]
+              for start in range(0, len(text) - a.characters + 1, a.characters)]
+    pieces = [ids[:model.config.block_size] for ids in sorted(pieces, key=len)]
+    tokens, needed = sum(map(len, pieces)), 4 * model.config.n_embd  # 4 a dimension of the width
+    need(tokens >= needed, f"--text={a.text} --tokens={a.tokens} --characters={a.characters}: "
+         f"{tokens:,} tokens; at least {needed:,} are needed")
+    return [batch for _, group in itertools.groupby(pieces, key=len)
+            for batch in torch.tensor([*group], device=a.device).split(8)]
+
+
 def table(*rows) -> str:
     """Rows of cells as a Markdown table; the first row is the heading."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
@@ -881,10 +895,19 @@ def save_figure(figure, path: str):
 
 def linearity_command(a) -> str:
     """Show how linear each block of a model is."""
+    pyplot = plotting(a.plot) if a.plot else None
     model, enc, _ = open_model(a.checkpoint, a.device)
-    profile = linearity_profile(model, read_batches(a, model, enc, 2), a.skip_first)
+    batches = read_pieces(a, model, enc) if a.characters else read_batches(a, model, enc, 2)
+    profile = linearity_profile(model, batches, a.skip_first)
     keys = ("full", "full_held_out", "free", "free_held_out", "ratio_mean")
     rows = [(p["block"], *(f"{p[key]:.4f}" for key in keys), p["rank"]) for p in profile]
+    if pyplot:
+        figure, axis = pyplot.subplots(layout="constrained")
+        for key in keys[:4]:
+            axis.plot([p["block"] for p in profile], [p[key] for p in profile], "o-", label=key)
+        axis.set(xlabel="block", ylabel="linearity score")
+        axis.legend()
+        save_figure(figure, a.plot)
     n = profile[0]["n"]
     return (f"{n:,} tokens to fit on, {n / model.config.n_embd:.1f} times the width\n\n"
             + table(("block", *keys, "rank"), *rows))
@@ -1003,6 +1026,7 @@ def python_tasks(enc, n: int) -> dict[str, list]:
 # --------------------------------------------------------------------------------------------------
 # The command line
 
+
 def add_command(commands, function, files: str, **numbers):
     """Add a command. files: the name of what it measures, one or more if it ends in s. numbers:
     flags of positive numbers, name=(default, help)."""
@@ -1020,7 +1044,10 @@ def main(argv):
     parser = Parser(prog="probes.py", description="Measure models; compare runs.")
     commands = parser.add_subparsers(required=True)
     linear = add_command(commands, linearity_command, "checkpoint",
-                         tokens=(40_000, "how many of the text's tokens"))
+                         tokens=(40_000, "how many of the text's tokens"),
+                         characters=(0, "read pieces of so many characters, each alone (512: the "
+                                     "paper's way); 0: contexts cut from one sequence"))
+    linear.add_argument("--plot", help="file to draw the scores to")
     prune = add_command(commands, prune_command, "checkpoint",
                         tokens=(80_000, "how many of the text's tokens"),
                         distil_steps=(200, "steps of distillation"),

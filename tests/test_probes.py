@@ -354,9 +354,14 @@ def test_every_command_reads_an_end_of_text_token_then_the_text(folder, text, mo
         first = [row for row in seen if row[0] == 256]
         assert first and all(row == whole[:len(row)] for row in first), command
         assert any(row == whole[32:32 + len(row)] for row in seen), command
+    seen.clear()
+    probes.main(["linearity", str(folder), f"--text={text}", "--tokens=300", "--characters=20"])
+    assert seen == [[256, *whole[1 + 20 * k:21 + 20 * k]] for k in range(15)]
 
 
-def test_what_is_measured_is_a_table(folder, tmp_path, capsys, text, monkeypatch):
+def test_what_is_measured_is_a_table_and_linearity_a_picture_too(
+        folder, tmp_path, capsys, text, monkeypatch):
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(probes, "python_pairs", lambda *args, **kw: [
         probes.Pair("name", "def f(x):\n", "    return x\n", "    return y\n")])
     task = tmp_path / "a.jsonl"
@@ -366,7 +371,8 @@ def test_what_is_measured_is_a_table(folder, tmp_path, capsys, text, monkeypatch
         probes.main([command, str(folder), *map(str, words), f"--text={text}", "--device=cpu"])
         return table_cells(capsys.readouterr().out)
 
-    heading, *rows = cells("linearity", "--tokens=2000")
+    heading, *rows = cells("linearity", "--tokens=2000", f"--plot={tmp_path / 'a.png'}")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert "free_held_out" in heading and [row[0] for row in rows] == ["1", "2", "3"]
     _, first, second = cells("curvature", folder / "ckpt.pt", "--tokens=96", "--steps=6")
     assert first[0] == str(folder) and first[1:] == second[1:] and len(first[1].split(",")) == 3
@@ -722,7 +728,7 @@ def test_kinds_are_equally_many_and_a_seed_gives_the_same_pairs(pairs):
 
 
 # What bad input is answered with
-NUMBERS = {"linearity": "tokens", "curvature": "tokens steps probes",
+NUMBERS = {"linearity": "tokens characters", "curvature": "tokens steps probes",
            "prune": "tokens distil_steps distil_lr blocks",
            "eval": "items tokens stride batch_tokens"}
 REFUSED = """
@@ -735,6 +741,8 @@ REFUSED = """
     eval run --text=text.txt --stride=33 > --stride=33
     curvature run --text=text.txt --tokens=9 > --text=text.txt
     plot let-0 --plot=x.txt > --plot=x.txt
+    linearity run --text=text.txt --plot=x.txt > --plot=x.txt
+    linearity run --text=text.txt --characters=9999 > --text=text.txt --characters=9999
     plot let-0 --plot=nowhere/x.png > --plot=nowhere
     compare plain-0 let-1 > let-1
     compare plain-0 x/plain-0 > x/plain-0
