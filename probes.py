@@ -201,7 +201,7 @@ class Linearity(Term):
 # the output of those before it, to the states of the whole model.
 
 ORDERS = ("full", "free", "cosine", "random")  # which blocks are removed first: see prune_order
-ARMS = ("remove", "replace", "distil", "distil_all")  # what is done; distil_all: everything=True
+ARMS = ("remove", "replace", "distill", "distill_all")  # what is done; distill_all: everything=True
 
 
 def prune_order(profile, order: str, seed=0) -> list[int]:
@@ -282,7 +282,7 @@ def replace_blocks(model: GPT, chosen, batches, skip_first=False) -> GPT:
     return new
 
 
-def distil(model: GPT, whole: GPT, batches, steps: int, lr: float, everything=False) -> GPT:
+def distill(model: GPT, whole: GPT, batches, steps: int, lr: float, everything=False) -> GPT:
     """A copy of the model, trained to give the states of the whole model: the affine maps alone,
     or with `everything` all parameters. AdamW; the learning rate falls linearly to 0. The loss is
     the mean of ||h - h*||^2 / ||h*||^2, norms over all tokens, over the states from the first
@@ -926,8 +926,8 @@ def pruned_models(whole: GPT, fitted, a):
             elif arm == "replace":
                 model = replaced
             else:
-                model = distil(replaced, whole, fitted, a.distil_steps, a.distil_lr,
-                               everything=arm == "distil_all")
+                model = distill(replaced, whole, fitted, a.distill_steps, a.distill_lr,
+                               everything=arm == "distill_all")
             yield {"order": order, "arm": arm, "blocks": chosen}, model
 
 
@@ -959,7 +959,7 @@ def prune_command(a) -> str:
                 least, best = loss, {"model": model.state_dict(), "pruned": how,
                                      "model_config": asdict(model.config)}
     if not best:
-        raise Failed(f"--arms={','.join(a.arms)} --distil_lr={a.distil_lr:g}: no finite loss")
+        raise Failed(f"--arms={','.join(a.arms)} --distill_lr={a.distill_lr:g}: no finite loss")
     save_checkpoint(out, {**best, "tokenizer": tokenizer, "step": 0, "config": {}})
     order, arm, blocks = best["pruned"].values()
     return (f"{table(*rows)}\n\n{out}: {order}, {arm}, blocks {blocks}, chosen by {least:.4f} nats "
@@ -1050,8 +1050,8 @@ def main(argv):
     linear.add_argument("--plot", help="file to draw the scores to")
     prune = add_command(commands, prune_command, "checkpoint",
                         tokens=(80_000, "how many of the text's tokens"),
-                        distil_steps=(200, "steps of distillation"),
-                        distil_lr=(1e-3, "its learning rate"))
+                        distill_steps=(200, "steps of distillation"),
+                        distill_lr=(1e-3, "its learning rate"))
     curvature = add_command(commands, curvature_command, "checkpoints",
                             tokens=(2048, "how many of the text's tokens"),
                             steps=(32, "Hessian-vector products from each random vector"),
@@ -1078,7 +1078,7 @@ def main(argv):
     prune.add_argument("--orders", nargs="+", choices=ORDERS, default=["full"],
                        help="which go first")
     prune.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS[:3],
-                       help="what happens to them; distil_all trains all parameters")
+                       help="what happens to them; distill_all trains all parameters")
     prune.add_argument("--out_dir", default="", help="folder of the new "
                        "checkpoint; empty: `pruned` beside the old")
     a = parser.parse_args(argv)

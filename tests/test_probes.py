@@ -229,7 +229,7 @@ def test_distilling_comes_nearer_to_the_whole_model_and_moves_only_what_it_may(e
     model = tiny_model(n_layer=4)
     replaced = probes.replace_blocks(model, [2], token_batches())
     before = {k: v.clone() for k, v in replaced.state_dict().items()}
-    distilled = probes.distil(replaced, model, token_batches(), 30, 3e-3, everything)
+    distilled = probes.distill(replaced, model, token_batches(), 30, 3e-3, everything)
     wanted, *found = (m.trunk(torch.cat(token_batches()), hidden=(2, 3, 4))[1]
                       for m in (model, replaced, distilled))
     far, near = (sum(((a - b).norm() / b.norm()).square() for a, b in zip(states, wanted))
@@ -280,14 +280,14 @@ def folder(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("flags, arm, letters", [
-    (dict(n_experts=3), "remove", "A"), (dict(n_layer=3), "distil_all", None),
-    (dict(SSM, mixer="hybrid", n_layer=3), "distil", None),
+    (dict(n_experts=3), "remove", "A"), (dict(n_layer=3), "distill_all", None),
+    (dict(SSM, mixer="hybrid", n_layer=3), "distill", None),
     (dict(SSM, mixer="MAM", n_layer=3, param="completep", base_n_embd=16, base_n_layer=1),
      "replace", None)])
 def test_a_pruned_checkpoint_is_read_and_trained_on(tiny, text, capsys, flags, arm, letters):
     run = train_module.train(tiny(**flags))
     probes.main(["prune", run["checkpoint"], f"--text={text}", f"--arms={arm}", "--orders", "full",
-                 "random", "--distil_steps=3", "--tokens=2000", "--device=cpu"])
+                 "random", "--distill_steps=3", "--tokens=2000", "--device=cpu"])
     rows = table_cells(capsys.readouterr().out)
     assert [row[:2] for row in rows[1:]] == [["", "whole"], ["full", arm], ["random", arm]]
     pruned = f"{run['out_dir']}/pruned/ckpt.pt"
@@ -729,7 +729,7 @@ def test_kinds_are_equally_many_and_a_seed_gives_the_same_pairs(pairs):
 
 # What bad input is answered with
 NUMBERS = {"linearity": "tokens characters", "curvature": "tokens steps probes",
-           "prune": "tokens distil_steps distil_lr blocks",
+           "prune": "tokens distill_steps distill_lr blocks",
            "eval": "items tokens stride batch_tokens"}
 REFUSED = """
     prune run --text=text.txt --blocks=3 > --blocks=3 run
