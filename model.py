@@ -992,10 +992,9 @@ def log_likelihoods(model, sequences, at_once: int = 1 << 25) -> list[tuple[floa
     while order:
         n = max(1, max_tokens // len(sequences[order[0]][0]))
         batch, order = order[:n], order[n:]
-        ids, targets = ([torch.tensor(sequences[i][side], device=device) for i in batch]
-                        for side in (0, 1))
-        targets = pad(targets, batch_first=True, padding_value=IGNORE)
-        x, _ = model.forward(pad(ids, batch_first=True))
+        ids, targets = ([torch.tensor(sequences[i][side]) for i in batch] for side in (0, 1))
+        targets = pad(targets, batch_first=True, padding_value=IGNORE).to(device)
+        x, _ = model.forward(pad(ids, batch_first=True).to(device))
         counted = targets != IGNORE
         nats = F.cross_entropy(model.logits(x[counted]).float(), targets[counted], reduction="none")
         for i, own in zip(batch, nats.cpu().double().split(counted.sum(1).tolist()), strict=True):
