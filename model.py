@@ -1223,6 +1223,12 @@ def load_checkpoint(path, flag="") -> dict:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(ckpt, dict) or ckpt.get("format") != CHECKPOINT_FORMAT:
             raise BadInput("not a checkpoint of this version of nanolet")
+        ranks, names = ckpt["tokenizer"]["ranks"].values(), ckpt["model"]
+        if len({*ranks}) < len(ranks):  # tiktoken would panic
+            raise ValueError("the tokenizer has a number twice")
+        blocks = len({name.split(".")[1] for name in names if name.startswith("blocks.")})
+        if blocks != ckpt["model_config"]["n_layer"]:  # before a billion blocks are made
+            raise ValueError(f"weights of {blocks} blocks")
         with torch.device("meta"):  # needs no memory, and refuses other names and shapes
             # (a copy: torch would remember `assign` for the next load of the same dict)
             GPT(ModelConfig(**ckpt["model_config"])).load_state_dict({**ckpt["model"]}, assign=True)
@@ -1379,7 +1385,8 @@ def command(main):
     except (BadInput, Failed, OSError, MemoryError, RuntimeError) as e:
         message = str(e)
         if out_of_memory(e):
-            message = f"out of memory ({message.splitlines()[0][:200] or 'Python'})"
+            message = ("out of memory; a lower --micro_batch needs less "
+                       f"({message.splitlines()[0][:200] or 'Python'})")
         elif isinstance(e, OSError):
             message = f"{e.filename or 'the disk'}: {e.strerror or e}"
         elif not isinstance(e, (BadInput, Failed)):

@@ -653,6 +653,8 @@ NOT_CHECKPOINTS = {  # by an expression of the checkpoint c
     "a missing weight": "c['model'].pop('norm.weight')",
     "a strange weight": "c['model'].update(odd=torch.zeros(3))",
     "another shape": "c['model'].update({'norm.weight': torch.ones(33)})",
+    "a token twice": "c['tokenizer']['ranks'].update({'00': 5})",
+    "a billion blocks": "c['model_config'].update(n_layer=10**9, mixer='attention')",
     "no pattern": "c['tokenizer'].pop('pattern')",
     "a bad pattern": "c['tokenizer'].update(pattern='(')",
     "a large token": "c['tokenizer'].update(special={'<|endoftext|>': 10**6})",

@@ -259,9 +259,10 @@ def test_text_is_found_by_folder_glob_and_name_but_not_what_is_hidden(folder):
                         ("*/a.*", ["a.md"]), ("b.txt", ["b.txt"])):
         root, files = t.find_files(str(folder / data))
         assert [p.relative_to(root).as_posix() for p in files] == names
-    for link, target in (("sub/up", ""), ("up", ""), ("same.txt", "b.txt")):
-        (folder / link).symlink_to(folder / target)
-    names = ["b.txt", "sub/a.md"]
+    for link, target in (("sub/up", ""), ("up", ""), ("same.txt", "b.txt"), ("far", "../far")):
+        (folder / link).symlink_to(folder / target)  # the first two would never end
+    write_text(folder.parent / "far", {"f.txt": "f", "deep/g.txt": "g"})
+    names = ["b.txt", "far/deep/g.txt", "far/f.txt", "sub/a.md"]
     root, files = t.find_files(str(folder))
     assert [p.relative_to(root).as_posix() for p in files] == names
     assert t.find_files(f"{folder}/*.txt")[1] == [folder / "b.txt"]
@@ -271,25 +272,28 @@ def test_text_is_found_by_folder_glob_and_name_but_not_what_is_hidden(folder):
     assert not any({"test", "site-packages", "__pycache__"} & {*p.parts} for p in names)
 
 
-def test_tokens_are_made_once_and_what_a_killed_process_left_is_made_again(folder, tiny, cache):
+@pytest.mark.parametrize("damage", [
+    Path.unlink, lambda path: os.truncate(path, path.stat().st_size - 1),
+    lambda path: path.write_bytes(path.read_bytes().replace(b"5", b"6", 1))],
+    ids=["missing", "cut", "other"])
+def test_tokens_are_made_once_and_a_damaged_cache_is_named_and_made_again(
+        damage, folder, tiny, cache, capsys):
     write_text(folder, {f"{i}.txt": f"document {i} of 5\n" * 30 for i in range(9)})
     c = tiny(data=str(folder), tokenizer="bpe", vocab_size=260)
     before = t.load_data(c)
     expected = ids_of(before.train), ids_of(before.val), before.tokenizer
-    made = files_below(cache)
-    for name in ("", "val.bin", "train.bin"):  # tokenizer.json is written after these
-        if name:
-            file, = cache.rglob(name)
-            file.with_name(f".{name}.0123456789abcdef.tmp").write_bytes(b"of a killed process")
-            file.unlink()
-            file.with_name("tokenizer.json").unlink()
+    for name in ("train.bin", "val.bin", "tokenizer.json", "checksums.json"):
+        file, = cache.rglob(name)
+        (file.parent / ".train.bin.0123456789abcdef.tmp").write_bytes(b"of a killed process")
+        damage(file)
+        capsys.readouterr()
         data = t.load_data(c)
         assert (ids_of(data.train), ids_of(data.val), data.tokenizer) == expected
-        assert files_below(cache).keys() == made.keys() and (name or files_below(cache) == made)
-    part, = cache.rglob("val.bin")
-    os.truncate(part, part.stat().st_size - 2)
-    with pytest.raises(t.BadInput, match=str(part)):
-        t.load_data(c)
+        said, made = capsys.readouterr().out, files_below(cache)
+        assert str(file.parent) in said and said.count("\n") == 1 and len(made) == 4
+        data = t.load_data(c)
+        assert (ids_of(data.train), ids_of(data.val), data.tokenizer) == expected
+        assert files_below(cache) == made and capsys.readouterr().out == ""
 
 
 def test_two_processes_with_one_process_id_share_a_cache(folder, tiny, cache):
@@ -302,7 +306,7 @@ def test_two_processes_with_one_process_id_share_a_cache(folder, tiny, cache):
     with ThreadPoolExecutor() as pool:
         runs = [*pool.map(lambda _: run_python("-c", code, *flags), range(2))]
     made = files_below(cache)
-    assert [run.returncode for run in runs] == [0, 0] and len(made) == 3
+    assert [run.returncode for run in runs] == [0, 0] and len(made) == 4
     assert documents_of(t.load_data(t.parse_flags(flags)), texts.values()) == sorted(texts.values())
     assert files_below(cache) == made
 
