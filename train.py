@@ -281,19 +281,22 @@ def train(c: "Config") -> dict:
     devices = set_up_devices(c)
     compare_ranks(c, devices)
     data = load_data(c)
-    resumed = load_run(c.resume) if c.resume else None
-    if resumed is not None:
-        refuse_changes(c, resumed, data.tokenizer)
-        if c.decay_now:
-            c = branch_decay(c, resumed)
-    teacher = None
-    if needs_teacher(c, resumed["step"] if resumed else 0):
-        teacher = open_teacher(c, data, devices)
-    if c.dry_run:
-        return print_plan(c, data, teacher)
-    run = Run(c, data, devices, teacher, resumed)
-    teacher = resumed = None  # frees the checkpoint, and lets the run free the teacher
     with contextlib.ExitStack() as held:
+        if c.out_dir and Path(c.out_dir, "ckpt.pt").exists() and not c.dry_run:
+            # An earlier run is held before its checkpoint is read: nobody saves a later one then
+            on_rank_0(lambda: held.enter_context(locked(c.out_dir, flag="--out_dir=")))
+        resumed = load_run(c.resume) if c.resume else None
+        if resumed is not None:
+            refuse_changes(c, resumed, data.tokenizer)
+            if c.decay_now:
+                c = branch_decay(c, resumed)
+        teacher = None
+        if needs_teacher(c, resumed["step"] if resumed else 0):
+            teacher = open_teacher(c, data, devices)
+        if c.dry_run:
+            return print_plan(c, data, teacher)
+        run = Run(c, data, devices, teacher, resumed)
+        teacher = resumed = None  # frees the checkpoint, and lets the run free the teacher
         run.begin(on_rank_0(lambda: held.enter_context(run_folder(run.c, devices.world))))
         return loop(run, held.enter_context(stop_signals()))
 
