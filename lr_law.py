@@ -50,6 +50,7 @@ from model import (
     GPT,
     BadInput,
     Parser,
+    between,
     command,
     fcntl,
     positive,
@@ -130,11 +131,11 @@ def linear_horizon(p, y) -> tuple[float, float, float]:
 def fit_law(N, D, lr) -> dict:
     """Fits ln lr* = a + b ln N + c ln D by least squares (eq. 6). N, D, lr: (n,); n may be 0.
 
-    Where all N (or all D) are equal, b (or c) cannot be known: it is None, and X has no such
-    column. Returns a dict: a, b, c; their "covariance", lists (3, 3); dof; r2 of ln lr*, see
-    r_squared; n; "N" and "D", the [least, most] of the data. The covariance is s^2 (X^T X)^-1,
-    with a row (1, ln N, ln D) of X for each optimum, s^2 the sum of squared residuals over dof, and
-    dof = n minus the number of columns; it is 0 in the rows and columns of a constant that is None.
+    X has a row (1, ln N, ln D) for each optimum. Where all N (or all D) are equal, b (or c) cannot
+    be known: it is None, and X has no such column. Returns a dict: a, b, c; their "covariance",
+    lists (3, 3); dof, n minus the number of columns; r2 of ln lr*, see r_squared; n; "N" and "D",
+    the [least, most] of the data. The covariance is s^2 (X^T X)^-1, with s^2 the sum of squared
+    residuals over dof. It is 0 in the rows and columns of a constant that is None.
     Raises BadInput, with n in the message, if dof is below 1 or the columns are not independent."""
     y = np.log(lr)
     X = np.stack([np.ones_like(y), np.log(N), np.log(D)], 1)
@@ -179,11 +180,14 @@ def law_rate(law: dict, N: float, D: float) -> float:
 def predict_law(law: dict, N: float, D: float, level: float = 0.9) -> dict:
     """lr* at (N, D), its interval, and the distance of (N, D) from the data in decades.
 
-    law: from fit_law. Returns a dict: lr, see law_rate; interval, [low, high] at this level, for
-    the value of the law, whose logarithm has the half_width at (1, ln N, ln D) (single optima
-    scatter more widely around it); decades, log10 of how many times N or D, whichever is more, is
-    outside the range in the law, 0 inside; unknown, a list of those of "N" and "D" whose exponent
-    is None and whose value here is not within 1 % of that of the data."""
+    law: from fit_law. Returns a dict:
+        lr        see law_rate
+        interval  [low, high] of the value of the law at this level: ln lr minus and plus the
+                  half_width at x = (1, ln N, ln D). Single optima scatter more widely
+        decades   log10 of the factor by which N or D is outside the range in the law, the larger
+                  of the two; 0 inside
+        unknown   a list of those of "N" and "D" whose exponent is None and whose value here is not
+                  within 1 % of that of the data"""
     lr, decades, unknown = law_rate(law, N, D), 0.0, []
     factor = math.exp(half_width(law, np.array([1.0, math.log(N), math.log(D)]), level))
     for name, exponent, value in (("N", "b", N), ("D", "c", D)):
@@ -199,7 +203,8 @@ def predict_law(law: dict, N: float, D: float, level: float = 0.9) -> dict:
 # Published laws
 
 
-# {name: (source, what N counts and batch size; learning rate at N parameters and D tokens)}
+# {name: (text, law)}. The text: source; what N counts; batch size. The law: a function of N and of
+# D in tokens that gives the learning rate.
 LAWS = {
     "step": (
         "Step Law, arXiv 2503.04715; N: non-embedding parameters; batch: grown with D: "
@@ -226,7 +231,7 @@ LAWS = {
         lambda N, D: 0.01),
     "ling": (
         "Ling MoE, arXiv 2507.17702; N: non-embedding FLOPs per token / 6, of the active experts; "
-        "batch: 0.0694 C^0.3644",
+        "batch: 0.0694 C^0.3644 tokens; C = 6 N D here",
         lambda N, D: 1.1576 * (6 * N * D) ** -0.1529),
     # The units of N and D behind its constant are unknown, so only ratios of it can be used.
     "zhou": ("arXiv 2601.05049; N: unknown; MoE models; batch: unknown",
@@ -242,9 +247,9 @@ def published(name: str, N: float, D: float, anchor=None) -> float:
     if name == "zhou" and not anchor:
         raise BadInput(f"--law={name}: its units are unknown, so --anchor=N,D,LR is needed")
     lr = anchor[2] * law(N, D) / law(*anchor[:2]) if anchor else law(N, D)
-    if lr <= 0:
-        raise BadInput(f"--law={name} --n_params={N:g}: gives {lr:.3g}, far outside the range that "
-                       "it was fitted on")
+    if min(lr, law(N, D)) <= 0:
+        raise BadInput(f"--law={name} --n_params={N:g}: the law gives no positive learning rate "
+                       "here or at the anchor, far outside the range that it was fitted on")
     return lr
 
 
@@ -288,11 +293,11 @@ def extrapolate(runs, D: float) -> list[dict]:
     points = sorted((N, group, lr, horizon, loss)
                     for (N, horizon, group), (rates, losses) in slices_of(runs).items()
                     for lr, loss in zip(rates, losses) if horizon < D)
-    curves, same, predicted = defaultdict(list), {}, []
+    curves, lowest, predicted = defaultdict(list), {}, []  # lowest: of those that count as one
     for N, group, lr, horizon, loss in points:
-        if lr > 1.01 * same.get((N, group), 0.0):
-            same[N, group] = lr
-        curves[N, group, same[N, group]].append((horizon, loss))
+        if lr > 1.01 * lowest.get((N, group), 0.0):
+            lowest[N, group] = lr
+        curves[N, group, lowest[N, group]].append((horizon, loss))
     for (N, group, lr), curve in curves.items():
         horizons, losses = np.array(curve).T
         if len(np.unique(horizons)) >= 3:
@@ -344,8 +349,8 @@ def group_rate(optima) -> Callable:
 
 
 def costs(held, rest, others: dict) -> dict[str, np.ndarray]:
-    """What ways of choosing the learning rate cost on the slices `held`, by their parabolas: nats
-    above the lowest loss of each slice, (slices,) for each way.
+    """The costs of several ways of choosing the learning rate, on the slices `held`. The cost of a
+    way, (slices,), is in nats above the lowest loss of each slice, by the slice's parabola.
 
     The ways: the law of a slice's group, and one learning rate for all, both fitted to the optima
     `rest`; Step Law as published; and `others`, functions of a slice by their names."""
@@ -421,7 +426,7 @@ def planned_runs(sizes, lrs, tokens, seeds: int, flags: list[str]) -> list[Run]:
     seed. flags: of train.py.
 
     A run keeps its learning rate after warm-up, and its loss is read at every number of tokens on
-    its way. A full grid has a run for each horizon instead (the paper's saving)."""
+    its way. This is the paper's saving: a full grid has a run for each horizon."""
     import train
     base, runs = train_config(flags), []
     if base.teacher == "auto":
@@ -448,7 +453,7 @@ def plan_command(a, flags) -> str:
     runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, flags)
     sizes = Counter((run.N, f"{run.c.n_layer} x {run.c.n_embd}", run.flops) for run in runs)
     steps, batch = runs[0].steps, runs[0].c.batch_tokens  # the same for all runs
-    horizons = ", ".join(f"{n * batch:,}" for n in steps)
+    horizons = ", ".join(f"{step * batch:,}" for step in steps)
     lines = [f"  N {N:>12,} ({size})  {n} runs, read at {horizons} tokens: {n * flops:.3g} FLOPs"
              for (N, size, flops), n in sorted(sizes.items())]
     total, points = sum(run.flops for run in runs), len(runs) * len(steps)
@@ -460,8 +465,8 @@ def plan_command(a, flags) -> str:
 
 
 def sweep_command(a, flags) -> str:
-    """Trains those runs of this shard that the table lacks. Their folders lie in one of the table's
-    name without its suffix."""
+    """Trains those runs of this shard that the table lacks. The folders of the runs of runs.csv lie
+    in a folder named runs."""
     runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, flags)
     rows = open_table(a.csv)
     for stored in rows.values():
@@ -511,20 +516,21 @@ def train_until(c, steps: int, out: Path) -> dict:
 # muTransfer: tune a small proxy, and carry its learning rate over by rules (model.PARAM_RULES)
 
 
-def target_flags(c, lr: float, steps: float) -> dict:
-    """The flags of c that `steps` times the optimizer steps change; lr is the proxy's.
+def target_flags(c, lr: float, ratio: float) -> dict:
+    """The flags of c that change with the number of steps. lr: the proxy's; ratio: the target's
+    optimizer steps over the proxy's.
 
-    lr and weight decay go with steps^-1/2, 1 - beta with 1 / steps (Complete(d)P, arXiv 2512.22382,
-    as summaries give it; eps, with steps^1/2, has no flag). A batch k times as large at the same
-    tokens is steps = 1 / k, so lr grows with sqrt(k). Muon's momentum is an average of gradients as
-    AdamW's betas are."""
+    lr and weight decay are proportional to ratio^-1/2, 1 - beta to 1 / ratio (Complete(d)P, arXiv
+    2512.22382, as summaries give it; eps, proportional to ratio^1/2, has no flag). A batch k times
+    as large at the same tokens has ratio = 1 / k, so lr grows with sqrt(k). Muon's momentum changes
+    as AdamW's betas do, since it too averages gradients."""
     flags = {"lr": lr, "weight_decay": c.weight_decay}
     if c.multipliers != "none":
         flags["multiplier_lr"] = c.multiplier_lr
         flags["multiplier_weight_decay"] = c.multiplier_weight_decay
-    flags = {name: float(f"{value * steps**-0.5:.4g}") for name, value in flags.items()}
+    flags = {name: float(f"{value * ratio**-0.5:.4g}") for name, value in flags.items()}
     for name in ("beta1", "beta2", "momentum") if c.optimizer == "muon" else ("beta1", "beta2"):
-        flags[name] = max(0.0, 1 - float(f"{(1 - getattr(c, name)) / steps:.4g}"))
+        flags[name] = max(0.0, 1 - float(f"{(1 - getattr(c, name)) / ratio:.4g}"))
     return flags
 
 
@@ -571,15 +577,15 @@ def transfer_command(a, flags) -> str:
     if tokens < batch:
         raise BadInput(f"--target_tokens={tokens:g} --target_batch_tokens={batch}: at least one "
                        "step is needed")
-    longer = tokens / best.D * c.batch_tokens / batch
+    ratio = tokens / best.D * c.batch_tokens / batch
     target = replace(c, batch_tokens=batch, steps=round(tokens / batch),
-                     **target_flags(c, best.lr, longer))
+                     **target_flags(c, best.lr, ratio))
     target = at_size(target, a.param, a.target, a.proxy)
     config = train.model_config(target, target.vocab_size)
     return "\n".join([
         f"proxy, {best.D:,.0f} tokens: lr* {best.lr:.4g}, loss {best.L_min:.4f}, R^2 {best.r2:.3f} "
         f"of {best.n} points",
-        f"target, {tokens:,.0f} tokens, {longer:.3g} times the steps: {a.param} with m_N "
+        f"target, {tokens:,.0f} tokens, {ratio:.3g} times the steps: {a.param} with m_N "
         f"{config.width_ratio:g}, m_L {config.depth_ratio:g}, m_D {config.head_ratio:g}",
         f"python train.py {changed_flags(target)}"])
 
@@ -739,7 +745,8 @@ def read_runs(path, names=("N", "D", "lr", "loss"), group="") -> tuple[list[dict
                 "group": ",".join(row[name] for name in groups)}
 
     runs = read_table(path, [*names, *groups], read)
-    if len({run.pop("flags") for run in runs}) > 1 and "flags" not in groups:
+    flags = {run.pop("flags") for run in runs}
+    if len(flags) > 1 and "flags" not in groups:
         raise BadInput(f"{path}: runs with different flags, which do not compare; --group=flags "
                        "keeps them apart")
     setting = operator.itemgetter("N", "D", "lr", "group")
@@ -758,17 +765,19 @@ def open_table(path) -> dict[tuple, str]:
     with open(path, "a") as file:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_size == 0:  # now, not when it was opened
+        if file.seek(0, os.SEEK_END) == 0:  # empty now, not when it was opened
             file.write(f"{header}\n")
-    if not read_text(path).startswith(header):
-        raise BadInput(f"{path}: not a table of `sweep`, whose columns are {header}")
+    text = read_text(path)
+    if not text.startswith(header) or not text.endswith("\n"):  # rows are appended
+        raise BadInput(f"{path}: not a table of `sweep`: columns {header}, and a line end after "
+                       "each row, are needed")
     return dict(read_table(path, COLUMNS, lambda row: (
         (int(row["N"]), int(row["D"]), float(row["lr"]), int(row["seed"])), row["flags"])))
 
 
 def append_row(path, row: dict):
-    """Appends one row. It is written at once, so that several processes may do so."""
-    with open(path, "a", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    """Appends one row in a single write, so that several processes can append to one table."""
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
         file.flush()
         os.fsync(file.fileno())
@@ -797,7 +806,7 @@ def load_law(path, flag: str) -> dict:
 # Fit and predict: reports and the plot
 
 
-def report(law: dict, fitted: list[dict], diverged: int) -> list[str]:
+def report(law: dict, fitted: list[SimpleNamespace], diverged: int) -> list[str]:
     """What a fit found: its slices (if there are few), the law, and that of each group alone."""
     inside = [f for f in fitted if f.inside]
     lines = [f"{len(fitted)} slices with a parabola, {len(inside)} with the optimum inside the "
@@ -893,9 +902,9 @@ def predict_command(a, _) -> str:
     if a.law in LAWS:
         ratio = "; as a ratio to the anchor" if a.anchor else ""
         return f"lr {published(a.law, N, D, a.anchor):.4g}   ({a.law}: {LAWS[a.law][0]}{ratio})"
-    at = predict_law(load_law(a.law, "--law"), N, D)
     if a.anchor:
-        raise BadInput(f"--law={a.law} --anchor={a.anchor}: an anchor is for published laws")
+        raise BadInput(f"--law={a.law} --anchor: only published laws take an anchor")
+    at = predict_law(load_law(a.law, "--law"), N, D)
     text = "lr {:.4g}   90 % interval {:.4g} to {:.4g}".format(at["lr"], *at["interval"])
     if at["decades"] > 0:
         far = ": do not trust it far" if at["decades"] > 1 else ""
@@ -922,7 +931,7 @@ def numbers(text: str) -> list[float]:
     return list(dict.fromkeys(values))
 
 
-def size(text: str) -> tuple[int, int]:
+def layers_x_width(text: str) -> tuple[int, int]:
     """(blocks, width) of "4x128"."""
     n_layer, n_embd = map(int, text.split("x"))
     return n_layer, n_embd
@@ -948,13 +957,13 @@ def listed(kind, count: int | None = None):
     return parse
 
 
-# A flag: (default, help), and its type where it is not that of the default. A default of None: the
-# flag is needed.
+# {flag: (default, help, type)}. The type can be left out: numbers are then of the type of the
+# default and positive. A default of None: the flag is needed. A default of False: it has no value.
 GRID = {
-    "--sizes": (None, "LAYERSxWIDTH, separated by commas", listed(size)),
+    "--sizes": (None, "LAYERSxWIDTH, separated by commas", listed(layers_x_width)),
     "--lrs": (None, "1e-3,3e-3 or LOW:HIGH:COUNT", numbers),
     "--tokens": (None, "horizons at which each run is read, likewise", numbers),
-    "--seeds": (1, "number of seeds: 0, 1, ...")}
+    "--seeds": ("1", "number of seeds: 0, 1, ...", between(int, 1, 10_000))}
 COMMANDS = {
     "fit": (fit_command, "parabolas and the law from a table of runs", {
         "runs": (None, "a CSV with a header"),
@@ -980,8 +989,8 @@ COMMANDS = {
         "--shard": ("1/1", "I/N: every N-th run from the I-th, for job arrays", shard)}),
     "transfer": (transfer_command, "muTransfer from a sweep of a small proxy", {
         "csv": (None, "the proxy's table of runs, made by `sweep`"),
-        "--proxy": (None, "LAYERSxWIDTH, the base size", size),
-        "--target": (None, "LAYERSxWIDTH", size),
+        "--proxy": (None, "LAYERSxWIDTH, the base size", layers_x_width),
+        "--target": (None, "LAYERSxWIDTH", layers_x_width),
         "--param": ("completep", "parametrization of the target: completep or mup"),
         "--target_tokens": (0.0, "0: the proxy's"),
         "--target_batch_tokens": (0, "0: the proxy's")}),
@@ -993,6 +1002,7 @@ COMMANDS = {
 
 
 def add_flag(parser, names: str, default, text: str, kind=str):
+    """Adds an entry of COMMANDS to an argparse parser. names: such as "-o --output"."""
     options = {"help": text, "default": default, "type": kind}
     if default is False:
         options = {"help": text, "action": "store_true"}

@@ -92,7 +92,8 @@ def linearity_score(X, Y) -> float:
 
 
 def joined(batches):
-    """[(x, y)], states (..., d) of batches of tokens, as one pair (n, d) in float64."""
+    """One pair (X, Y) of the states of all tokens, each (n, d) in float64. batches: pairs of states
+    before and after a block, each (..., d)."""
     return [torch.cat([h.flatten(0, -2) for h in states]).double() for states in zip(*batches)]
 
 
@@ -116,13 +117,14 @@ def linearity(fit, held_out) -> dict:
     e, V = torch.linalg.eigh(X.mT @ X)
     kept = e > len(e) * torch.finfo(e.dtype).eps * e[-1].clamp(min=1e-300)
     V = V[:, kept]
-    A = V @ (V.mT @ (X.mT @ (y - x)) / e[kept, None])  # X is centered, so D need not be
+    A = V @ (V.mT @ (X.mT @ (y - x)) / e[kept, None])  # X is centered: X^T D needs no centered D
     out = {"n": len(x), "rank": V.shape[1],
            "cosine": F.cosine_similarity(x, y, dim=1).mean().item(),
            "ratio_mean": ((y - x).norm(dim=1) / y.norm(dim=1)).mean().item()}
-    for (x, y), suffix in ((fit, ""), (held_out, "_held_out")):
-        error = ((x - mean_x) @ A - (y - x - mean_d)).square().sum().item()
-        for name, target in (("full", y), ("free", y - x)):
+    for (before, after), suffix in ((fit, ""), (held_out, "_held_out")):
+        D = after - before
+        error = ((before - mean_x) @ A - (D - mean_d)).square().sum().item()
+        for name, target in (("full", after), ("free", D)):
             size = (target - target.mean(0)).square().sum().item()
             out[name + suffix] = 1 - error / size if size > 0 else math.nan
     return out
@@ -134,12 +136,16 @@ def linearity_profile(model, batches, skip_first=False) -> list[dict]:
     ones held out. All states are kept: 4 bytes * tokens * width * (blocks + 1).
     skip_first: leave position 0 out. Its states can be a hundred times as large as others (an
     attention sink) and then carry nearly all of the variance."""
-    numbers, parts = tuple(range(model.config.n_layer + 1)), ([], [])
+    numbers = tuple(range(model.config.n_layer + 1))
+    parts = [], []  # to fit on, held out
     for i, idx in enumerate(tqdm(batches, "linearity", unit="batch", disable=None, leave=False)):
         _, states = model.trunk(idx, hidden=numbers)
         parts[i % 2].append([h[:, int(skip_first):] for h in states])
-    return [{"block": k, **linearity(*(joined(states[k - 1:k + 1] for states in part)
-                                       for part in parts))} for k in numbers[1:]]
+    profile = []
+    for k in numbers[1:]:
+        fit, held_out = (joined(states[k - 1:k + 1] for states in part) for part in parts)
+        profile.append({"block": k, **linearity(fit, held_out)})
+    return profile
 
 
 # --------------------------------------------------------------------------------------------------
@@ -165,7 +171,8 @@ def linearity_penalty(states, kind="cosine"):
     return sum(distances) / (2 if kind == "cosine" else 1)
 
 
-# --linearity. A new regularizer is a function of [h_0, ..., h_L], each (B, T, C), and an entry.
+# The values of --linearity. A new regularizer is a new entry: its name, and a function of
+# [h_0, ..., h_L], each (B, T, C).
 PENALTIES = {
     "cosine": linearity_penalty,
     "mse": functools.partial(linearity_penalty, kind="mse"),
@@ -173,7 +180,7 @@ PENALTIES = {
 
 
 class Linearity(Term):
-    """weight * the penalty, one of PENALTIES, of the states first, ..., n_layer. The paper's
+    """The term of the loss: one of PENALTIES, of the states from `first` to n_layer. The paper's
     weights: cosine 0.5; mse 0.5 and 2."""
 
     name = "linearity"
@@ -201,7 +208,7 @@ class Linearity(Term):
 # the output of those before it, to the states of the whole model.
 
 ORDERS = ("full", "free", "cosine", "random")  # which blocks are removed first: see prune_order
-ARMS = ("remove", "replace", "distill", "distill_all")  # what is done; distill_all: everything=True
+ARMS = ("remove", "replace", "distill", "distill_all")  # distill_all: distill(everything=True)
 
 
 def prune_order(profile, order: str, seed=0) -> list[int]:
@@ -246,7 +253,7 @@ def fit_affine(fit, held_out):
     mean_x, mean_d = x.mean(0), (y - x).mean(0)
     X = x - mean_x
     e, V = torch.linalg.eigh(X.mT @ X)
-    projected = V.mT @ (X.mT @ (y - x))  # X is centered, so D need not be
+    projected = V.mT @ (X.mT @ (y - x))  # X is centered: X^T D needs no centered D
 
     def solve(ridge):
         B = V @ (projected / (e.clamp(min=0) + ridge * e[-1])[:, None])
@@ -383,12 +390,13 @@ def lanczos(product, v, steps: int):
 
 
 def spectrum(model, batches, steps=32, probes=2, seed=0, top=3) -> dict:
-    """The Hessian's eigenvalues by Lanczos from `probes` random vectors of signs. batches: as in
-    hessian_product. All in the dtype of the model.
+    """The Hessian's eigenvalues by Lanczos from `probes` random vectors of signs, in the dtype of
+    the model. batches: as in hessian_product.
 
-    top: the largest eigenvalues, falling, and least: the most negative one, from the first vector;
-    residual: a bound on their error. trace; rms: root mean square of all N eigenvalues; both from
-    means over the vectors: sum_i w_i theta_i^k estimates the mean of the k-th powers of all
+    Returns a dict. parameters: N; top: the largest eigenvalues, falling; least: the most negative
+    one; residual: a bound on the errors of top and least, which come from the first vector; trace;
+    rms: root mean square of all N eigenvalues. trace and rms come from means over the vectors: with
+    w and theta of lanczos, sum_i w_i theta_i^k estimates the mean of the k-th powers of all
     eigenvalues (stochastic Lanczos quadrature; for networks Ghorbani et al. 2019, arXiv
     1901.10159)."""
     params = list(model.requires_grad_(True).parameters())
@@ -686,6 +694,7 @@ def read_lines(run) -> list[dict]:
 
 
 def checked_line(line: dict) -> dict:
+    """A line of metrics.jsonl as it is. Raises an error if it lacks numbers that every line has."""
     names = ["step", "tokens", "flops", "seconds"]
     names += ["val_loss", "bits_per_byte"] if "val_loss" in line else []
     if not all(isinstance(line[name], (int, float)) for name in names):
@@ -745,7 +754,8 @@ def first_reached(lines, loss: float) -> dict | None:
 
 
 def mean_sd(values, digits: int) -> str:
-    """Mean ± standard deviation, or that a run did not finish, whose value is not finite."""
+    """Mean ± standard deviation, as text. A value that is not finite is of a run that did not
+    finish. Empty without values."""
     if not all(map(math.isfinite, values)):
         return "did not finish"
     sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -786,9 +796,9 @@ def compare_row(name: str, group: dict, reference: dict) -> list:
 def plot_command(a) -> str:
     """Draw losses and scales of the weights of runs.
 
-    Held-out loss over steps, tokens, FLOPs and seconds, and where runs have them cosine(T, M) and
-    scales of the weights (weight_scales) over steps: a line a run, a color a group of runs
-    NAME-SEED."""
+    Held-out loss over steps, tokens, FLOPs and seconds. Over steps also the cosine of LET and the
+    scales of the weights (weight_scales), if runs have them. Each run is a line, and each group of
+    runs NAME-SEED has a color. The first tenth of a line is left out."""
     pyplot, groups = plotting(a.plot), grouped(a.runs, read_metrics)
     every = [line for group in groups.values() for lines in group.values() for line in lines]
     keys = dict.fromkeys(itertools.chain(*every))
@@ -822,8 +832,8 @@ def need(ok, message: str):
 
 def open_model(name, device: str, ours=False):
     """(model, encoding, tokenizer as a checkpoint holds it) of anything that
-    teacher.load_pretrained reads, frozen, in eval mode. ours: for what needs the blocks or the
-    derivatives of a GPT of model.py."""
+    teacher.load_pretrained reads, frozen, in eval mode. ours: refuse what is not a GPT of
+    model.py; for commands that need its blocks or its second derivatives."""
     from teacher import load_pretrained
 
     need(device_exists(device), f"--device={device}: no such device here")
@@ -833,8 +843,8 @@ def open_model(name, device: str, ours=False):
 
 
 def read_ids(a, enc) -> list[int]:
-    """An end-of-text token and the first --tokens tokens (0: all) of --text. So training reads a
-    document, too."""
+    """An end-of-text token and the first --tokens tokens (0: all) of --text. Training reads a
+    document in the same way."""
     return [enc.eot_token, *encode(enc, read_text(a.text, "--text="))[:a.tokens or None]]
 
 
@@ -853,16 +863,19 @@ def read_batches(a, model, enc, least: int) -> list:
 
 def read_pieces(a, model, enc) -> list:
     """--text in pieces of --characters characters, each read alone after an end-of-text token, as
-    batches (B, T) of equal lengths, B at most 8. With 512 characters this is the paper's way."""
-    text = enc.decode(read_ids(a, enc)[1:])
+    two or more batches (B, T), B at most 8, of pieces of equal length. With 512 characters this is
+    the paper's way."""
+    text = enc.decode(read_ids(a, enc)[1:])  # that of the first --tokens tokens
     pieces = [[enc.eot_token, *encode(enc, text[start:start + a.characters])]
               for start in range(0, len(text) - a.characters + 1, a.characters)]
     pieces = [ids[:model.config.block_size] for ids in sorted(pieces, key=len)]
+    batches = [batch for _, group in itertools.groupby(pieces, key=len)
+               for batch in torch.tensor([*group], device=a.device).split(8)]
     tokens, needed = sum(map(len, pieces)), 4 * model.config.n_embd  # 4 a dimension of the width
-    need(tokens >= needed, f"--text={a.text} --tokens={a.tokens} --characters={a.characters}: "
-         f"{tokens:,} tokens; at least {needed:,} are needed")
-    return [batch for _, group in itertools.groupby(pieces, key=len)
-            for batch in torch.tensor([*group], device=a.device).split(8)]
+    need(tokens >= needed and len(batches) > 1, f"--text={a.text} --tokens={a.tokens} "
+         f"--characters={a.characters}: {tokens:,} tokens in batches: {len(batches)}; at least "
+         f"{needed:,} in 2 are needed")
+    return batches
 
 
 def table(*rows) -> str:
@@ -927,7 +940,7 @@ def pruned_models(whole: GPT, fitted, a):
                 model = replaced
             else:
                 model = distill(replaced, whole, fitted, a.distill_steps, a.distill_lr,
-                               everything=arm == "distill_all")
+                                everything=arm == "distill_all")
             yield {"order": order, "arm": arm, "blocks": chosen}, model
 
 
@@ -946,7 +959,8 @@ def prune_command(a) -> str:
                      "--out_dir=") / "ckpt.pt"
     batches = read_batches(a, whole, enc, 8)
     eighth = len(batches) // 8
-    fitted, reported = batches[:-2 * eighth], batches[-eighth:]
+    fitted, choosing, reported = (batches[:-2 * eighth], batches[-2 * eighth:-eighth],
+                                  batches[-eighth:])
     rows, least, best = [("order", "arm", "blocks", "held-out nats", "parameters")], math.inf, {}
     none = {"order": "", "arm": "whole", "blocks": []}
     for how, model in itertools.chain([(none, whole)], pruned_models(whole, fitted, a)):
@@ -954,7 +968,7 @@ def prune_command(a) -> str:
         rows.append((how["order"], how["arm"], blocks, f"{mean_loss(model, reported):.4f}",
                      f"{model.num_params():,}"))
         if len(how["blocks"]) == max(a.blocks):
-            loss = mean_loss(model, batches[-2 * eighth:-eighth])
+            loss = mean_loss(model, choosing)
             if loss < least:
                 least, best = loss, {"model": model.state_dict(), "pruned": how,
                                      "model_config": asdict(model.config)}
@@ -1028,8 +1042,8 @@ def python_tasks(enc, n: int) -> dict[str, list]:
 
 
 def add_command(commands, function, files: str, **numbers):
-    """Add a command. files: the name of what it measures, one or more if it ends in s. numbers:
-    flags of positive numbers, name=(default, help)."""
+    """Add the parser of a command. files: the name of its positional argument, which takes several
+    values if it ends in s. numbers: flags of positive numbers, name=(default, help)."""
     new = commands.add_parser(function.__name__.removesuffix("_command"),
                               help=function.__doc__.split("\n")[0],
                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)

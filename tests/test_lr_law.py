@@ -450,7 +450,8 @@ def test_runs_of_a_sweep_keep_the_teachers_stop_of_the_longest(tiny_sweep):
 def test_a_foreign_or_unwritable_table_is_refused_before_a_run(
         tmp_path, tiny_sweep, fake_train, refused):
     foreign = {"other": b"a,b\n1,2\n", "utf16": b"\xff\xfe", "cut": b"a,b",
-               "short": ",".join(COLUMNS).encode() + b"\n1,2\n"}
+               "short": ",".join(COLUMNS).encode() + b"\n1,2\n",
+               "unended": ",".join(COLUMNS).encode()}
     for name, data in foreign.items():
         (tmp_path / name).write_bytes(data)
     for path in (*foreign, "none/runs.csv", "."):
@@ -550,6 +551,8 @@ REFUSED = [  # a command line, and what the message names; more of the line goes
     ("predict --law=nobody", "--law=nobody"), ("predict --law=zhou", "--anchor"),
     ("predict --law=step --anchor=1,2", "--anchor 1,2"),
     ("predict --law=kaplan --n_params=1e11", "--law=kaplan -"),
+    ("predict --law=kaplan --n_params=2e11 --anchor=1e11,1e9,0.01", "--law=kaplan --n_params"),
+    ("predict --law=law.json --anchor=1,2,3", "--law=law.json --anchor"),
     ("sweep --sizes=1x15", "--n_embd=15"), ("sweep -- --tokenizer=nobody", "--tokenizer=nobody"),
     ("sweep -- --stepz=3", "--stepz"), ("sweep -- --lr_law=law.json", "--lr_law=law.json"),
     ("sweep -- --schedule=cosine", "--schedule=cosine"),
@@ -568,7 +571,7 @@ VALUES = {  # command -> {flag: values that it refuses}
     "predict --law=step": dict.fromkeys(
         ("n_params", "tokens", "anchor"), "x nan inf -1 1e999 1:2:0"),
     "fit runs.csv": dict.fromkeys(("basin", "extrapolate"), "x nan -1") | {"extrapolate": "inf"},
-    "plan": {"sizes": "x 1 1x 1x2x3 1e3x2 1x16,", "seeds": "x 0 -1 nan",
+    "plan": {"sizes": "x 1 1x 1x2x3 1e3x2 1x16,", "seeds": "x 0 -1 nan 99999999",
              "lrs": "x 0 -1 nan inf 1:2 1:2:x 1:2:0 1:0:3 1:2:-3 ,",
              "tokens": "x 0 -1 nan inf 1:2:3:4", "flops_per_second": "0 nan inf"},
     "sweep": {"shard": "x 1 0/1 2/1 1/0 -1/2"}, "transfer": {"target_tokens": "-1 nan"},

@@ -743,6 +743,7 @@ REFUSED = """
     plot let-0 --plot=x.txt > --plot=x.txt
     linearity run --text=text.txt --plot=x.txt > --plot=x.txt
     linearity run --text=text.txt --characters=9999 > --text=text.txt --characters=9999
+    linearity run --text=text.txt --characters=40 --tokens=320 > --tokens=320 --characters=40
     plot let-0 --plot=nowhere/x.png > --plot=nowhere
     compare plain-0 let-1 > let-1
     compare plain-0 x/plain-0 > x/plain-0
@@ -753,7 +754,6 @@ SPOILT = [  # a file, its contents, and what the message must name beside it
         "", '{"step": 1}', '{"val_loss": 1}', LINE % ("null", 1), LINE % (1, '""'))),
     *(("let-0/config.json", text, "") for text in ("{", "[]", '{"steps": "x"}')),
     ("task", "", ""), ("task", '{"ctx": "a", "label": 1}', "endings"),
-
     ("task", '{"ctx": "a", "endings": ["b", "c"], "label": 2}', "label"),
     ("task", '{"ctx": "a", "endings": ["b", "c"], "label": ""}', "line 1"),
     ("task", '{"ctx": "a", "endings": ["b"], "label": 0}', "choices"),
