@@ -133,14 +133,14 @@ def linearity(fit, held_out) -> dict:
 @torch.no_grad()
 def linearity_profile(model, batches, skip_first=False) -> list[dict]:
     """linearity() of every block over batches of token ids (B, T): the even ones to fit, the odd
-    ones held out. All states are kept: 4 bytes * tokens * width * (blocks + 1).
+    ones held out. All states are kept, on the CPU: 4 bytes * tokens * width * (blocks + 1).
     skip_first: leave position 0 out. Its states can be a hundred times as large as others (an
     attention sink) and then carry nearly all of the variance."""
     numbers = tuple(range(model.config.n_layer + 1))
     parts = [], []  # to fit on, held out
     for i, idx in enumerate(tqdm(batches, "linearity", unit="batch", disable=None, leave=False)):
         _, states = model.trunk(idx, hidden=numbers)
-        parts[i % 2].append([h[:, int(skip_first):] for h in states])
+        parts[i % 2].append([h[:, int(skip_first):].cpu() for h in states])
     profile = []
     for k in numbers[1:]:
         fit, held_out = (joined(states[k - 1:k + 1] for states in part) for part in parts)
@@ -279,9 +279,9 @@ def replace_blocks(model: GPT, chosen, batches, skip_first=False) -> GPT:
         for i, idx in enumerate(batches):
             x, _ = new.trunk(idx, blocks=k - 1)
             y, _ = model.trunk(idx, blocks=k)
-            parts[i % 4 == 3].append((x[:, first:], y[:, first:]))
+            parts[i % 4 == 3].append((x[:, first:].cpu(), y[:, first:].cpu()))
         W, b, _ = fit_affine(*map(joined, parts))
-        block = AffineBlock(c).to(W.device)
+        block = AffineBlock(c).to(batches[0].device)
         block.affine.weight.copy_(W / block.scale)  # the block multiplies by it
         block.affine.bias.copy_(b / block.scale)
         blocks[k - 1] = "L", block
