@@ -464,7 +464,8 @@ CLAIMS["let-own"] = Claim(
      "LET ends lower than RKD": "loss: let_best - rkd < 0",
      "LET ends lower than SALT": "loss: let_best - salt < 0",
      "RKD ends lower than plain training of its FLOPs": "loss: rkd - plain_rkd_flops < 0"},
-    LOSS, best={"let_best": "let_[0-9]*"}, picture=curves("plain", "let_3", "rkd"), gpu=GPU)
+    LOSS, best={"let_best": "let_[0-9]*"},
+    picture=curves("plain", "let_3", "let_30", "rkd"), gpu=GPU)
 CLAIMS["let-pairs"] = Claim(
     "Which pair of layers is best? The teacher's letter comes first: Late, Middle, Early.",
     "LET, arXiv 2602.05393: L2E has the lowest perplexity of the six; every M2* is worse than L2*",
