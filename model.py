@@ -18,7 +18,7 @@ Names and symbols
     mixer       the part of a block that moves information between tokens: attention, Mamba-2, or
                 both side by side
     E, k        experts, and experts that each token goes to (experts_per_token)
-    P, N, G, Q  Mamba-2: channels of a head, numbers of state per channel, groups, tokens of a chunk
+    P, N, G, Q  Mamba-2: channels of a head, state size per channel, groups, tokens of a chunk
     V, V_pad    vocabulary size, and V rounded up to a multiple of 64, for faster products on GPUs
     x           the residual stream, (B, T, C)
     state k     x after block k; blocks are numbered from 1, state 0 is the output of the embedding
@@ -99,7 +99,7 @@ class ModelConfig:
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
     mixer: str = "attention"  # attention | mamba2 | hybrid, or one letter per block, see kinds()
-    d_state: int = 64  # Mamba-2: N, numbers of state per channel
+    d_state: int = 64  # Mamba-2: N, state size per channel
     ssm_head_dim: int = 64  # Mamba-2: P, channels of one head
     expand: int = 2  # Mamba-2: width inside it over C
     n_groups: int = 1  # Mamba-2: heads of one group share B and C, as query heads share keys
@@ -769,7 +769,7 @@ def next_token_loss(logits, targets):
 
 
 def loss_of_logits(loss, logits, vocab_size: int, dtype, per_token):
-    """(loss, {name: value}), all 0-d, of logits (n, V_pad)."""
+    """(loss, {name: value}), all 0-d, of logits (n, V_pad). loss, per_token: see chunked_loss."""
     value = loss(logits[:, :vocab_size].to(dtype), *per_token)
     return value if isinstance(value, tuple) else (value, {})
 
@@ -867,9 +867,10 @@ class Term:
     """A term of the loss. A new term sets `name`, `hidden` if it reads residual states, and
     `__call__`, and overrides what else differs.
 
-    A term on targets sums over the counted targets of a pass and divides by sum(p.counted), or by
-    its entry of it. The loss of a step is then the mean over its counted tokens, for any division
-    into passes. A term on states alone takes the mean over all tokens: passes are equally large."""
+    A term on targets sums over the counted targets of a pass and divides by sum(p.counted); a term
+    on one sequence of each record divides by that sequence's entry of p.counted. The loss of a step
+    is then the mean over its counted tokens, for any division into passes. A term on states alone
+    takes the mean over all tokens: passes are equally large."""
 
     name = ""
     hidden = ()  # numbers of the residual states that it needs
@@ -1176,10 +1177,14 @@ def checkpoint_file(name) -> str:
     return str(inside if inside.is_file() else name)
 
 
+def one_line(e: Exception) -> str:
+    """The kind and the message of an error, at most 200 characters in one line."""
+    return " ".join(f"{type(e).__name__}: {e}".split())[:200]
+
+
 @contextlib.contextmanager
 def reading(where: str):
-    """Turns every error of the file that is read within into BadInput. where: the flag and the
-    file."""
+    """Turns each error of reading a file into BadInput. where: the flag and the file."""
     try:
         yield
     except BadInput as e:
@@ -1187,9 +1192,8 @@ def reading(where: str):
     except Exception as e:  # damaged bytes raise errors of many kinds
         if out_of_memory(e):
             raise
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         what = "cannot be read" if isinstance(e, OSError) else "damaged, or not what is needed"
-        raise BadInput(f"{where}: {what} ({reason})") from None
+        raise BadInput(f"{where}: {what} ({one_line(e)})") from None
 
 
 def read_text(path, flag="") -> str:
@@ -1204,8 +1208,9 @@ def read_json_lines(path, read, flag="", cut=False) -> list:
     the rest after the last line end, which a killed process can leave. Raises BadInput with the
     number of the line."""
     found, text = [], read_text(path, flag)
-    # splitlines would also cut within JSON strings
-    for number, line in enumerate(text[:text.rfind("\n") + 1 if cut else None].split("\n"), 1):
+    if cut:
+        text = text.rpartition("\n")[0]
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines also cuts within strings
         if line.strip():
             with reading(f"{flag}{path}, line {number}"):
                 found.append(read(json.loads(line)))
@@ -1218,25 +1223,26 @@ def load_checkpoint(path, flag="") -> dict:
     flag: what the user wrote before the name, such as `--resume=`."""
     with reading(f"{flag}{path}"):
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch.load does not look at the checksums
-                raise ValueError(f"the checksum of {damaged} is wrong")
+            if archive.testzip():  # torch.load does not look at the checksums
+                raise ValueError("a checksum is wrong")
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(ckpt, dict) or ckpt.get("format") != CHECKPOINT_FORMAT:
             raise BadInput("not a checkpoint of this version of nanolet")
-        ranks, names = ckpt["tokenizer"]["ranks"].values(), ckpt["model"]
-        if len({*ranks}) < len(ranks):  # tiktoken would panic
-            raise ValueError("the tokenizer has a number twice")
-        blocks = len({name.split(".")[1] for name in names if name.startswith("blocks.")})
-        if blocks != ckpt["model_config"]["n_layer"]:  # before a billion blocks are made
-            raise ValueError(f"weights of {blocks} blocks")
+        weights, settings, tokenizer = ckpt["model"], ckpt["model_config"], ckpt["tokenizer"]
+        blocks = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+        if blocks != settings["n_layer"] or settings["block_size"] > 2**24:  # before memory is used
+            raise ValueError(f"weights of {blocks} blocks, or a block_size above 2^24")
         with torch.device("meta"):  # needs no memory, and refuses other names and shapes
             # (a copy: torch would remember `assign` for the next load of the same dict)
-            GPT(ModelConfig(**ckpt["model_config"])).load_state_dict({**ckpt["model"]}, assign=True)
-        if not all(w.isfinite().all() for w in ckpt["model"].values()):
+            GPT(ModelConfig(**settings)).load_state_dict({**weights}, assign=True)
+        if not all(w.isfinite().all() for w in weights.values()):
             raise ValueError("weights that are not finite")
-        n_vocab = tokenizer_from_dict(ckpt["tokenizer"]).n_vocab
-        if n_vocab > ckpt["model_config"]["vocab_size"]:
-            raise ValueError(f"a tokenizer of {n_vocab} tokens, more than the model has")
+        ranks, single = tokenizer["ranks"], {f"{byte:02x}" for byte in range(256)}
+        if ranks and len({*ranks.values()}) < len({*ranks} | single):  # tiktoken would panic
+            raise ValueError("the tokenizer lacks a byte, or has a number twice")
+        enc = tokenizer_from_dict(tokenizer)
+        if not 0 <= enc.eot_token < enc.n_vocab <= settings["vocab_size"]:
+            raise ValueError(f"a tokenizer of {enc.n_vocab} tokens does not fit the model")
     return ckpt
 
 
@@ -1248,16 +1254,19 @@ def model_from_checkpoint(ckpt: dict) -> GPT:
 
 
 def save_checkpoint(path, state: dict):
-    """Writes a checkpoint, whole or not at all. Raises OSError when the disk is full, which
-    torch.save would hide if it opened the file itself."""
+    """Writes a checkpoint, whole or not at all. Raises OSError, for example when the disk is full.
+    """
     with written_whole(path) as tmp, open(tmp, "wb") as file:
-        torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
+        try:
+            torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
+        except RuntimeError as e:  # torch raises it in closing its archive, after the OSError
+            raise e.__context__ or e from None
 
 
 def new_folder(name, flag="") -> Path:
     """A path to write a folder to. Raises BadInput where there is something already."""
     folder = Path(name)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{flag}{folder}: already exists and is not empty; name a new folder")
     return folder
 
@@ -1284,7 +1293,7 @@ def locked(folder, wait=False, flag=""):
         except BlockingIOError:
             if not wait:
                 raise BadInput(f"{flag}{folder}: another process writes to this folder") from None
-            print(f"waiting for the process that writes to {folder}", file=sys.stderr)
+            print(f"waiting for the process that holds {folder}", file=sys.stderr)
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:  # a disk without locks on folders, such as NFS
             yield
@@ -1369,11 +1378,11 @@ WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EAC
 
 def command(main):
     """Run a command line. An error is printed as one line. The exit code is 2 for bad input and
-    wrong paths, 1 for a run that failed or an error of the disk, 130 and 143 after SIGINT and
+    wrong paths, 1 for a run that failed or an error of the disk, 130 after SIGINT and 143 after
     SIGTERM.
 
-    Of torchrun's processes each prints its error with its rank, after two seconds: if rank 0 met
-    the same error, it has printed it, and torchrun has ended the others by then."""
+    Under torchrun, ranks other than 0 print their error after two seconds. If rank 0 has met the
+    same error, it has printed it, and torchrun has ended the other ranks by then."""
     rank = os.environ.get("RANK", "0")
     sys.stdout.reconfigure(errors="replace")
     if "RANK" not in os.environ:  # with ranks: torchrun's signal must end one that waits for others
@@ -1381,12 +1390,11 @@ def command(main):
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except (BadInput, Failed, OSError, MemoryError, RuntimeError) as e:
+        sys.exit(130)
+    except (BadInput, OSError, MemoryError, RuntimeError) as e:  # Failed is a RuntimeError
         message = str(e)
         if out_of_memory(e):
-            message = ("out of memory; a lower --micro_batch needs less "
-                       f"({message.splitlines()[0][:200] or 'Python'})")
+            message = f"out of memory; for training, try a lower --micro_batch ({one_line(e)})"
         elif isinstance(e, OSError):
             message = f"{e.filename or 'the disk'}: {e.strerror or e}"
         elif not isinstance(e, (BadInput, Failed)):

@@ -20,7 +20,7 @@ Names and symbols
                     one, the targets. (In model.py, a block is a layer of the model.)
     record          an item of the data: one block, or in step_by_step a pair of sequences
     rows            sequences in a record: 1, or 2 in step_by_step with rationales
-    rank, world     the number of this process, and how many there are; each has its own device
+    rank, world     the number of this process, and the number of processes; each has its own device
     nats            mean negative log-likelihood per token. Bits per byte is nats / ln 2 / (bytes
                     per token); it can be compared between tokenizers
     MFU             model FLOPs utilization: the model's FLOPs per second over the device's peak
@@ -74,6 +74,7 @@ from model import (
     Parser,
     Pass,
     Router,
+    between,
     checkpoint_file,
     command,
     cut_text,
@@ -83,6 +84,7 @@ from model import (
     locked,
     model_from_checkpoint,
     naming,
+    one_line,
     read_text,
     reading,
     save_checkpoint,
@@ -159,14 +161,14 @@ def make_terms(c: "Config", model: GPT, teacher=None) -> list:
 
 
 def loop(run: "Run", signals: set) -> dict:
-    """Trains to --steps, or until there is one of `signals` (see stop_signals). Returns the run's
-    result."""
+    """Trains to --steps, or until a signal is received. signals: the set of those received so far,
+    see stop_signals. Returns the run's result."""
     c, state, optimizers = run.c, run.state, run.optimizers
     batches = run.batches()
     batch = next(batches)
     stopping = False
-    hidden = True if run.devices.rank else None  # None: only where there is no terminal
-    with tqdm(total=c.steps, initial=state.step, unit="step", disable=hidden) as progress:
+    no_bar = True if run.devices.rank else None  # None: no bar unless stderr is a terminal
+    with tqdm(total=c.steps, initial=state.step, unit="step", disable=no_bar) as progress:
         while True:
             run.evaluate_and_save(stopping)  # only at some steps; does not count as training time
             if state.step == c.steps or stopping:
@@ -184,13 +186,13 @@ def loop(run: "Run", signals: set) -> dict:
                     named[name] += value
             norm = optimizers.clip(c.clip)
             means = {name: value / run.accumulation for name, value in named.items()}
-            means |= {"grad_norm": norm, "stop": bool(signals)}
+            means |= {"grad_norm": norm, "stop_asked": bool(signals)}
             means = mean_over_ranks(run.devices, means)
             refuse_non_finite(run, means)
             optimizers.step(state.step)
             for term in run.terms:
                 term.after_step()
-            stopping = means.pop("stop") > 0
+            stopping = means.pop("stop_asked") > 0  # on any rank
             run.advance()
             progress.update()
             progress.set_postfix_str(f"loss {means['loss']:.3f}", refresh=False)
@@ -204,11 +206,11 @@ def forward(run: "Run", batch: "Batch", synchronize: bool) -> Pass:
     synchronize: whether the backward pass averages gradients over the ranks."""
     step = run.state.step
     idx, targets, counted = batch.idx, batch.targets, batch.counted
-    # A separate context: sampling leaves weights without gradients in autocast's cache.
+    # In an autocast of its own, as a term can sample, which caches weights without gradients.
     with run.devices.autocast():
         for term in run.terms:
             idx, targets = term.batch(run.model, idx, targets, step, batch.first)
-    if targets is not batch.targets:
+    if targets is not batch.targets:  # a term has replaced them
         counted = [float((targets != IGNORE).sum())]
     if dist.is_initialized():
         run.net.require_backward_grad_sync = synchronize
@@ -247,10 +249,10 @@ def evaluate(run: "Run") -> tuple[float, float]:
     shared among the ranks. Every evaluation reads the same blocks, in batches of one shape."""
     c, data, devices = run.c, run.data.val, run.devices
     n = max(1, min(len(data), c.eval_tokens // c.block_size))
-    rows = run.records_per_pass
+    per_pass = run.records_per_pass
     sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    for first in range(devices.rank * rows, n, devices.world * rows):
-        numbers = [min(i, n - 1) * len(data) // n for i in range(first, first + rows)]
+    for first in range(devices.rank * per_pass, n, devices.world * per_pass):
+        numbers = [min(i, n - 1) * len(data) // n for i in range(first, first + per_pass)]
         idx, targets = data.batch(numbers)
         targets[n - first:] = IGNORE  # the last batch repeats a block to fill its shape
         counted = targets[targets != IGNORE]
@@ -282,8 +284,8 @@ def train(c: "Config") -> dict:
     compare_ranks(c, devices)
     data = load_data(c)
     with contextlib.ExitStack() as held:
-        if c.out_dir and Path(c.out_dir, "ckpt.pt").exists() and not c.dry_run:
-            # An earlier run is held before its checkpoint is read: nobody saves a later one then
+        if c.resume and c.out_dir and Path(c.out_dir, "ckpt.pt").exists() and not c.dry_run:
+            # Lock the folder before its checkpoint is read: no other process saves a later one then
             on_rank_0(lambda: held.enter_context(locked(c.out_dir, flag="--out_dir=")))
         resumed = load_run(c.resume) if c.resume else None
         if resumed is not None:
@@ -297,7 +299,8 @@ def train(c: "Config") -> dict:
             return print_plan(c, data, teacher)
         run = Run(c, data, devices, teacher, resumed)
         teacher = resumed = None  # frees the checkpoint, and lets the run free the teacher
-        run.begin(on_rank_0(lambda: held.enter_context(run_folder(run.c, devices.world))))
+        folder = on_rank_0(lambda: held.enter_context(run_folder(run.c, devices.world)))
+        run.begin(folder)
         return loop(run, held.enter_context(stop_signals()))
 
 
@@ -323,7 +326,7 @@ class Run:
             self.model = GPT(model_config(c, self.tokenizer.n_vocab))
         self.model.to(devices.device)
         self.c = c = learning_rate_by_law(c, self.model)
-        torch.manual_seed(c.seed + 1)  # for LET's projection
+        torch.manual_seed(c.seed + 1)  # LET's projection depends on it
         self.terms = make_terms(c, self.model, teacher)
         freeze_gains(self.model, c.frozen_gains)
         self.optimizers = make_optimizers(c, self.model, self.terms, devices)
@@ -343,8 +346,9 @@ class Run:
         self.c = c = replace(self.c, out_dir=out_dir)
         data, devices = self.data, self.devices
         self.checkpoint = Path(out_dir) / "ckpt.pt"
-        on_rank_0(lambda: write_config(c, devices))
         self.metrics = Metrics(Path(out_dir), self.state.step, writes=devices.rank == 0)
+        config = {**asdict(c), "provenance": provenance(devices)}
+        on_rank_0(lambda: write_json(Path(out_dir) / "config.json", config, indent=1))
         self.clock = time.perf_counter()
         self.logged_tokens, self.logged_seconds = self.state.tokens, self.state.seconds
         say(f"{out_dir}: {self.model.num_params():,} parameters, "
@@ -362,7 +366,7 @@ class Run:
             for term in self.terms:
                 if term.name in checkpoint["terms"]:
                     term.load_state_dict(checkpoint["terms"][term.name])
-            self.state = State(**{f.name: checkpoint[f.name] for f in fields(State)})
+        self.state = checkpoint["state"]
 
     def save(self):
         checkpoint = {"model": self.model.state_dict(),
@@ -385,7 +389,7 @@ class Run:
         place = self.state.tokens // (c.block_size * data.rows)  # of the step's first record
         while True:
             numbers = block_numbers(c.seed, place, records, len(data))
-            counted = [n / passes for n in data.counted(numbers)]
+            counted = [n / passes for n in data.counted(numbers)]  # mean of a pass, see model.Pass
             for i in range(0, self.records_per_rank, self.records_per_pass):
                 first = rank * self.records_per_rank + i
                 batch = data.batch(numbers[first:first + self.records_per_pass])
@@ -445,7 +449,7 @@ class Run:
         self.logged_tokens, self.logged_seconds = state.tokens, state.seconds
         extra = {}
         for term in self.terms:
-            extra |= term.logged(state.step - 1)
+            extra |= term.logged(state.step - 1)  # of the step that was just taken
         self.metrics.write(state, **means, lr=self.optimizers.lr, tokens_per_second=round(speed),
                            mfu=self.mfu(speed), **extra)
 
@@ -457,7 +461,7 @@ class Run:
     def result(self, signals: set) -> dict:
         c, state, interrupted = self.c, self.state, 0
         if state.step < c.steps:
-            interrupted = int(min(signals, default=signal.SIGTERM))  # or another rank's
+            interrupted = int(min(signals, default=signal.SIGTERM))  # default: sent to another rank
             say(f"stopped at step {state.step}; to continue: "
                 f"python train.py --resume={self.checkpoint}")
         else:
@@ -500,7 +504,7 @@ def model_config(c: "Config", vocab_size: int) -> ModelConfig:
     if c.param != "standard":
         width = c.n_embd / c.base_n_embd
         ratios["width_ratio"] = width
-        ratios["head_ratio"] = width * (c.base_n_head or c.n_head) / c.n_head
+        ratios["head_ratio"] = width * (c.base_n_head or c.n_head) / c.n_head  # of n_embd / n_head
     if c.param == "completep":
         ratios["depth_ratio"] = c.n_layer / c.base_n_layer
     flags = {name: getattr(c, name) for name in ARCHITECTURE}
@@ -515,6 +519,7 @@ def start_from(c: "Config", tokenizer: dict) -> GPT:
     if tokenizer_id(source_tokenizer) != tokenizer_id(tokenizer):
         raise BadInput(f"{where} --tokenizer={c.tokenizer}: the model has another tokenizer; "
                        "--tokenizer=teacher uses it")
+    # All architecture flags must agree but n_layer, which may be smaller
     refuse_others(c, {**architecture_flags(source, where), "n_layer": c.n_layer}, where)
     return init_from(source, c.n_layer, c.block_size, where)
 
@@ -534,20 +539,25 @@ def refuse_others(c: "Config", needed: dict, where: str):
 
 
 def load_run(path: str) -> dict:
-    """The checkpoint of --resume, with its `config` as a Config, whose stop is in steps. Raises
-    BadInput for a file without a run, or with flags that no run has. Run.load checks the rest."""
+    """The checkpoint of --resume, with two entries replaced or added: `config`, a Config whose stop
+    is in steps, and `state`, a State. Raises BadInput for a file without a run, or with values that
+    no run has. Run.load checks the rest."""
     checkpoint = load_checkpoint(path, flag="--resume=")
     if not checkpoint.get("config"):
         raise BadInput(f"--resume={path}: holds a model without the state of a run; --init_from "
                        "starts a new run from it")
     with reading(f"--resume={path}"):
         c = Config(**{name: v for name, v in checkpoint["config"].items() if name in FLAGS})
+        state = State(**{f.name: checkpoint[f.name] for f in fields(State)})
+        if min(state.step, state.tokens, state.flops, state.seconds) < 0:
+            raise ValueError(f"negative progress, {state}")
         if bad := out_of_range(c):
             raise ValueError(bad[0])
-        return {**checkpoint, "config": with_stop_in_steps(c)}
+        return {**checkpoint, "config": with_stop_in_steps(c), "state": state}
 
 
 def refuse_changes(c: "Config", resumed: dict, tokenizer: dict):
+    """Raises BadInput where the flags, or the tokenizer, do not fit the checkpoint of --resume."""
     where = f"--resume={c.resume}"
     if resumed["step"] > c.steps:
         raise BadInput(f"{where} --steps={c.steps}: the checkpoint is at step {resumed['step']}")
@@ -572,6 +582,7 @@ def branch_decay(c: "Config", resumed: dict) -> "Config":
 
 
 def recipe_of(c: "Config"):
+    """The recipe of --distill (teacher.RECIPES), changed by the --distill_... flags."""
     given = {name.removeprefix("distill_"): getattr(c, name) for name in FLAGS
              if name.startswith("distill_")}
     return make_recipe(c.distill, given)
@@ -598,7 +609,7 @@ def with_stop_in_steps(c: "Config") -> "Config":
 
 
 def needs_teacher(c: "Config", step: int) -> bool:
-    """Whether a teacher is called at this step or later."""
+    """Whether a run that starts at this step ever calls a teacher."""
     if c.teacher == "none" or not teaches_at(step, teacher_stop(c)):
         return False
     return c.let_weight > 0 if c.distill == "let" else recipe_of(c).teaches()
@@ -636,7 +647,7 @@ def automatic_teacher(c: "Config", data: "Data") -> "Config":
     if c.distill == "let" and c.let_teacher_layer > t.n_layer:
         raise BadInput(f"--let_teacher_layer={c.let_teacher_layer}: the automatic teacher has "
                        f"{t.n_layer} blocks")
-    ignored = ("device", "compile", "dtype", "micro_batch")
+    ignored = ("device", "compile", "dtype", "micro_batch")  # they change rounding alone
     flags = {name: value for name, value in asdict(t).items() if name not in ignored}
     folder = key(flags, tokenizer_id(data.tokenizer), data.train.sample())
     return replace(t, out_dir=str(cache_dir() / "teachers" / folder))
@@ -810,14 +821,14 @@ def make_tokenizer_for(c: "Config", texts) -> dict:
     try:
         return tokenizer_to_dict(tiktoken.get_encoding(name))
     except (ValueError, OSError) as e:  # no such name, or no network: requests' errors are OSErrors
-        raise BadInput(f"--tokenizer={name}: bpe, bytes, teacher, or one of tiktoken's ("
-                       f"{', '.join(tiktoken.list_encoding_names())}), which it fetches once "
-                       f"({type(e).__name__}); without a network, copy here the folder of "
-                       "TIKTOKEN_CACHE_DIR=FOLDER of a machine with one") from None
+        raise BadInput(f"--tokenizer={name}: not bpe, bytes, teacher, or one of tiktoken's ("
+                       f"{', '.join(tiktoken.list_encoding_names())}); or tiktoken could not fetch "
+                       "it. Without a network, set TIKTOKEN_CACHE_DIR to a copy of that folder of "
+                       f"a machine that has fetched it ({one_line(e)})") from None
 
 
 def pretrained_name(c: "Config") -> tuple[str, str]:
-    """(name, flag) of the pretrained model that --tokenizer=teacher refers to."""
+    """(name, flag) of the pretrained model whose tokenizer --tokenizer=teacher takes."""
     return (c.init_from, "--init_from=") if c.init_from else (c.teacher, "--teacher=")
 
 
@@ -870,9 +881,9 @@ class Blocks:
     def batch(self, numbers):
         """(inputs, targets) of these blocks: int64 tensors (len(numbers), block_size)."""
         views = np.searchsorted(self.starts, numbers, side="right") - 1
-        rows = [self.views[k][i - self.starts[k]] for k, i in zip(views, numbers)]
-        rows = torch.from_numpy(np.stack(rows).astype(np.int64))
-        return rows[:, :-1], rows[:, 1:].clone()
+        blocks = [self.views[k][i - self.starts[k]] for k, i in zip(views, numbers)]
+        blocks = torch.from_numpy(np.stack(blocks).astype(np.int64))
+        return blocks[:, :-1], blocks[:, 1:].clone()
 
     def counted(self, numbers) -> list[int]:
         """The number of targets in these blocks, for each row of a record: here one number."""
@@ -959,8 +970,8 @@ def download(name: str) -> list[Path]:
                 from huggingface_hub import hf_hub_download  # the extra `hf`
                 hf_hub_download(dataset, file, repo_type="dataset", local_dir=folder)
         except Exception as e:  # the hub's client raises many kinds of errors
-            raise BadInput(f"--data={name}: no download ({type(e).__name__}); it needs a network, "
-                           "and for the hub `pip install -e '.[hf]'`; or put the file "
+            raise BadInput(f"--data={name}: no download ({one_line(e)}); it needs a network, and "
+                           "for the hub `pip install -e '.[hf]'`; or put the file "
                            f"{file} of {dataset or SHAKESPEARE} at {path}") from None
     return [folder / file for file in names]
 
@@ -984,8 +995,8 @@ def find_files(data: str) -> tuple[Path, list[Path]]:
         found = files_below(path)
     elif not path.exists():
         found = glob.glob(data, recursive=True)  # without hidden files and folders
-    found = sorted(map(Path, found), reverse=True)
-    once = {p.resolve(): p for p in found if p.is_file()}  # a link can lead to a file again
+    found = sorted(map(Path, found), reverse=True)  # of two links to a file the first one stays
+    once = {p.resolve(): p for p in found if p.is_file()}
     files = sorted(once.values())
     if not files:
         raise BadInput(f"--data={data}: no such file or glob, or no file in this folder")
@@ -1021,17 +1032,19 @@ def read_documents(root: Path, files: list[Path], data: str) -> list[tuple[str, 
 
 def split_documents(documents):
     """(training, held-out) documents. In the order of a hash of their names, documents are held out
-    until these have 10 % of the characters. The last of them is cut, at a line end, and only its
-    end is held out."""
+    until they have 10 % of the characters. The last of them is cut, at a line end if one is near,
+    and only its end is held out."""
     room = HELD_OUT * sum(len(text) for _, text in documents)  # characters still to be held out
     train, held_out = [], []
     for name, text in sorted(documents, key=lambda d: hashlib.sha256(os.fsencode(d[0])).digest()):
         cut = max(0, len(text) - math.ceil(room))
         if 0 < cut < len(text):
-            cut = text.rfind("\n", cut - int(room / 10), cut) + 1 or cut  # a line end, if near
+            cut = text.rfind("\n", cut - int(room / 10), cut) + 1 or cut  # 0: no line end is near
         room = max(0, room - (len(text) - cut))
-        train += [(name, text[:cut])] if cut > 0 else []
-        held_out += [(name, text[cut:])] if cut < len(text) else []
+        if cut > 0:
+            train.append((name, text[:cut]))
+        if cut < len(text):
+            held_out.append((name, text[cut:]))
     return sorted(train), sorted(held_out)
 
 
@@ -1058,21 +1071,19 @@ def write_tokens(c: "Config", folder: Path, documents):
     train, held_out = split_documents(documents)
     tokenizer = make_tokenizer_for(c, (text for _, text in train))
     enc = tokenizer_from_dict(tokenizer)
-    for part, documents in (("train", train), ("val", held_out)):
-        with written_whole(folder / f"{part}.bin") as tmp:
-            write_shard(tmp, documents, enc)
-    for name, content in (("tokenizer.json", lambda: tokenizer),
-                          ("checksums.json", lambda: checksums(folder))):
+    for name, part in (("train.bin", train), ("val.bin", held_out)):
         with written_whole(folder / name) as tmp:
-            tmp.write_text(json.dumps(content()))
+            write_shard(tmp, part, enc)
+    write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "checksums.json", checksums(folder))
 
 
 CACHED = ("train.bin", "val.bin", "tokenizer.json")
 
 
 def checksums(folder: Path) -> list[int]:
-    """The CRC-32 of each file of CACHED: 0.1 s for 200 MB, and it finds all damage that is not on
-    purpose."""
+    """The CRC-32 of each file of CACHED. It takes 0.1 s for 200 MB and finds all accidental damage.
+    """
     return [zlib.crc32(np.memmap(folder / name, np.uint8, mode="r")) for name in CACHED]
 
 
@@ -1095,7 +1106,7 @@ def write_shard(path: Path, documents, enc):
         while some := list(itertools.islice(parts, 256)):
             begins, texts = zip(*some)
             encoded = enc.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-            tokens = [i for begin, ids in zip(begins, encoded)
+            tokens = [i for begin, ids in zip(begins, encoded)  # begin: True is 1, False is 0
                       for i in [enc.eot_token] * begin + ids]
             np.array(tokens, SHARD_DTYPES[magic]).tofile(f)
             count += len(tokens)
@@ -1122,9 +1133,9 @@ SHARD_DTYPES = {20240520: np.uint16, 20240801: np.uint32}  # llm.c's magic numbe
 def open_shard(path: Path, n_vocab: int, flags="") -> np.ndarray:
     """The tokens of a shard, memory-mapped: a .npy file; or a .bin file, with llm.c's header (256
     int32: magic number, version, number of tokens), as in our cache, or of bare tokens (nanoGPT).
-    Bare tokens are uint32 if the first 2^18 are below n_vocab when read so, and else uint16: two of
-    these hardly ever make such a number. n_vocab: of the tokenizer that made them. flags: what the
-    user wrote. Raises BadInput."""
+    Bare tokens are taken for uint32 if the first 2^18, read as uint32, are all below n_vocab, which
+    pairs of uint16 tokens hardly ever are. Otherwise they are uint16. n_vocab: of the tokenizer
+    that made them. flags: what the user wrote. Raises BadInput."""
     with reading(f"{flags}: {path}"):
         with open(path, "rb") as file:
             magic, _, count = np.frombuffer(file.read(12), np.int32).tolist()
@@ -1195,16 +1206,17 @@ def load_records(c: "Config") -> Data:
 
 
 def flag(default, help, choices=None, least=None, most=None, needs=None):
-    """A flag of Config. choices, least, most: the allowed values. needs: an expression of
-    flags, attention_blocks and mamba2_blocks (whether there are some). Unless it holds, the flag
-    has no effect, and only its default is accepted."""
+    """A flag of Config. choices, least, most: the allowed values. needs: a Python expression of
+    flags, attention_blocks and mamba2_blocks (whether the model has such blocks). Unless it holds,
+    the flag has no effect, and only its default is accepted."""
     return field(default=default, metadata={"help": help, "choices": choices, "least": least,
                                             "most": most, "needs": needs})
 
 
 @dataclass
 class Config:
-    """The flags of a run. The parser, `--help` and the range checks are made from these fields."""
+    """The flags of a run. The parser, `--help` and the checks of single flags are made from these
+    fields."""
 
     # data
     data: str = flag("stdlib", "stdlib, a text file, a glob or folder of text, token shards (.bin, "
@@ -1234,7 +1246,7 @@ class Config:
     qk_norm: bool = flag(ModelConfig.qk_norm, "RMSNorm on queries and keys",
                          needs="attention_blocks")
     tie_embeddings: bool = flag(ModelConfig.tie_embeddings, "one matrix for embedding and head")
-    d_state: int = flag(ModelConfig.d_state, "Mamba-2: numbers of state per channel (N)", least=1,
+    d_state: int = flag(ModelConfig.d_state, "Mamba-2: state size per channel (N)", least=1,
                         most=2**16, needs="mamba2_blocks")
     ssm_head_dim: int = flag(ModelConfig.ssm_head_dim, "Mamba-2: channels of a head (P)", least=1,
                              needs="mamba2_blocks")
@@ -1346,15 +1358,16 @@ class Config:
                       ("auto", "bf16", "fp32"))
     compile: str = flag("auto", "torch.compile; auto: on CUDA only", ("auto", "true", "false"))
     out_dir: str = flag("", "folder of the run; empty: the next free runs/N")
-    resume: str = flag("", "checkpoint or run's folder to continue; auto: --out_dir, if any. "
-                       "Flags that are not given have the checkpoint's values")
+    resume: str = flag("", "checkpoint or run's folder to continue; auto: the run in --out_dir, if "
+                       "there is one. Flags that are not given have the checkpoint's values")
     decay_now: bool = flag(False, "start a new run from --resume, a checkpoint of the stable "
                            "phase: the learning rate decays from there to --steps, or over "
                            "decay_fraction of all steps", needs="resume")
     init_from: str = flag("", "start from the weights and architecture of a checkpoint, "
                           "smollm2, or a Hugging Face folder or id; a smaller --n_layer takes "
                           "evenly spaced blocks")
-    dry_run: bool = flag(False, "print parameters, FLOPs, memory and steps, and stop")
+    dry_run: bool = flag(False, "print parameters, steps, tokens, FLOPs, epochs and memory "
+                         "(without activations), and stop")
     sample_tokens: int = flag(100, "tokens of the sample at the end", least=0)
 
 
@@ -1369,8 +1382,8 @@ HEADINGS = {"data": "data", "mixer": "model", "optimizer": "optimizer",  # first
 
 
 def check(c: Config, world: int = 1):
-    """Raises one BadInput for all values out of range, or else for all values in one of the groups
-    below that contradict each other."""
+    """Raises one BadInput with a line for each flag out of range. If there is none, with a line for
+    each contradiction in the first group of checks below that finds one."""
     bad = out_of_range(c)
     for group in (check_architecture, check_combinations, check_run):
         if bad:
@@ -1407,6 +1420,7 @@ def check_architecture(c: Config, world: int):
     names = {**vars(c), "attention_blocks": kinds & {*"AH"}, "mamba2_blocks": kinds & {*"MH"}}
     for name, f in FLAGS.items():
         needs = f.metadata["needs"]
+        # (with --init_from, FIXED flags have the values of that model, used or not)
         if needs and getattr(c, name) != f.default and not (c.init_from and name in FIXED):
             yield eval(needs, names), name, f"has no effect unless {needs}"
 
@@ -1556,7 +1570,7 @@ def compare_ranks(c: Config, devices: Devices):
     own |= {name: provenance(devices)[name] for name in ("source_sha256", "torch", "bf16")}
     if c.resume:
         with zipfile.ZipFile(c.resume) as archive:
-            own[c.resume] = [part.CRC for part in archive.infolist()]
+            own[c.resume] = hash(tuple(part.CRC for part in archive.infolist()))
     found = [None] * devices.world
     dist.all_gather_object(found, own)
     for rank, name in itertools.product(range(devices.world), found[0]):
@@ -1630,10 +1644,9 @@ def provenance(devices: Devices) -> dict:
             "source_sha256": digest.hexdigest()}
 
 
-def write_config(c: Config, devices: Devices):
-    """Writes config.json: the flags and the provenance."""
-    with written_whole(Path(c.out_dir) / "config.json") as tmp:
-        tmp.write_text(json.dumps({**asdict(c), "provenance": provenance(devices)}, indent=1))
+def write_json(path: Path, value, indent=None):
+    with written_whole(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=indent))
 
 
 @contextlib.contextmanager
@@ -1642,7 +1655,7 @@ def run_folder(c: Config, world: int):
     name."""
     folders = [c.out_dir] if c.out_dir else (f"runs/{n}" for n in itertools.count(1))
     for folder in folders:
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(FileExistsError):  # a number that is taken
             Path(folder).mkdir(parents=True, exist_ok=bool(c.out_dir))
             break
     with locked(folder, flag="--out_dir="):
@@ -1651,9 +1664,9 @@ def run_folder(c: Config, world: int):
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, appended by rank 0. A resumed run first deletes the
-    lines that it will write again: the evaluation at its checkpoint's step, and the later lines of
-    a run that was killed."""
+    """metrics.jsonl: one JSON object a line, appended by rank 0. A run first deletes the lines that
+    it will write again: the evaluation at the step where it starts, and all lines of later steps,
+    which a killed run has left."""
 
     def __init__(self, out_dir: Path, step: int, writes: bool):
         self.path, self.writes, self.lines = out_dir / "metrics.jsonl", writes, []
@@ -1676,20 +1689,11 @@ class Metrics:
 # --------------------------------------------------------------------------------------------------
 # Command line
 
-# argparse calls these, and names the flag and its text where one raises ValueError.
-
-
 def boolean(text: str) -> bool:
+    """A type for argparse, which names the flag and its text where this raises ValueError."""
     if text.lower() not in ("true", "false", "1", "0"):
         raise ValueError
     return text.lower() in ("true", "1")
-
-
-def number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
 
 
 def make_parser() -> Parser:
@@ -1697,7 +1701,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         usage="python train.py [--name=value ...]  or  torchrun --nproc_per_node=N train.py ...")
-    readers = {int: int, float: number, bool: boolean,
+    readers = {int: int, float: between(float, -1e300, 1e300), bool: boolean,  # no inf, no nan
                str: os.path.expanduser}  # shells do not expand the ~ of --data=~/text
     for name, f in FLAGS.items():
         if name in HEADINGS:

@@ -645,7 +645,7 @@ class Trap:  # read without care, it writes a file
 NOT_CHECKPOINTS = {  # by an expression of the checkpoint c
     **{f"{name}={value}": f"c['model_config'].update({name}={value})" for name, values in {
         "n_embd": (64, 0, 10**9, "'x'"), "n_layer": (1, 10**9), "vocab_size": (0, 10**9),
-        "block_size": (-1,), "mixer": ("'AA'", "'MAX'", 3), "n_head": (5, 0),
+        "block_size": (-1, 10**12), "mixer": ("'AA'", "'MAX'", 3), "n_head": (5, 0),
         "mlp": ("'gelu_'",), "n_experts": (4,), "odd": (1,)}.items() for value in values},
     **{f"without {name}": f"c.pop('{name}')" for name in ("model", "model_config", "tokenizer")},
 
@@ -655,7 +655,9 @@ NOT_CHECKPOINTS = {  # by an expression of the checkpoint c
     "another shape": "c['model'].update({'norm.weight': torch.ones(33)})",
     "a token twice": "c['tokenizer']['ranks'].update({'00': 5})",
     "a billion blocks": "c['model_config'].update(n_layer=10**9, mixer='attention')",
-    "no pattern": "c['tokenizer'].pop('pattern')",
+    "no tokens": "c['tokenizer'].update(ranks={})", "no pattern": "c['tokenizer'].pop('pattern')",
+    "a missing byte": "c['tokenizer']['ranks'].pop('41')",
+    "no end of text": "c['tokenizer'].update(special={})",
     "a bad pattern": "c['tokenizer'].update(pattern='(')",
     "a large token": "c['tokenizer'].update(special={'<|endoftext|>': 10**6})",
     "no tokenizer.json": "c['tokenizer'].update(json='{')",
@@ -700,9 +702,24 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     assert (tmp_path / "folder").is_dir()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="limits as POSIX has them")
+@pytest.mark.parametrize("n", [10, 10**6])
+def test_a_checkpoint_that_the_disk_does_not_hold_is_an_error_that_names_the_file(n, tmp_path):
+    """torch meets the error in the last flush, or before it and then raises another one."""
+    import resource
+    path, (soft, hard) = tmp_path / "ckpt.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # bytes of a file
+    try:
+        with pytest.raises(OSError) as error:
+            lib.save_checkpoint(path, {"x": torch.zeros(n)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.filename == str(path) and not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("error, code, said", [
     ("BadInput('--x=1: no')", 2, "--x=1: no"), ("Failed('it broke')", 1, "it broke"),
-    ("OSError(28, 'No space left', 'a/file')", 1, "a/file")])
+    ("OSError(28, 'No space left', 'a/file')", 1, "a/file"), ("MemoryError()", 1, "out of memory")])
 def test_a_failed_command_ends_with_a_line_and_a_code_and_what_cannot_be_printed_is_a_question_mark(
         error, code, said):
     main = f"    print('a \\u5317\\u4eac \\udcff.')\n    raise {error}"

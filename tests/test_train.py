@@ -961,6 +961,8 @@ def finished(corpus, teacher, tmp_path_factory):
     bare = {k: model[k] for k in ("format", "model", "model_config", "tokenizer")}
     torch.save(bare, folder / "bare.pt")
     torch.save({**model, "config": {**model["config"], "schedule": "odd"}}, folder / "odd.pt")
+    for name, step in {"negative": -5, "word": "x", "nothing": None}.items():
+        torch.save({**model, "step": step}, folder / f"{name}.pt")
     (folder / "file").write_text("a file")
     return folder
 
@@ -1020,6 +1022,7 @@ REFUSED = """
     (--steps=12 --vocab_size=300) --resume=AT/run/ckpt.pt --tokenizer=bpe
     (--out_dir=AT/new) --decay_now --resume=AT/run/step-0000005.pt
     (--out_dir=AT/new --schedule=wsd) --decay_now --resume=AT/cosine/ckpt.pt | --resume=AT/odd.pt
+    --resume=AT/negative.pt | --resume=AT/word.pt | --resume=AT/nothing.pt
 """.strip().replace("\n", "|").split("|")
 PLACES = {"TAUGHT": "(--teacher=AT/bare.pt --let_student_layer=1)",
           "RUN": "(--steps=12) --resume=AT/run/ckpt.pt"}
