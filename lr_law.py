@@ -53,6 +53,7 @@ from model import (
     between,
     command,
     fcntl,
+    listed,
     positive,
     read_text,
     reading,
@@ -943,18 +944,6 @@ def shard(text: str) -> slice:
     if not 1 <= i <= n:
         raise ValueError(text)
     return slice(i - 1, None, n)
-
-
-def listed(kind, count: int | None = None):
-    """For argparse: values of this kind, separated by commas; `count` of them, if it is given."""
-    def parse(text):
-        values = [kind(value) for value in text.split(",")]
-        if count and len(values) != count:
-            raise ValueError(text)
-        return values
-
-    parse.__name__ = f"list of {kind.__name__}"
-    return parse
 
 
 # {flag: (default, help, type)}. The type can be left out: numbers are then of the type of the

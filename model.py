@@ -1423,6 +1423,18 @@ def positive(default):
     return between(type(default), least if default else 0, 1e30)
 
 
+def listed(kind, count: int | None = None):
+    """For argparse: values of this kind, separated by commas; `count` of them, if it is given."""
+    def parse(text):
+        values = [kind(value) for value in text.split(",")]
+        if count and len(values) != count:
+            raise ValueError(text)
+        return values
+
+    parse.__name__ = f"list of {kind.__name__}"
+    return parse
+
+
 def main(argv):
     parser = Parser(
         prog="model.py", description="Sample text from a checkpoint of train.py.")

@@ -47,12 +47,14 @@ from model import (
     ModelConfig,
     Parser,
     Term,
+    between,
     checkpoint_file,
     chunked_loss,
     command,
     device_exists,
     encode,
     generate,
+    listed,
     load_checkpoint,
     log_likelihoods,
     model_from_checkpoint,
@@ -665,15 +667,15 @@ def generate_command(a) -> str:
     documents, _ = split_documents(read_documents(*find_files(a.data), a.data))
     prompts = draw_prompts([text for _, text in documents], enc, a.n_prompts, a.prompt_tokens,
                            a.seeds[0])
-    records = write_text(model, enc, prompts, a.tokens, a.temperatures, a.seeds, a.top_p, score,
-                         a.best)
+    temperatures, seeds = dict.fromkeys(a.temperatures), dict.fromkeys(a.seeds)
+    records = write_text(model, enc, prompts, a.tokens, temperatures, seeds, a.top_p, score, a.best)
     with written_whole(folder) as tmp:
         tmp.mkdir()
         text = f"\n{END_OF_TEXT}\n".join(r["text"] for r in records)
         (tmp / "text.txt").write_text(text, encoding="utf-8")
         lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in records]
         (tmp / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
-    sampled = len(prompts) * len(a.temperatures) * len(a.seeds)
+    sampled = len(prompts) * len(temperatures) * len(seeds)
     return f"{len(records)} of {sampled} samples in {folder / 'text.txt'}"
 
 
@@ -1175,15 +1177,6 @@ def export(checkpoint, folder, dtype="fp32") -> str:
 # The command line
 
 
-def numbers(kind):
-    """A type of argument for argparse: 0.7,1 is the list of these numbers. A repeated number counts
-    once."""
-    def parse(text):
-        return list(dict.fromkeys(kind(part) for part in text.split(",")))
-    parse.__name__ = f"list of {kind.__name__}s"
-    return parse
-
-
 def parse_arguments(argv):
     parser = Parser(
         prog="teacher.py", description="Let a model write text to learn from; export a model.")
@@ -1194,19 +1187,21 @@ def parse_arguments(argv):
     g.add_argument("folder", help="a new folder, for samples.jsonl and text.txt")
     g.add_argument("--data", default="stdlib", help="as train.py's; prompts come from it, not from "
                    "its held-out part")
-    g.add_argument("--n_prompts", type=int, default=200)
-    g.add_argument("--prompt_tokens", type=int, default=16, help="the teacher's tokens in a prompt")
-    g.add_argument("--tokens", type=int, default=128, help="most tokens of a completion")
-    g.add_argument("--temperatures", type=numbers(float), default=[1.0],
+    count = between(int, 1, 10**9)
+    g.add_argument("--n_prompts", type=count, default=200)
+    g.add_argument("--prompt_tokens", type=count, default=16, help="the teacher's tokens in a "
+                   "prompt")
+    g.add_argument("--tokens", type=count, default=128, help="most tokens of a completion")
+    g.add_argument("--temperatures", type=listed(between(float, 0, 1e6)), default=[1.0],
                    help="such as 0.7,1; each prompt is continued at each")
-    g.add_argument("--seeds", type=numbers(int), default=[0],
+    g.add_argument("--seeds", type=listed(between(int, 0, 2**62)), default=[0],
                    help="such as 0,1; and with each; the first draws the prompts too")
-    g.add_argument("--top_p", type=float, default=1.0,
+    g.add_argument("--top_p", type=between(float, 1e-9, 1), default=1.0,
                    help="sample from the likeliest tokens up to this probability")
     g.add_argument("--score", default="likelihood", help="likelihood (mean log-likelihood per "
                    "token, nats), none, or your function as module:function, which takes prompts "
                    "and completions and returns a list of numbers")
-    g.add_argument("--best", type=int, default=0,
+    g.add_argument("--best", type=between(int, 0, 10**9), default=0,
                    help="keep so many of the highest score for each prompt; 0: all")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     e = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
@@ -1221,12 +1216,8 @@ def main(argv):
     if a.command == "export":
         print(export(a.checkpoint, a.folder, a.dtype))
         return
-    for name in ("n_prompts", "prompt_tokens", "tokens"):
-        need(getattr(a, name) >= 1, a, name, "at least 1")
-    need(all(t == 0 or 1e-3 <= t < math.inf for t in a.temperatures), a, "temperatures",
+    need(all(t == 0 or t >= 1e-3 for t in a.temperatures), a, "temperatures",
          "each 0, or at least 0.001")
-    need(0 < a.top_p <= 1, a, "top_p", "above 0, at most 1")
-    need(a.best >= 0, a, "best", "not negative")
     need(a.best == 0 or a.score != "none", a, "best score", "without a score there is no best")
     need(device_exists(a.device), a, "device", "no such device here")
     print(generate_command(a))
