@@ -1146,6 +1146,9 @@ def open_shard(path: Path, n_vocab: int, flags="") -> np.ndarray:
             if len(array) != count:
                 raise BadInput(f"{len(array)} tokens, and {count} according to its header; "
                                "truncated?")
+        elif path.stat().st_size in (1024 + 2 * count, 1024 + 4 * count):
+            raise BadInput(f"the unknown magic number {magic} in its header; known: "
+                           f"{', '.join(map(str, SHARD_DTYPES))}")
         else:
             wide = (np.fromfile(path, np.uint32, 2**18) < n_vocab).all()
             array = np.memmap(path, np.uint32 if wide else np.uint16, mode="r")
@@ -1401,6 +1404,9 @@ def out_of_range(c: Config) -> list[str]:
     bad = []
     for name, f in FLAGS.items():
         value, m = getattr(c, name), f.metadata
+        if not isinstance(value, (int, float) if f.type is float else f.type):
+            bad.append(f"--{name}={value!r}: {f.type.__name__} is needed")
+            continue
         if m["choices"] and value not in m["choices"]:
             bad.append(f"--{name}={value}: one of {', '.join(m['choices'])} is needed")
         if m["least"] is not None and not value >= m["least"]:

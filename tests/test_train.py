@@ -960,7 +960,9 @@ def finished(corpus, teacher, tmp_path_factory):
     model = load_checkpoint(teacher)
     bare = {k: model[k] for k in ("format", "model", "model_config", "tokenizer")}
     torch.save(bare, folder / "bare.pt")
-    torch.save({**model, "config": {**model["config"], "schedule": "odd"}}, folder / "odd.pt")
+    for name, flags in {"odd": {"schedule": "odd"}, "five": {"data": 5}, "half": {"steps": 7.5},
+                        "maybe": {"tie_embeddings": "x"}, "list": {"lr": [1.0]}}.items():
+        torch.save({**model, "config": {**model["config"], **flags}}, folder / f"{name}.pt")
     for name, step in {"negative": -5, "word": "x", "nothing": None}.items():
         torch.save({**model, "step": step}, folder / f"{name}.pt")
     (folder / "file").write_text("a file")
@@ -1023,6 +1025,7 @@ REFUSED = """
     (--out_dir=AT/new) --decay_now --resume=AT/run/step-0000005.pt
     (--out_dir=AT/new --schedule=wsd) --decay_now --resume=AT/cosine/ckpt.pt | --resume=AT/odd.pt
     --resume=AT/negative.pt | --resume=AT/word.pt | --resume=AT/nothing.pt
+    --resume=AT/five.pt | --resume=AT/half.pt | --resume=AT/maybe.pt | --resume=AT/list.pt
 """.strip().replace("\n", "|").split("|")
 PLACES = {"TAUGHT": "(--teacher=AT/bare.pt --let_student_layer=1)",
           "RUN": "(--steps=12) --resume=AT/run/ckpt.pt"}
@@ -1051,7 +1054,7 @@ BAD_DATA = {  # files; --data below their folder and further flags; words of the
     "too short": ({"a.txt": b"short line\n" * 20}, "a.txt", "held-out --block_size=32"),
     "too few pairs": ({"a.txt": b"ab\n" * 99}, " --tokenizer=bpe --vocab_size=300", "=300 258"),
     "shards and bpe": ({"a.bin": raw(FINE)}, " --tokenizer=bpe", "--tokenizer=bpe"),
-    "wrong magic": ({"a.bin": llm_c(FINE, magic=12345)}, "", "a.bin 12345"),
+    "wrong magic": ({"a.bin": llm_c(FINE, magic=123)}, "", "a.bin 123 20240801"),
     "truncated": ({"a.bin": llm_c(FINE[:1500], count=2000)}, "", "a.bin 2000 1500"),
     "odd number of bytes": ({"a.bin": raw(FINE) + b"x"}, "", "a.bin"),
     "empty shard": ({"a.bin": raw(FINE), "b.bin": b""}, "", "b.bin"),
