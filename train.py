@@ -1719,9 +1719,9 @@ def make_parser() -> Parser:
 
 
 def describe_flag(f) -> str:
-    """A flag's help with its choices, default, range and condition."""
+    """A flag's help with its choices, type, default, range and condition."""
     m = f.metadata
-    details = [" | ".join(m["choices"])] if m["choices"] else []
+    details = [" | ".join(m["choices"] or [f.type.__name__])]
     for words, value in (("default", f.default), ("at least", m["least"]), ("at most", m["most"]),
                          ("needs", m["needs"])):
         if value not in (None, ""):
