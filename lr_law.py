@@ -720,8 +720,8 @@ def read_table(path, needed, read) -> list:
     found, rows = [], csv.DictReader(io.StringIO(read_text(path), newline=""))
     with reading(path):
         names = rows.fieldnames or []
-        if missing := [name for name in needed if name not in names]:
-            raise BadInput(f"no column {', '.join(missing)}; there are {', '.join(names)}")
+        if missing := [name for name in needed if names.count(name) != 1]:
+            raise BadInput(f"no column {', '.join(missing)}, or two; there are {', '.join(names)}")
         for row in rows:
             with reading(f"line {rows.line_num}"):
                 if None in row or None in row.values():

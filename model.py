@@ -39,7 +39,7 @@ import signal
 import sys
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import tiktoken
@@ -1232,6 +1232,9 @@ def load_checkpoint(path, flag="") -> dict:
         blocks = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
         if blocks != settings["n_layer"] or settings["block_size"] > 2**24:  # before memory is used
             raise ValueError(f"weights of {blocks} blocks, or a block_size above 2^24")
+        for f in fields(ModelConfig):
+            if f.type is not str and not 0 <= settings.get(f.name, 0) < math.inf:
+                raise ValueError(f"{f.name}={settings[f.name]}")
         with torch.device("meta"):  # needs no memory, and refuses other names and shapes
             # (a copy: torch would remember `assign` for the next load of the same dict)
             GPT(ModelConfig(**settings)).load_state_dict({**weights}, assign=True)
@@ -1241,7 +1244,8 @@ def load_checkpoint(path, flag="") -> dict:
         if ranks and len({*ranks.values()}) < len({*ranks} | single):  # tiktoken would panic
             raise ValueError("the tokenizer lacks a byte, or has a number twice")
         enc = tokenizer_from_dict(tokenizer)
-        if not 0 <= enc.eot_token < enc.n_vocab <= settings["vocab_size"]:
+        end = enc.eot_token
+        if end in ranks.values() or not 0 <= end < enc.n_vocab <= settings["vocab_size"]:
             raise ValueError(f"a tokenizer of {enc.n_vocab} tokens does not fit the model")
     return ckpt
 

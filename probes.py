@@ -988,7 +988,8 @@ def curvature_command(a) -> str:
         T = model.config.block_size
         ids = torch.tensor(read_ids(a, enc), device=a.device)
         n = (len(ids) - 1) // T * T
-        need(n, f"--text={a.text}: {len(ids) - 1} tokens; a context of {T} is needed")
+        need(n, f"--text={a.text} --tokens={a.tokens}: {len(ids) - 1} tokens; a context of {T} is "
+             "needed")
         parts = (part.view(-1, T).split(8) for part in (ids[:n], ids[1:n + 1]))
         s = spectrum(model, [*zip(*parts)], a.steps, a.probes)
         rows.append((name, ", ".join(f"{value:.4g}" for value in s["top"]),

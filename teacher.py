@@ -584,8 +584,8 @@ def draw_prompts(documents, enc, n: int, n_tokens: int, seed: int) -> list[list[
     """n different prompts of n_tokens token ids each. A prompt starts at the beginning of a line,
     that of a random character: each of the corpus is equally likely."""
     rng, prompts = random.Random(seed), {}
-    lengths = [len(text) for text in documents]
-    for text in rng.choices(documents, weights=lengths, k=100 * n):
+    lines = sum(text.count("\n") + 1 for text in documents)  # no more prompts than these
+    for text in rng.choices(documents, [*map(len, documents)], k=100 * n * (n <= lines)):
         start = text.rfind("\n", 0, rng.randrange(len(text))) + 1
         ids = encode(enc, text[start:start + 32 * n_tokens])[:n_tokens]
         cut = enc.decode(ids).endswith("\ufffd")  # within a character
@@ -593,7 +593,8 @@ def draw_prompts(documents, enc, n: int, n_tokens: int, seed: int) -> list[list[
             prompts[tuple(ids)] = ids
         if len(prompts) == n:
             return list(prompts.values())
-    raise BadInput(f"--n_prompts={n} --prompt_tokens={n_tokens}: the corpus has {len(prompts)}")
+    raise BadInput(f"--n_prompts={n} --prompt_tokens={n_tokens}: the corpus, of "
+                   f"{lines} lines, has fewer")
 
 
 def load_score(name: str):
@@ -1167,7 +1168,10 @@ def export(checkpoint, folder, dtype="fp32") -> str:
         model_max_length=ckpt["model_config"]["block_size"], clean_up_tokenization_spaces=False)
     with written_whole(folder) as tmp:
         tmp.mkdir()
-        theirs.save_pretrained(tmp)
+        try:
+            theirs.save_pretrained(tmp)
+        except Exception as e:  # safetensors has its own error for a full disk
+            raise OSError(5, str(e)) from e
         fast.save_pretrained(tmp)
     return (f"{folder}: {type(theirs).__name__}, {theirs.num_parameters():,} weights in {dtype}, "
             f"{config.vocab_size:,} tokens")

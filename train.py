@@ -548,8 +548,9 @@ def load_run(path: str) -> dict:
                        "starts a new run from it")
     with reading(f"--resume={path}"):
         c = Config(**{name: v for name, v in checkpoint["config"].items() if name in FLAGS})
-        state = State(**{f.name: checkpoint[f.name] for f in fields(State)})
-        if min(state.step, state.tokens, state.flops, state.seconds) < 0:
+        # (by way of text: int(1.5) is no error)
+        state = State(**{f.name: f.type(str(checkpoint[f.name])) for f in fields(State)})
+        if not min(state.seconds, state.step, state.tokens, state.flops) >= 0:  # a nan comes first
             raise ValueError(f"negative progress, {state}")
         if bad := out_of_range(c):
             raise ValueError(bad[0])
@@ -1091,7 +1092,7 @@ def is_whole(folder: Path) -> bool:
     """Whether the files in a folder of the cache are those that were written."""
     try:
         return json.loads((folder / "checksums.json").read_text()) == checksums(folder)
-    except (OSError, ValueError):  # a file is missing or empty, or is no JSON
+    except Exception:  # a file is missing or empty, or is no JSON
         return False
 
 
@@ -1108,11 +1109,11 @@ def write_shard(path: Path, documents, enc):
             encoded = enc.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
             tokens = [i for begin, ids in zip(begins, encoded)  # begin: True is 1, False is 0
                       for i in [enc.eot_token] * begin + ids]
-            np.array(tokens, SHARD_DTYPES[magic]).tofile(f)
+            f.write(np.array(tokens, SHARD_DTYPES[magic]))  # (tofile does not say why it fails)
             count += len(tokens)
             progress.update(sum(map(len, texts)))
         f.seek(0)
-        np.array([magic, 1, count], np.int32).tofile(f)
+        f.write(np.array([magic, 1, count], np.int32))
 
 
 def cut_documents(documents):
@@ -1150,7 +1151,10 @@ def open_shard(path: Path, n_vocab: int, flags="") -> np.ndarray:
             raise BadInput(f"the unknown magic number {magic} in its header; known: "
                            f"{', '.join(map(str, SHARD_DTYPES))}")
         else:
-            wide = (np.fromfile(path, np.uint32, 2**18) < n_vocab).all()
+            first = np.fromfile(path, np.uint32, 2**18)
+            wide = (first < n_vocab).all()
+            if not first[1::2].any():
+                raise BadInput("every second uint32 is 0; tokens of 64 bits?")
             array = np.memmap(path, np.uint32 if wide else np.uint16, mode="r")
         if array.ndim != 1 or array.dtype not in (np.uint16, np.uint32):
             raise BadInput(f"{array.dtype} of shape {array.shape}; a 1-D array of uint16 or uint32 "
@@ -1411,6 +1415,8 @@ def out_of_range(c: Config) -> list[str]:
             bad.append(f"--{name}={value}: one of {', '.join(m['choices'])} is needed")
         if m["least"] is not None and not value >= m["least"]:
             bad.append(f"--{name}={value}: at least {m['least']:g} is needed")
+        if m["least"] == -1 < value < 0:
+            bad.append(f"--{name}={value}: -1, or at least 0, is needed")
         if m["most"] is not None and not value <= m["most"]:
             bad.append(f"--{name}={value}: at most {m['most']:g} is possible")
     return bad
@@ -1461,6 +1467,7 @@ def check_combinations(c: Config, world: int):
     for name in ("let_stop", "distill_stop"):
         value = getattr(c, name)
         yield value < 1 or value == int(value), name, "a whole number of steps, or a fraction"
+    yield c.distill_temperature != 0, "distill_temperature", "must be positive"
     if c.distill != "let":
         yield recipe_of(c).hard_weight >= 0, "distill_weight distill", (
             "above 1 it needs --distill_hard_weight too")

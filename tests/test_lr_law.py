@@ -304,6 +304,9 @@ def test_a_table_saved_by_a_spreadsheet_is_the_same_table_to_every_command(end, 
     before = path.read_bytes()
     assert lr_law.open_table(path) == {(1000, 2560, lr, 0): SMALL for lr in (0.1, 0.2)}
     assert path.read_bytes() == before
+    path.write_bytes(before.replace(b"seed", b"loss"))
+    with pytest.raises(BadInput, match=r"runs.csv\W.*\bloss\b"):
+        lr_law.read_runs(path)
     path.write_bytes(before + b"1,2,3\n")
     number = 7 if end == "\n\n" else 4
     for read in (lr_law.read_runs, lr_law.open_table):

@@ -646,7 +646,8 @@ NOT_CHECKPOINTS = {  # by an expression of the checkpoint c
     **{f"{name}={value}": f"c['model_config'].update({name}={value})" for name, values in {
         "n_embd": (64, 0, 10**9, "'x'"), "n_layer": (1, 10**9), "vocab_size": (0, 10**9),
         "block_size": (-1, 10**12), "mixer": ("'AA'", "'MAX'", 3), "n_head": (5, 0),
-        "mlp": ("'gelu_'",), "n_experts": (4,), "odd": (1,)}.items() for value in values},
+        "mlp": ("'gelu_'",), "n_experts": (4,), "odd": (1,), "norm_eps": ("'x'", "math.nan"),
+        "depth_ratio": (-1,), "head_ratio": ("math.inf",)}.items() for value in values},
     **{f"without {name}": f"c.pop('{name}')" for name in ("model", "model_config", "tokenizer")},
 
     "a nan": "c['model']['norm.weight'].fill_(math.nan)",
@@ -659,6 +660,7 @@ NOT_CHECKPOINTS = {  # by an expression of the checkpoint c
     "a missing byte": "c['tokenizer']['ranks'].pop('41')",
     "no end of text": "c['tokenizer'].update(special={})",
     "a bad pattern": "c['tokenizer'].update(pattern='(')",
+    "a number twice": "c['tokenizer'].update(special={'<|endoftext|>': 5})",
     "a large token": "c['tokenizer'].update(special={'<|endoftext|>': 10**6})",
     "no tokenizer.json": "c['tokenizer'].update(json='{')",
     "an older one": "c.update(format='nanolet-1')", "code that is run": "c.update(model=Trap())"}

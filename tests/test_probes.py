@@ -739,7 +739,7 @@ REFUSED = """
     prune run --text= > --text=
     eval run > --text
     eval run --text=text.txt --stride=33 > --stride=33
-    curvature run --text=text.txt --tokens=9 > --text=text.txt
+    curvature run --text=text.txt --tokens=9 > --text=text.txt --tokens=9
     plot let-0 --plot=x.txt > --plot=x.txt
     linearity run --text=text.txt --plot=x.txt > --plot=x.txt
     linearity run --text=text.txt --characters=9999 > --text=text.txt --characters=9999

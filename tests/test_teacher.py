@@ -419,6 +419,8 @@ def test_prompts_are_beginnings_of_lines_all_different_and_the_seeds(by_bytes):
     assert th.draw_prompts(documents, enc, 4, 4, 0) == prompts
     with pytest.raises(th.BadInput, match="--n_prompts=9"):
         th.draw_prompts(documents, enc, 9, 4, 0)
+    with pytest.raises(th.BadInput, match="--n_prompts=99999"):  # at once
+        th.draw_prompts(documents, enc, 999_999_999, 4, 0)
 
 
 def test_texts_continue_their_prompts_and_the_best_of_each_are_kept(by_bytes):
@@ -695,11 +697,13 @@ def test_an_exported_tokenizer_gives_tiktokens_ids_on_every_kind_of_text(name, r
     assert model.generation_config.eos_token_id == enc.eot_token == model.config.eos_token_id
 
 
-def test_an_export_that_fails_leaves_nothing(writer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", ["PreTrainedTokenizerFast", "PreTrainedModel"])
+def test_an_export_that_fails_leaves_nothing(part, writer, tmp_path, monkeypatch):
     def full(*_, **__):
-        raise OSError(28, "No space left on device")
+        from safetensors import SafetensorError
+        raise (SafetensorError if part == "PreTrainedModel" else OSError)("No space left")
 
-    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", full)
+    monkeypatch.setattr(getattr(transformers, part), "save_pretrained", full)
     with pytest.raises(OSError):
         th.export(writer, tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["teacher.pt"]

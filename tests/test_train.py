@@ -274,8 +274,8 @@ def test_text_is_found_by_folder_glob_and_name_but_not_what_is_hidden(folder):
 
 @pytest.mark.parametrize("damage", [
     Path.unlink, lambda path: os.truncate(path, path.stat().st_size - 1),
-    lambda path: path.write_bytes(path.read_bytes().replace(b"5", b"6", 1))],
-    ids=["missing", "cut", "other"])
+    lambda path: path.write_bytes(path.read_bytes().replace(b"5", b"6", 1)),
+    lambda path: path.write_bytes(b"[" * 100_000)], ids=["missing", "cut", "other", "deep"])
 def test_tokens_are_made_once_and_a_damaged_cache_is_named_and_made_again(
         damage, folder, tiny, cache, capsys):
     write_text(folder, {f"{i}.txt": f"document {i} of 5\n" * 30 for i in range(9)})
@@ -294,6 +294,20 @@ def test_tokens_are_made_once_and_a_damaged_cache_is_named_and_made_again(
         data = t.load_data(c)
         assert (ids_of(data.train), ids_of(data.val), data.tokenizer) == expected
         assert files_below(cache) == made and capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits as POSIX has them")
+def test_tokens_that_the_disk_does_not_hold_are_an_error_that_says_why(folder, tiny, cache):
+    import resource
+    write_text(folder, {"a.txt": "some text\n" * 2000})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))  # bytes of a file
+    try:
+        with pytest.raises(OSError, match="too large.*train.bin"):
+            t.load_data(tiny(data=str(folder)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not files_below(cache)
 
 
 def test_two_processes_with_one_process_id_share_a_cache(folder, tiny, cache):
@@ -963,8 +977,9 @@ def finished(corpus, teacher, tmp_path_factory):
     for name, flags in {"odd": {"schedule": "odd"}, "five": {"data": 5}, "half": {"steps": 7.5},
                         "maybe": {"tie_embeddings": "x"}, "list": {"lr": [1.0]}}.items():
         torch.save({**model, "config": {**model["config"], **flags}}, folder / f"{name}.pt")
-    for name, step in {"negative": -5, "word": "x", "nothing": None}.items():
+    for name, step in {"negative": -5, "word": "x", "nothing": None, "part": 1.5}.items():
         torch.save({**model, "step": step}, folder / f"{name}.pt")
+    torch.save({**model, "seconds": math.nan}, folder / "nan.pt")
     (folder / "file").write_text("a file")
     return folder
 
@@ -1013,6 +1028,8 @@ REFUSED = """
     (--teacher=auto) --let_student_layer=3 | (--teacher=auto) --distill_temperature=2.0
     (--teacher=auto --distill=kd) --distill_weight=2.0 | (--mixer=mamba2) --ssm_head_dim=24
     TAUGHT --let_stop=0.0 | TAUGHT --let_stop=2.5 | TAUGHT --let_loss=logsum
+    (--teacher=AT/bare.pt --distill=kd) --distill_temperature=0.0
+    (--teacher=AT/bare.pt --distill=kd) --distill_cosine_weight=-0.5
     (--let_student_layer=1) --teacher=AT/bare.pt --block_size=64
     (--let_student_layer=1) --teacher=AT/file | (--distill=step_by_step) --data=AT/run
     --init_from=AT/bare.pt --n_embd=64 | (--dry_run) --init_from=AT/bare.pt --n_embd=64
@@ -1025,6 +1042,7 @@ REFUSED = """
     (--out_dir=AT/new) --decay_now --resume=AT/run/step-0000005.pt
     (--out_dir=AT/new --schedule=wsd) --decay_now --resume=AT/cosine/ckpt.pt | --resume=AT/odd.pt
     --resume=AT/negative.pt | --resume=AT/word.pt | --resume=AT/nothing.pt
+    --resume=AT/part.pt | --resume=AT/nan.pt
     --resume=AT/five.pt | --resume=AT/half.pt | --resume=AT/maybe.pt | --resume=AT/list.pt
 """.strip().replace("\n", "|").split("|")
 PLACES = {"TAUGHT": "(--teacher=AT/bare.pt --let_student_layer=1)",
@@ -1056,6 +1074,7 @@ BAD_DATA = {  # files; --data below their folder and further flags; words of the
     "shards and bpe": ({"a.bin": raw(FINE)}, " --tokenizer=bpe", "--tokenizer=bpe"),
     "wrong magic": ({"a.bin": llm_c(FINE, magic=123)}, "", "a.bin 123 20240801"),
     "truncated": ({"a.bin": llm_c(FINE[:1500], count=2000)}, "", "a.bin 2000 1500"),
+    "tokens of 64 bits": ({"a.bin": raw(FINE, "<i8")}, "", "a.bin 64"),
     "odd number of bytes": ({"a.bin": raw(FINE) + b"x"}, "", "a.bin"),
     "empty shard": ({"a.bin": raw(FINE), "b.bin": b""}, "", "b.bin"),
     "token beyond": ({"a.bin": raw(FINE), "b.bin": llm_c(FINE + [300])}, "", "b.bin 300 257"),
