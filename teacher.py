@@ -60,6 +60,7 @@ from model import (
     model_from_checkpoint,
     need,
     new_folder,
+    one_line,
     product_dtype,
     read_json_lines,
     reading,
@@ -915,15 +916,14 @@ def from_pretrained(kind: str, name: str, where: str, **settings):
     try:
         return auto.from_pretrained(name, trust_remote_code=False, **settings)
     except Exception as e:  # damaged files raise errors of many kinds
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         if "trust_remote_code" in str(e):
             raise BadInput(f"{where}: it needs code of its own, which is never run") from None
         if Path(name).is_dir():
             raise BadInput(f"{where}: {kind} of transformers cannot read this folder "
-                           f"({reason})") from None
+                           f"({one_line(e)})") from None
         raise BadInput(f"{where}: no such folder or checkpoint here, and no such id on the Hugging "
                        "Face hub, or no network to ask it; where there is one, run `hf download "
-                       f"{name} --local-dir FOLDER` and give FOLDER ({reason})") from None
+                       f"{name} --local-dir FOLDER` and give FOLDER ({one_line(e)})") from None
 
 
 def tokenizer_from_hf(theirs, name: str, where: str) -> dict:

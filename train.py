@@ -548,9 +548,9 @@ def load_run(path: str) -> dict:
                        "starts a new run from it")
     with reading(f"--resume={path}"):
         c = Config(**{name: v for name, v in checkpoint["config"].items() if name in FLAGS})
-        # (by way of text: int(1.5) is no error)
+        # From text, because int(1.5) rounds without an error
         state = State(**{f.name: f.type(str(checkpoint[f.name])) for f in fields(State)})
-        if not min(state.seconds, state.step, state.tokens, state.flops) >= 0:  # a nan comes first
+        if not min(state.seconds, state.step, state.tokens, state.flops) >= 0:  # nor nan seconds
             raise ValueError(f"negative progress, {state}")
         if bad := out_of_range(c):
             raise ValueError(bad[0])
@@ -1220,6 +1220,10 @@ def flag(default, help, choices=None, least=None, most=None, needs=None):
                                             "most": most, "needs": needs})
 
 
+TAUGHT_BY_LET = "teacher != 'none' and distill == 'let'"
+TAUGHT_BY_RIVAL = "teacher != 'none' and distill != 'let'"
+
+
 @dataclass
 class Config:
     """The flags of a run. The parser, `--help` and the checks of single flags are made from these
@@ -1316,37 +1320,37 @@ class Config:
     distill: str = flag("let", "method that learns from the teacher: LET or a rival",
                         ("let", *RECIPES))
     let_weight: float = flag(0.1, "LET: weight of the alignment at step 0 (0.1 is the paper's)",
-                             least=0, needs="teacher != 'none' and distill == 'let'")
+                             least=0, needs=TAUGHT_BY_LET)
     let_stop: float = flag(0.3, "LET: where the weight reaches 0: a number of steps, or below 1 a "
                            "fraction of the run (0.3 is ours)", least=1e-9,
-                           needs="teacher != 'none' and distill == 'let'")
+                           needs=TAUGHT_BY_LET)
     let_student_layer: int = flag(3, "LET: block of the student that is guided; 0: its embedding "
                                   "(3 is the paper's, for deep students; of 4 blocks, block 3 is "
                                   "not early)",
-                                  least=0, needs="teacher != 'none' and distill == 'let'")
+                                  least=0, needs=TAUGHT_BY_LET)
     let_teacher_layer: int = flag(-1, "LET: block of the teacher that guides; -1: the last",
-                                  needs="teacher != 'none' and distill == 'let'")
+                                  needs=TAUGHT_BY_LET)
     let_loss: str = flag("cosine", "LET: the alignment loss", tuple(LET_LOSSES),
-                         needs="teacher != 'none' and distill == 'let'")
+                         needs=TAUGHT_BY_LET)
     let_resize: str = flag("interpolate", "LET: how the teacher's state gets the student's "
                            "width: linear interpolation, or a learned projection",
                            ("interpolate", "project"),
-                           needs="teacher != 'none' and distill == 'let'")
+                           needs=TAUGHT_BY_LET)
     distill_weight: float = flag(-1.0, "rivals: weight of the teacher's probabilities; here and "
                                  "below -1 is the method's own value, see RECIPES in teacher.py",
                                  least=-1, needs="distill != 'let'")
     distill_hard_weight: float = flag(-1.0, "rivals: weight of the next-token loss", least=-1,
-                                      needs="teacher != 'none' and distill != 'let'")
+                                      needs=TAUGHT_BY_RIVAL)
     distill_cosine_weight: float = flag(-1.0, "rivals: weight of 1 - cosine of the last states",
-                                        least=-1, needs="teacher != 'none' and distill != 'let'")
+                                        least=-1, needs=TAUGHT_BY_RIVAL)
     distill_temperature: float = flag(-1.0, "rivals: temperature of both softmaxes", least=-1,
-                                      most=1000, needs="teacher != 'none' and distill != 'let'")
+                                      most=1000, needs=TAUGHT_BY_RIVAL)
     distill_on_policy: float = flag(-1.0, "rivals: share of the steps that train on the student's "
                                     "own continuations", least=-1, most=1,
-                                    needs="teacher != 'none' and distill != 'let'")
+                                    needs=TAUGHT_BY_RIVAL)
     distill_stop: float = flag(-1.0, "rivals: where the teacher stops: a number of steps, or below "
                                "1 a fraction of the run; 0: at the end", least=-1,
-                               needs="teacher != 'none' and distill != 'let'")
+                               needs=TAUGHT_BY_RIVAL)
     # linearity
     linearity: str = flag("none", "regularizer that pulls neighboring residual states together",
                           ("none", *PENALTIES))

@@ -667,7 +667,7 @@ CLAIMS["multipliers-projector"] = Claim(
     "Does a multiplier free the head from the scale that learning rate and weight decay set?",
     LRM + "without one the loss suffers at S = 1/64 and 64, with one it is flat",
     scale("head", ("fixed", "scalar", "gain"), (1 / 64, 1 / 8, 1, 8, 64)),
-    {"where S = 64 sets the head's scale, a scalar multiplier ends lower":
+    {"where the head is held at 64 times its scale, a scalar multiplier ends lower":
      "loss: scalar@64 - fixed@64 < 0",
      "at S = 1/64 too": "loss: scalar@0.015625 - fixed@0.015625 < 0",
      "with a scalar S = 64 costs less than 0.02": "loss: scalar@64 - scalar@1 < 0.02",
@@ -678,7 +678,8 @@ CLAIMS["multipliers-mlp"] = Claim(
     "Do multipliers free the MLPs from that scale, with the gains in the blocks frozen?",
     LRM + "without multipliers the loss suffers at large S, with them it does not",
     scale("mlp", ("none", "scalars"), (0.25, 0.5, 1, 2, 4)),
-    {"where S = 4 sets the MLPs' scale, multipliers end lower": "loss: scalars@4 - none@4 < 0",
+    {"where the MLPs are held at 4 times their scale, multipliers end lower":
+     "loss: scalars@4 - none@4 < 0",
      "with them S = 4 costs less than 0.02": "loss: scalars@4 - scalars@1 < 0.02"},
     ONE | {"W": last("weights up rms"), "W~": last("weights up rms_effective")},
     reference="none@1")
