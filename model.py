@@ -410,12 +410,12 @@ def logical_pieces(model: nn.Module) -> dict[str, list[tuple[str, int]]]:
     """(piece, rows) of each logical matrix that a weight holds, by the weight's name:
     {"blocks.0.attention.qkv.weight": [("q", 64), ("k", 32), ("v", 32)],
      "blocks.0.attention.o.weight": [("o", 64)], ...}. A stack of experts lists the pieces of
-    expert 0, then those of expert 1, ..."""
+    expert 0, then those of expert 1, ... A tied head is listed as the embedding alone."""
     pieces = {"embed.weight": [("embed", model.embed.weight.shape[0])]}
     for name, m in model.named_modules():
         if isinstance(m, Fused):
             pieces[f"{name}.weight"] = [*m.pieces.items()]
-        elif isinstance(m, nn.Linear):
+        elif isinstance(m, nn.Linear) and m.weight is not model.embed.weight:
             pieces[f"{name}.weight"] = [(name.rpartition(".")[2], m.out_features)]
         elif isinstance(m, MoE):
             for weight, rows in m.pieces.items():

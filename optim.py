@@ -25,7 +25,7 @@ Symbols (those of the papers)
     W~, G       the matrix that the forward pass uses, and dL/dW~; without multipliers W~ is W
     r, c, s     multipliers of W's rows (out,), of its columns (in,), or of all of it (1,)
     g, m        dL/dW, and its exponential moving average with factor mu: the momentum
-    u           Nesterov's g + mu (m - g), or m itself
+    u           Nesterov's form of the momentum, g + mu (m - g)
     O           u orthogonalized: about U V^T of the singular value decomposition u = U S V^T
     eta, lambda learning rate and weight decay; decay is decoupled: W <- (1 - eta lambda) W
     kappa       the factor on O that depends on the shape, see update_scale
@@ -34,7 +34,7 @@ Symbols (those of the papers)
 import math
 from collections import defaultdict
 from functools import partial
-from itertools import chain, groupby
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -92,14 +92,14 @@ def update_scale(rows: int, columns: int, convention="match_rms_adamw") -> float
             "spectral": math.sqrt(rows / columns)}[convention]
 
 
-def momentum_update(G, m, mu: float, nesterov=True):
+def momentum_update(G, m, mu: float):
     """Muon's momentum: the direction u of a step, for each gradient g of the list G.
 
     G, m: lists of tensors of equal shapes; m holds the averages of earlier gradients. Each m is
-    changed in place, m <- m + (1 - mu) (g - m). Returns a list of the u: with the new m,
-    u = g + mu (m - g) for Nesterov's form, else u = m. G is not changed."""
+    changed in place, m <- m + (1 - mu) (g - m). Returns a list of the u, with the new m: Nesterov's
+    form, u = g + mu (m - g). G is not changed."""
     torch._foreach_lerp_(m, G, 1 - mu)
-    return torch._foreach_lerp(G, m, mu) if nesterov else m
+    return torch._foreach_lerp(G, m, mu)
 
 
 def flat(p):
@@ -110,7 +110,7 @@ def flat(p):
 class Muon(torch.optim.Optimizer):
     """MomentUm Orthogonalized by Newton-Schulz (Jordan et al. 2024).
 
-        m <- m + (1 - mu) (g - m);  u = g + mu (m - g)  (Nesterov);  O = newton_schulz(u)
+        m <- m + (1 - mu) (g - m);  u = g + mu (m - g);  O = newton_schulz(u)
         W <- (1 - eta lambda) W - eta kappa O
 
     params: matrices and stacks of them (E, out, in), or groups of such, as for every torch
@@ -122,11 +122,11 @@ class Muon(torch.optim.Optimizer):
     work is shared: logical matrix k of a step belongs to rank k mod world, which computes its O
     and sends it, in `dtype`, to the others. Meanwhile all compute the O of the next stack."""
 
-    def __init__(self, params, lr=1e-2, weight_decay=0.1, momentum=0.95, nesterov=True,
-                 ns_steps=5, dtype=torch.bfloat16):
+    def __init__(self, params, lr=1e-2, weight_decay=0.1, momentum=0.95, dtype=torch.bfloat16):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum,
-                                      nesterov=nesterov, ns_steps=ns_steps, matrices=None))
-        self.dtype, self.rank, self.world = dtype, 0, 1
+                                      matrices=None))
+        self.dtype = dtype
+        self.rank, self.world = 0, 1
         if dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
         for group in self.param_groups:
@@ -171,10 +171,10 @@ class Muon(torch.optim.Optimizer):
         count: the logical matrices before this stack in this step."""
         G = stack["G"]
         own = slice((self.rank - count) % self.world, None, self.world)  # those of this rank
-        u = momentum_update(G, stack["m"], group["momentum"], group["nesterov"])[own]
+        u = momentum_update(G, stack["m"], group["momentum"])[own]
         share = None  # a small stack may have no matrix for this rank
         if u:
-            share = newton_schulz(torch.stack(u), group["ns_steps"], self.dtype)
+            share = newton_schulz(torch.stack(u), dtype=self.dtype)
         if self.world == 1:
             return share, []
         O = G[0].new_empty(len(G), *G[0].shape, dtype=self.dtype)
@@ -272,22 +272,14 @@ def module_of(piece: str) -> str:
     return next(module for module, pieces in MODULES.items() if piece in pieces)
 
 
-class Piece(NamedTuple):
-    """A logical matrix: its name, rows, r (rows,) or (1,) or None, c (in,) or None."""
-
-    name: str
-    rows: int
-    r: torch.Tensor | None
-    c: torch.Tensor | None
-
-
 class Stack(NamedTuple):
     """Neighboring pieces of one weight with equal rows and placement, such as q, k and v of one
     size. One product of tensors then serves all of them.
 
-    names; rows of each; r (number, rows) or (number, 1) or None; c (number, in) or None."""
+    number of pieces; rows of each; r (number, rows) or (number, 1) or None; c (number, in) or None.
+    """
 
-    names: list[str]
+    number: int
     rows: int
     r: nn.Parameter | None
     c: nn.Parameter | None
@@ -303,43 +295,34 @@ class Multipliers:
     Before the optimizers' step, split_gradients() turns the gradients of W~ into those of W, r, c;
     after it, fold() writes W~ into the model.
 
-    Four dicts by the parameter's name: `effective`, W~, which is the model's parameter; `W`;
-    `stacks`, lists of Stack; and `pieces`, lists of Piece with views on the same r and c."""
+    Three dicts by the parameter's name: `effective`, W~, which is the model's parameter; `W`; and
+    `stacks`, lists of Stack, which hold r and c."""
 
     def __init__(self, model, kind="vector", placement="all",
                  modules=("embedding", "attention", "mlp", "ssm")):
         self.effective, self.W, self.stacks = {}, {}, {}
-        params, config, found = dict(model.named_parameters()), model.config, set()
+        found = set()
         for name, pieces in logical_pieces(model).items():
-            if name not in params:  # a tied head is the embedding's parameter
-                continue
             module = module_of(pieces[0][0])
             found.add(module)
             if module not in modules:
                 continue
-            p, stacks = params[name], []
+            p = model.get_parameter(name)
+            stacks = []
             for (rows, row, column), alike in groupby(pieces, lambda piece: (
-                    piece[1], *place_multipliers(piece[0], placement, config))):
-                names = [piece for piece, _ in alike]
+                    piece[1], *place_multipliers(piece[0], placement, model.config))):
+                number = len([*alike])
                 lengths = row * rows, column * p.shape[-1]  # of r and c; 0: there is none
                 if kind == "scalar":
                     lengths = int(row or column), 0
-                r, c = (nn.Parameter(p.new_ones(len(names), n)) if n else None for n in lengths)
-                stacks.append(Stack(names, rows, r, c))
+                r, c = (nn.Parameter(p.new_ones(number, n)) if n else None for n in lengths)
+                stacks.append(Stack(number, rows, r, c))
             if any(v is not None for stack in stacks for v in (stack.r, stack.c)):
                 self.effective[name], self.stacks[name] = p, stacks
                 self.W[name] = nn.Parameter(p.detach().clone())
         if not self.W or {*modules} - found - {"attention", "mlp", "ssm"}:
             raise BadInput(f"--multiplier_modules={','.join(modules)}: this model has "
                            f"{', '.join(sorted(found))}")
-
-    @property
-    def pieces(self) -> dict[str, list[Piece]]:
-        """Views on r and c by logical matrix: a change of one changes the other."""
-        return {name: [Piece(piece, stack.rows, *(None if v is None else v.detach()[k]
-                                                  for v in (stack.r, stack.c)))
-                       for stack in stacks for k, piece in enumerate(stack.names)]
-                for name, stacks in self.stacks.items()}
 
     def named_multipliers(self) -> dict[str, nn.Parameter]:
         """Every r and c as NAME:NUMBER OF THE STACK.r or .c; s is an r of one element."""
@@ -349,10 +332,10 @@ class Multipliers:
 
     def stacked(self, name: str, *tensors):
         """Yields each stack of a weight, with its part (number, rows, in) of each of `tensors`."""
-        sizes = [len(stack.names) * stack.rows for stack in self.stacks[name]]
+        sizes = [stack.number * stack.rows for stack in self.stacks[name]]
         split = (flat(t).split(sizes) for t in tensors)
         for stack, *parts in zip(self.stacks[name], *split, strict=True):
-            yield stack, *(part.view(len(stack.names), stack.rows, -1) for part in parts)
+            yield stack, *(part.view(stack.number, stack.rows, -1) for part in parts)
 
     @torch.no_grad()
     def split_gradients(self):
@@ -520,12 +503,12 @@ def parameter_groups(model, muon_scale, weight_decay, eps, embedding_lr, module_
     rows start at RMS 1 and get a gradient only when their token comes up (likewise in nanochat and
     modded-nanogpt). AdamW's settings depend on the model's size by model.PARAM_RULES; of Muon's
     only kappa does."""
-    config, logical, groups = model.config, logical_pieces(model), {}
-    present = {module_of(pieces[0][0]) for name, pieces in logical.items()
-               if name in dict(model.named_parameters())}
+    config, logical = model.config, logical_pieces(model)
+    present = {module_of(pieces[0][0]) for pieces in logical.values()}
     if unknown := {*module_lr, *module_decay} - present:
         raise BadInput(f"--module_lr={','.join(unknown)}: this model has "
                        f"{', '.join(sorted(present))}")
+    groups = {}
     for kind, names in place_parameters(model).items():
         by_muon = muon_scale is not None and kind in ("hidden", "router")
         rule = "head" if kind == "tied" else kind
@@ -642,9 +625,8 @@ class Optimizers:
         It is the same on every rank, and has the same form for any number of ranks."""
         state = {"values": self.multipliers.state_dict() if self.multipliers else None}
         for key, optimizer in self.optimizers.items():
-            packed = optimizer.state_dict()
-            state[key] = {name: packed["state"][i] for i, name in enumerate(names_in(packed))
-                          if i in packed["state"]}
+            state[key] = {name: optimizer.state[p] for name, p in parameters_of(optimizer).items()
+                          if p in optimizer.state}
         return state
 
     def load_state_dict(self, state: dict) -> bool:
@@ -657,28 +639,23 @@ class Optimizers:
         for key, optimizer in self.optimizers.items():
             if key == "multipliers" and not same:
                 continue
-            packed, stored = optimizer.state_dict(), state.get(key, {})
-            params = chain(*(group["params"] for group in optimizer.param_groups))
-            for name, p in zip(names_in(packed), params, strict=True):
-                if p.requires_grad and (key != "extra" or stored):  # those of a new term are new
-                    check_state(name, stored[name], p.shape)
-            packed["state"] = {i: stored[name] for i, name in enumerate(names_in(packed))
-                               if name in stored}
+            params, stored = parameters_of(optimizer), state.get(key, {})
+            buffers = ("momentum_buffer",) if key == "muon" else ("exp_avg", "exp_avg_sq")
+            for name, p in params.items():
+                if not p.requires_grad or key == "extra" and not stored:  # a new term's are new
+                    continue
+                if any(stored[name][buffer].shape != p.shape for buffer in buffers):
+                    raise ValueError(f"{name}: the optimizer's state has another shape")
+            packed = optimizer.state_dict()  # torch's has the state by the parameter's number
+            packed["state"] = {i: stored[name] for i, name in enumerate(params) if name in stored}
             optimizer.load_state_dict(packed)
         return same
 
 
-def check_state(name: str, state: dict, shape):
-    """Raises an error unless this can be the state of a parameter of this shape in Muon or
-    AdamW."""
-    buffers = ("momentum_buffer",) if "momentum_buffer" in state else ("exp_avg", "exp_avg_sq")
-    if any(state[buffer].shape != shape for buffer in buffers):
-        raise ValueError(f"{name}: the optimizer's state has another shape")
-
-
-def names_in(packed: dict) -> list[str]:
-    """Names of the parameters in a torch optimizer's state_dict, in the order of their numbers."""
-    return [name for group in packed["param_groups"] for name in group["param_names"]]
+def parameters_of(optimizer) -> dict[str, nn.Parameter]:
+    """The parameters of a torch optimizer by name, in the order of their numbers."""
+    return {name: p for group in optimizer.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)}
 
 
 def module_factors(text: str) -> dict[str, float]:

@@ -665,14 +665,13 @@ def weight_scales(model, multipliers=None) -> dict:
     the standard deviation of log(RMS of a row of W~ over the mean of these in its matrix), without
     rows of zeros: the diversity of feature scales in the multipliers' paper (section 3.1) as one
     number."""
-    params, found = dict(model.named_parameters()), {}  # {piece: [mean square of each row]}
+    found = {}  # {piece: [mean square of each row]}
     for name, pieces in logical_pieces(model).items():
-        if name in params:  # a tied head is not
-            used, sizes = params[name].detach(), [rows for _, rows in pieces]
-            W = multipliers.W.get(name, used).detach() if multipliers else used
-            squares = (w.flatten(0, -2).square().mean(1).split(sizes) for w in (W, used))
-            for (piece, _), *rows in zip(pieces, *squares):
-                found.setdefault(piece, []).append(rows)
+        used, sizes = model.get_parameter(name).detach(), [rows for _, rows in pieces]
+        W = multipliers.W.get(name, used).detach() if multipliers else used
+        squares = (w.flatten(0, -2).square().mean(1).split(sizes) for w in (W, used))
+        for (piece, _), *rows in zip(pieces, *squares):
+            found.setdefault(piece, []).append(rows)
     weights = {}
     for piece, matrices in found.items():
         rms, effective = (torch.cat(rows).mean().sqrt().item() for rows in zip(*matrices))

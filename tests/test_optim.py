@@ -84,18 +84,17 @@ def run(optimizer, params, steps=20):
 
 
 @pytest.mark.exercise("momentum_update")
-@pytest.mark.parametrize("nesterov", [True, False], ids=["nesterov", "plain"])
-def test_momentum_is_the_average_by_hand_and_the_gradients_are_left_alone(nesterov):
+def test_momentum_is_the_average_by_hand_and_the_gradients_are_left_alone():
     """m after t steps is the sum of (1 - mu) mu^(t - s) g_s."""
     m, seen = [torch.zeros(3, 4), torch.zeros(2, 5)], []
     for step in range(4):
         G = [randn(*part.shape, seed=10 * step + i) for i, part in enumerate(m)]
         seen.append([g.clone() for g in G])
-        u = optim.momentum_update(G, m, 0.8, nesterov)
+        u = optim.momentum_update(G, m, 0.8)
         for i, g in enumerate(G):
             average = sum(0.2 * 0.8**(step - s) * old[i] for s, old in enumerate(seen))
             torch.testing.assert_close(m[i], average)
-            torch.testing.assert_close(u[i], 0.2 * g + 0.8 * average if nesterov else average)
+            torch.testing.assert_close(u[i], 0.2 * g + 0.8 * average)
             assert torch.equal(g, seen[-1][i])
 
 
@@ -112,16 +111,15 @@ def test_muons_change_of_a_stack_is_decay_and_the_scaled_update(dtype):
     torch.testing.assert_close(in_place, expected)
 
 
-@pytest.mark.parametrize("nesterov", [True, False], ids=["nesterov", "plain"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
 @pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
-def test_muon_goes_where_that_of_torch_goes(scale, weight_decay, nesterov):
+def test_muon_goes_where_that_of_torch_goes(scale, weight_decay):
     """Products in bf16, in batches here and one by one there: 1 % of the way at most. The last
     parameter has no gradient."""
     shapes = [(16, 48), (48, 16), (32, 32), (16, 48), (16, 48)]
     ours, theirs = ([parameter(*s, seed=i) for i, s in enumerate(shapes)] for _ in range(2))
     start = [p.detach().clone() for p in ours]
-    kw = dict(lr=0.02, weight_decay=weight_decay, momentum=0.9, nesterov=nesterov)
+    kw = dict(lr=0.02, weight_decay=weight_decay, momentum=0.9)
     matrices = [[(len(p), update_scale(*p.shape, scale))] for p in ours]
     run(Muon([{"params": ours, "matrices": matrices}], **kw), ours[:-1])
     run(torch.optim.Muon(theirs, adjust_lr_fn=scale, **kw), theirs[:-1])
@@ -214,6 +212,12 @@ def plain_form(model, kind, placement, optimizer, modules):
     return own, scaled, made
 
 
+def pieces_of(stacks):
+    """A stack of one piece for every piece, with its own r and c."""
+    return [optim.Stack(1, s.rows, *(None if v is None else v.detach()[k] for v in (s.r, s.c)))
+            for s in stacks for k in range(s.number)]
+
+
 @pytest.mark.parametrize("optimizer, kind, placement, model_kw, modules", [
     ("adamw", "vector", "all", dict(mlp="swiglu"), ("embedding", "attention", "mlp")),
     ("muon", "vector", "all", dict(qk_norm=True), ("embedding", "attention", "mlp")),
@@ -239,9 +243,9 @@ def test_multipliers_go_where_the_plain_form_goes(optimizer, kind, placement, mo
             optimizer.step()
             optimizer.zero_grad()
     pairs = [(n, multipliers.W.get(n, p), own[n]) for n, p in model.named_parameters()]
-    for name, pieces in multipliers.pieces.items():
-        for piece, r, c in zip(pieces, scaled[name].r, scaled[name].c, strict=True):
-            pairs += [(f"{name} {piece.name}", a, b) for a, b in ((piece.r, r[:, 0]), (piece.c, c))
+    for name, stacks in multipliers.stacks.items():
+        for piece, r, c in zip(pieces_of(stacks), scaled[name].r, scaled[name].c, strict=True):
+            pairs += [(name, a, b) for a, b in ((piece.r, r[:, 0]), (piece.c, c))
                       if a is not None or b.requires_grad]
     for name, a, b in pairs:
         assert (a - b).norm() < 1e-9 * b.norm(), name
@@ -287,7 +291,8 @@ def test_multipliers_start_at_the_model_and_fold_to_diagonal_products(kind):
     for v in multipliers.named_multipliers().values():
         v.data.uniform_(0.5, 2.0)
     multipliers.fold()
-    for name, pieces in multipliers.pieces.items():
+    for name, stacks in multipliers.stacks.items():
+        pieces = pieces_of(stacks)
         W, folded = (w.view(-1, w.shape[-1]).split([p.rows for p in pieces])
                      for w in (multipliers.W[name], model.get_parameter(name)))
         for (_, rows, r, c), w, found in zip(pieces, W, folded, strict=True):
@@ -430,7 +435,7 @@ def test_with_grouped_queries_keys_and_values_grow_as_their_own_rows_do(head_rat
 def test_muons_update_has_the_norm_of_the_spectral_condition(scale, base, size, monkeypatch):
     """At 4 times the width the spectral norm of every update grows as sqrt(out / in) over the base
     model, which is built here; with an exact polar factor in place of Newton-Schulz."""
-    def polar(G, *_):
+    def polar(G, **_):
         U, _, V = torch.linalg.svd(G, full_matrices=False)
         return U @ V
 
