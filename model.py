@@ -153,7 +153,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float, scale: float = 1.0):
         super().__init__()
-        self.weight, self.eps, self.scale = nn.Parameter(torch.ones(dim)), eps, scale
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps, self.scale = eps, scale
 
     def forward(self, x):
         gain = self.weight if self.scale == 1 else self.weight * self.scale
@@ -227,7 +228,8 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         # The queries are the last T of T_all positions. T = T_all is the plain causal mask, a
         # single query sees every key, and several queries after a past need a mask of their own.
-        T_all, mask = k.shape[2], None
+        T_all = k.shape[2]
+        mask = None
         if T not in (1, T_all):
             mask = torch.ones(T, T_all, dtype=torch.bool, device=x.device).tril(T_all - T)
         y = F.scaled_dot_product_attention(
@@ -286,13 +288,14 @@ class Block(nn.Module):
 
 class AffineBlock(nn.Module):
     """x + (W x + b) / m_L for each token by itself. `probes.py prune` puts it in a block's place.
-    It starts at W = 0 and b = 0, the identity, and weight decay pulls it back there."""
+    It starts at W = 0 and b = 0, the identity, and weight decay pulls W back there."""
 
     attention = ssm = mlp = None  # the parts of a Block, of which it has none
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.affine, self.scale = nn.Linear(c.n_embd, c.n_embd), 1 / c.depth_ratio
+        self.affine = nn.Linear(c.n_embd, c.n_embd)
+        self.scale = 1 / c.depth_ratio
 
     def forward(self, x, cos, sin, cache=None):
         return torch.add(x, self.affine(x), alpha=self.scale)
@@ -314,11 +317,15 @@ class GPT(nn.Module):
         self.head = nn.Linear(c.n_embd, V_pad, bias=False)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
-        self.has_attention = bool({*c.kinds()} & {*"AH"})  # without it, any length will do
         cos, sin = rope_tables(c.block_size, c.head_dim, c.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         init_weights(self)
+
+    @property
+    def has_attention(self) -> bool:
+        """Without attention any length will do, and `block_size` is no limit."""
+        return any(block.attention is not None for block in self.blocks)
 
     def trunk(self, idx, hidden=(), caches=None, blocks=None):
         """Embedding and blocks, without the final norm.
@@ -381,28 +388,28 @@ class GPT(nn.Module):
         with k of the E experts."""
         total = sum(p.numel() for p in self.parameters())
         if active:
-            total -= round(sum((1 - m.k / len(m.load)) * (m.up.numel() + m.down.numel())
-                               for m in self.moes()))
+            total -= sum(m.up.numel() + m.down.numel() - m.active_params() for m in self.moes())
         return total
 
     def flops_per_token(self, backward=True, head=True, blocks=None, length=None) -> int:
         """Floating-point operations per token in sequences of `length` (default block_size).
 
         Each weight in a matrix product counts 2. Each block with attention counts 4 T H D (the full
-        T x T square, as nanoGPT and PaLM count it), and each with Mamba-2 its scan (see ssd). Of
-        the experts, those that a token goes to count. The embedding is a look-up and costs nothing.
-        The backward pass costs twice the forward pass. With attention in L blocks this gives
-        6 N + 12 L C T, where N leaves out the embedding. head, blocks: without the head, or of the
-        first blocks alone."""
-        c, forward = self.config, 2 * self.head.weight.numel() if head else 0
+        T x T square, as nanoGPT and PaLM count it), and each with Mamba-2 its convolution and scan
+        (see ssd). Of the experts, those that a token goes to count. The embedding is a look-up and
+        costs nothing. The backward pass costs twice the forward pass. With attention in L blocks
+        this gives 6 N + 12 L C T, where N leaves out the embedding. head, blocks: without the head,
+        or of the first blocks alone."""
+        c = self.config
+        forward = 2 * self.head.weight.numel() if head else 0
         for b in self.blocks[:blocks]:
             forward += 2 * sum(p.numel() for p in b.parameters() if p.ndim == 2)
             if b.attention is not None:
                 forward += 4 * c.n_head * c.head_dim * (length or c.block_size)
             if b.ssm is not None:
-                forward += b.ssm.flops_per_token() + 2 * b.ssm.conv.weight.numel()
+                forward += b.ssm.flops_per_token()
             if isinstance(b.mlp, MoE):
-                forward += 2 * (b.mlp.up.numel() + b.mlp.down.numel()) * b.mlp.k // len(b.mlp.load)
+                forward += 2 * b.mlp.active_params()
         return 3 * forward if backward else forward
 
 
@@ -542,7 +549,8 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels))
 
     def forward(self, x, past=None):
-        width, T, w = self.weight.shape[-1], x.shape[1], self.weight.to(x.dtype)
+        width, T = self.weight.shape[-1], x.shape[1]
+        w = self.weight.to(x.dtype)
         x = F.pad(x, (0, 0, width - 1, 0)) if past is None else torch.cat((past, x), dim=1)
         shifted = (x[:, j:j + T] * w[:, 0, j] for j in range(width))
         return sum(shifted, self.bias.to(x.dtype)), x[:, T:]
@@ -567,21 +575,19 @@ class Mamba2(nn.Module):
 
     def forward(self, u, cache=None):
         b, T, _ = u.shape
-        past, state = (None, None) if cache is None else (cache.conv, cache.state)
+        cache = cache or Cache()  # a new one: no tokens before these
         z, x, B, C, dt = self.in_proj(u)
-        xBC, past = self.conv(torch.cat((x, B, C), dim=-1), past)
+        xBC, cache.conv = self.conv(torch.cat((x, B, C), dim=-1), cache.conv)
         x, B, C = F.silu(xBC).split(self.sizes, dim=-1)
         x = x.view(b, T, self.heads, -1)
         B, C = (t.view(b, T, self.groups, -1) for t in (B, C))
         full = torch.promote_types(self.A_log.dtype, torch.float32)  # decays need it in any case
         dt = F.softplus(dt.to(full) + self.dt_bias.to(full))  # (b, T, H)
         A = -self.A_log.to(full).exp()
-        if state is not None and T == 1:
-            y, state = ssd_recurrence(x, dt, A, B, C, state)
+        if cache.state is not None and T == 1:
+            y, cache.state = ssd_recurrence(x, dt, A, B, C, cache.state)
         else:
-            y, state = ssd(x, dt, A, B, C, self.chunk, state)
-        if cache is not None:
-            cache.conv, cache.state = past, state
+            y, cache.state = ssd(x, dt, A, B, C, self.chunk, cache.state)
         y = (y + x * self.D[:, None].to(x.dtype)).reshape(b, T, -1) * F.silu(z)
         if self.norm is not None:
             parts = y.view(b, T, self.groups, -1)
@@ -590,9 +596,10 @@ class Mamba2(nn.Module):
         return self.out(y)
 
     def flops_per_token(self) -> int:
-        """Of the scan alone, forward; see ssd."""
+        """Of the convolution and the scan, see ssd, forward."""
         Q, P, H, GN = self.chunk, self.head_dim, self.heads, self.sizes[1]
-        return 2 * Q * GN + 2 * Q * P * H + 4 * P * H * (GN // self.groups)
+        scan = 2 * Q * GN + 2 * Q * P * H + 4 * P * H * (GN // self.groups)
+        return scan + 2 * self.conv.weight.numel()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -619,19 +626,23 @@ class MoE(nn.Module):
         self.up = nn.Parameter(torch.empty(c.n_experts, sum(rows.values()), c.n_embd))
         self.down = nn.Parameter(torch.empty(c.n_experts, c.n_embd, c.expert_hidden))
         self.register_buffer("load", torch.full((c.n_experts,), 1 / c.n_experts))
-        self.losses, self.counts, self.loop = None, None, expert_loop
+        self.losses = self.counts = None
+        self.loop = expert_loop
 
     def forward(self, x):
-        shape, x = x.shape, x.flatten(0, 1)  # (tokens, C)
+        shape = x.shape
+        x = x.flatten(0, 1)  # (tokens, C)
         logits = self.router(x).float()
         p = logits.softmax(-1)
         w, chosen = p.topk(self.k, dim=-1)  # (tokens, k)
         w = w / w.sum(-1, keepdim=True)
+        chosen = chosen.flatten()  # the experts of all (token, choice) pairs
         self.counts = torch.zeros_like(self.load, dtype=torch.int64).scatter_add_(
-            0, chosen.flatten(), torch.ones_like(chosen).flatten())
+            0, chosen, torch.ones_like(chosen))
         self.losses = load_balancing_loss(p, self.load), logits.logsumexp(-1).square().mean()
-        order = chosen.flatten().argsort(stable=True)  # (token, choice) pairs, sorted by expert
-        rows = x[order // self.k].to(product_dtype(x))
+        order = chosen.argsort(stable=True)  # the pairs, sorted by expert
+        token = order // self.k
+        rows = x[token].to(product_dtype(x))
         widths = *self.up.shape[1:], *self.down.shape[1:]
         aligned = all(n % 8 == 0 for n in widths)  # the kernel needs rows of whole 16 bytes
         grouped = x.is_cuda and rows.dtype == torch.bfloat16 and aligned
@@ -639,7 +650,11 @@ class MoE(nn.Module):
         h = products(rows, self.up, self.counts).chunk(len(self.pieces["up"]), dim=-1)
         y = products(activation(self.kind, h), self.down, self.counts)
         y = y * w.flatten()[order, None].to(y.dtype)
-        return torch.zeros_like(x, dtype=y.dtype).index_add(0, order // self.k, y).view(shape)
+        return torch.zeros_like(x, dtype=y.dtype).index_add(0, token, y).view(shape)
+
+    def active_params(self) -> int:
+        """Weights of the k experts that one token goes to."""
+        return self.k * (self.up[0].numel() + self.down[0].numel())
 
 
 def load_balancing_loss(p, load):
@@ -713,31 +728,6 @@ def param_factor(c: ModelConfig, kind: str, what: str) -> float:
     return c.width_ratio ** a * c.depth_ratio ** b
 
 
-def init_tensor(p, module: str, c: ModelConfig):
-    """Initialize a parameter. module: the last part of its name without .weight and .bias."""
-    small = 0.1 * c.n_embd ** -0.5
-    match module:
-        case "norm" | "mixer_norm" | "mlp_norm" | "q_norm" | "k_norm" | "D":
-            p.fill_(1.0)
-        case "o" | "down" | "out" | "affine":
-            p.zero_()
-        case "qkv" | "up" | "in_proj":
-            p.normal_(std=p.shape[-1] ** -0.5)
-        case "router" | "head":
-            p.normal_(std=small * param_factor(c, module, "init"))
-        case "embed":
-            p.normal_(std=small * param_factor(c, "head", "init") if c.tie_embeddings else 1.0)
-        case "conv":
-            p.uniform_(-(c.d_conv ** -0.5), c.d_conv ** -0.5)
-        case "A_log":
-            p.uniform_(1.0, 16.0).log_()
-        case "dt_bias":
-            dt = p.uniform_(math.log(1e-3), math.log(1e-1)).exp()
-            p.copy_(dt + (-(-dt).expm1()).log())  # the inverse of softplus: log(e^dt - 1)
-        case _:
-            raise ValueError(f"no initialization rule for {module}")
-
-
 @torch.no_grad()
 def init_weights(model: GPT):
     """Initialize every parameter by its name; one without a rule raises ValueError.
@@ -749,13 +739,34 @@ def init_weights(model: GPT):
     starts as in its authors' code: D = 1, A from -16 to -1, dt = softplus(dt_bias) log-uniform in
     [1e-3, 1e-1], the convolution uniform as torch's Conv1d."""
     c = model.config
+    small = 0.1 * c.n_embd ** -0.5
     for name, p in model.named_parameters():
         path = name.removesuffix(".weight").removesuffix(".bias")
-        init_tensor(p, path.rpartition(".")[2], c)
-        if name.endswith(".in_proj.weight"):
-            _, _, B, C, _ = p.split(tuple(model.get_submodule(path).pieces.values()))
-            B.mul_(param_factor(c, "router", "init"))
-            C.mul_(param_factor(c, "router", "init"))
+        match path.rpartition(".")[2]:
+            case "norm" | "mixer_norm" | "mlp_norm" | "q_norm" | "k_norm" | "D":
+                p.fill_(1.0)
+            case "o" | "down" | "out" | "affine":
+                p.zero_()
+            case "qkv" | "up":
+                p.normal_(std=p.shape[-1] ** -0.5)
+            case "in_proj":
+                p.normal_(std=p.shape[-1] ** -0.5)
+                _, _, B, C, _ = p.split(tuple(model.get_submodule(path).pieces.values()))
+                B.mul_(param_factor(c, "router", "init"))
+                C.mul_(param_factor(c, "router", "init"))
+            case "router" | "head" as kind:
+                p.normal_(std=small * param_factor(c, kind, "init"))
+            case "embed":
+                p.normal_(std=small * param_factor(c, "head", "init") if c.tie_embeddings else 1.0)
+            case "conv":
+                p.uniform_(-(c.d_conv ** -0.5), c.d_conv ** -0.5)
+            case "A_log":
+                p.uniform_(1.0, 16.0).log_()
+            case "dt_bias":
+                dt = p.uniform_(math.log(1e-3), math.log(1e-1)).exp()
+                p.copy_(dt + (-(-dt).expm1()).log())  # the inverse of softplus: log(e^dt - 1)
+            case _:
+                raise ValueError(f"no initialization rule for {name}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -817,7 +828,8 @@ def chunked_loss(loss, x, weight, *per_token, vocab_size: int, chunk: int = 1024
     need_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     part = max(32, 2**18 // len(weight)) if device == "cpu" else 512  # rows of 1 MB of logits
     loss_of_part = compiled_loss_of_logits() if compiled else loss_of_logits
-    total, sums = x.new_zeros((), dtype=full), {}
+    total = x.new_zeros((), dtype=full)
+    sums = {}
     with torch.no_grad(), torch.autocast(device, enabled=False):
         x_low, w_low = x.to(dtype), weight.to(dtype)
         if need_grad:
@@ -830,8 +842,8 @@ def chunked_loss(loss, x, weight, *per_token, vocab_size: int, chunk: int = 1024
                 of_part = [t[i + j:i + j + len(z)] for t in per_token]
                 with torch.set_grad_enabled(need_grad):
                     value, named = loss_of_part(loss, z, vocab_size, full, of_part)
-                total += value.detach()
-                sums = {name: sums.get(name, 0) + v.detach() for name, v in named.items()}
+                total += value
+                sums = {name: sums.get(name, 0) + v for name, v in named.items()}
                 if need_grad:
                     logits[j:j + part] = torch.autograd.grad(value, z)[0]
             if need_grad:
@@ -848,19 +860,19 @@ def chunked_loss(loss, x, weight, *per_token, vocab_size: int, chunk: int = 1024
 
 @dataclass
 class Pass:
-    """One forward pass, as the terms of the loss see it."""
+    """One forward pass, as the terms of the loss see it.
+
+    `counted` is a mean over all passes of the step, on all ranks: pass by pass the numbers may
+    differ, and a loss divided by the mean sums to the mean over the step's tokens. It has one entry
+    for ordinary data, and one for each sequence of a record (see teacher.Records)."""
 
     model: nn.Module
     idx: torch.Tensor  # (B, T)
     targets: torch.Tensor  # (B, T), IGNORE where not counted
     x: torch.Tensor  # (B, T, C), after the final norm
     states: dict  # {number: (B, T, C)}, the residual states that the terms need
-    counted: list  # counted targets per pass, see below
+    counted: list  # counted targets per pass
     step: int  # optimizer steps taken so far
-
-    # `counted` is a mean over all passes of the step, on all ranks: pass by pass the numbers may
-    # differ, and a loss divided by the mean sums to the mean over the step's tokens. It has one
-    # entry for ordinary data, and one for each sequence of a record (see teacher.Records).
 
 
 class Term:
@@ -944,7 +956,7 @@ class Router(Term):
 
     def __init__(self, model, balance: float = 0.01, z: float = 1e-3):
         self.moes, self.balance, self.z = model.moes(), balance, z
-        self.counts, self.unused = 0, 0
+        self.counts = self.unused = 0
 
     def __call__(self, p):
         balance = torch.stack([m.losses[0] for m in self.moes]).mean()
@@ -959,19 +971,20 @@ class Router(Term):
             torch.distributed.all_reduce(self.counts)
         for m, counts in zip(self.moes, self.counts, strict=True):
             m.load.copy_(counts / counts.sum())
-        self.unused, self.counts = (self.counts == 0).sum(), 0
+        self.unused = (self.counts == 0).sum()
+        self.counts = 0
 
     def logged(self, step):
         load = [m.load.tolist() for m in self.moes]
         return {"experts_unused": int(self.unused), "expert_load": load}
 
 
-def total(terms, step: int, p: Pass):
+def total(terms, p: Pass):
     """(the sum of weight(step) * term(p), all named values) over the terms of weight other than 0.
     """
     loss, named = 0.0, {}
     for term in terms:
-        if weight := term.weight(step):
+        if weight := term.weight(p.step):
             value, values = term(p)
             loss = loss + weight * value
             named |= values
@@ -987,8 +1000,10 @@ def log_likelihoods(model, sequences, at_once: int = 1 << 25) -> list[tuple[floa
     """(sum of log p of the counted targets in nats, their number) of each sequence (ids, targets),
     two lists of equal length. at_once: about how many logits one forward pass may make. Sequences
     of similar length share a pass. The head runs only where a target counts."""
-    found, max_tokens = {}, at_once // model.config.vocab_size
-    pad, device = nn.utils.rnn.pad_sequence, model.head.weight.device
+    found = {}
+    max_tokens = at_once // model.config.vocab_size
+    device = model.head.weight.device
+    pad = nn.utils.rnn.pad_sequence
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]), reverse=True)
     while order:
         n = max(1, max_tokens // len(sequences[order[0]][0]))
@@ -1017,7 +1032,8 @@ class Cache:
 
     def append(self, k, v):
         if self.k is not None:
-            k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
+            k = torch.cat((self.k, k), dim=2)
+            v = torch.cat((self.v, v), dim=2)
         self.k, self.v = k, v
         return k, v
 
@@ -1057,13 +1073,16 @@ def generate(model, idx, n_tokens: int, temperature=1.0, top_k=0, top_p=1.0, see
     uniform = torch.stack([torch.rand(n_tokens, 1, generator=torch.Generator().manual_seed(own))
                            for own in seeds], dim=1).to(idx.device)  # (n_tokens, B, 1)
     block_size = model.config.block_size if model.has_attention else math.inf
-    start, caches = max(0, idx.shape[1] - block_size), None  # the context is idx[:, start:]
+    start = max(0, idx.shape[1] - block_size)  # the context is idx[:, start:]
+    caches = None
     for numbers in uniform:
         if idx.shape[1] - start > block_size:
-            start, caches = idx.shape[1] - max(1, block_size // 2), None
+            start = idx.shape[1] - max(1, block_size // 2)
+            caches = None
         new = idx[:, -1:]
         if caches is None or not use_cache:
-            new, caches = idx[:, start:], [Cache() for _ in model.blocks]
+            new = idx[:, start:]
+            caches = [Cache() for _ in model.blocks]
         x, _ = model.forward(new, caches=caches)  # not the compiled call: lengths vary
         token = pick(model.logits(x[:, -1]), temperature, top_k, top_p, numbers)
         idx = torch.cat((idx, token), dim=1)
@@ -1127,18 +1146,17 @@ class HFEncoding:
         except ImportError:
             raise BadInput(f"the tokenizer {d['name']} needs the package tokenizers; "
                            "pip install tokenizers") from None
-        self.name, self._special_tokens = d["name"], d["special"]
+        self._special_tokens = d["special"]
         self.eot_token = d["special"][END_OF_TEXT]
-        self.all = Tokenizer.from_str(d["json"])  # encodes special tokens as such
-        self.ordinary = Tokenizer.from_str(d["json"])
-        self.ordinary.encode_special_tokens = True  # encodes them as any other text
-        self.n_vocab = max(self.all.get_vocab().values()) + 1
+        self.tokenizer = Tokenizer.from_str(d["json"])
+        self.tokenizer.encode_special_tokens = True  # as any other text
+        self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
 
     def lengths(self):
         """(token id, bytes of text that it stands for) of all tokens but the special ones."""
-        added = self.all.get_added_tokens_decoder()  # these are not in a byte-level spelling
-        byte_level = "ByteLevel" in repr(self.all.decoder)
-        for token, i in self.all.get_vocab().items():
+        added = self.tokenizer.get_added_tokens_decoder()  # these are not in a byte-level spelling
+        byte_level = "ByteLevel" in repr(self.tokenizer.decoder)
+        for token, i in self.tokenizer.get_vocab().items():
             if re.fullmatch("<0x[0-9A-F]{2}>", token):
                 yield i, 1
             elif i in added:
@@ -1149,16 +1167,13 @@ class HFEncoding:
                 yield i, len(token.replace("\u2581", " ").encode())
 
     def encode_ordinary(self, text):
-        return self.ordinary.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_ordinary_batch(self, texts, num_threads=0):
-        return [e.ids for e in self.ordinary.encode_batch(texts, add_special_tokens=False)]
-
-    def encode(self, text, allowed_special="all"):
-        return self.all.encode(text, add_special_tokens=False).ids
+        return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids):
-        return self.all.decode(ids, skip_special_tokens=False)
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def decode_bytes(self, ids):
         return self.decode(ids).encode()
@@ -1207,7 +1222,8 @@ def read_json_lines(path, read, flag="", cut=False) -> list:
     """read(object) of each line of a file of JSON lines. Blank lines are left out, and with `cut`
     the rest after the last line end, which a killed process can leave. Raises BadInput with the
     number of the line."""
-    found, text = [], read_text(path, flag)
+    found = []
+    text = read_text(path, flag)
     if cut:
         text = text.rpartition("\n")[0]
     for number, line in enumerate(text.split("\n"), 1):  # splitlines also cuts within strings
@@ -1240,8 +1256,9 @@ def load_checkpoint(path, flag="") -> dict:
             GPT(ModelConfig(**settings)).load_state_dict({**weights}, assign=True)
         if not all(w.isfinite().all() for w in weights.values()):
             raise ValueError("weights that are not finite")
-        ranks, single = tokenizer["ranks"], {f"{byte:02x}" for byte in range(256)}
-        if ranks and len({*ranks.values()}) < len({*ranks} | single):  # tiktoken would panic
+        ranks = tokenizer["ranks"]
+        lacking = {f"{byte:02x}" for byte in range(256)} - ranks.keys()
+        if ranks and (lacking or len({*ranks.values()}) < len(ranks)):  # tiktoken would panic
             raise ValueError("the tokenizer lacks a byte, or has a number twice")
         enc = tokenizer_from_dict(tokenizer)
         end = enc.eot_token

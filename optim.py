@@ -138,7 +138,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        count, move = 0, None
+        count = 0
+        move = None
         for group in self.param_groups:
             for (*_, kappa), stack in self.stacks(group).items():
                 O, sending = self.orthogonalize(group, stack, count)
@@ -503,7 +504,8 @@ def parameter_groups(model, muon_scale, weight_decay, eps, embedding_lr, module_
     rows start at RMS 1 and get a gradient only when their token comes up (likewise in nanochat and
     modded-nanogpt). AdamW's settings depend on the model's size by model.PARAM_RULES; of Muon's
     only kappa does."""
-    config, logical = model.config, logical_pieces(model)
+    config = model.config
+    logical = logical_pieces(model)
     present = {module_of(pieces[0][0]) for pieces in logical.values()}
     if unknown := {*module_lr, *module_decay} - present:
         raise BadInput(f"--module_lr={','.join(unknown)}: this model has "
@@ -517,7 +519,8 @@ def parameter_groups(model, muon_scale, weight_decay, eps, embedding_lr, module_
         by_size = {what: 1.0 if by_muon else param_factor(config, rule, what)
                    for what in ("lr", "decay", "eps")}
         for name in names:
-            p, pieces = model.get_parameter(name), logical.get(name)
+            p = model.get_parameter(name)
+            pieces = logical.get(name)
             module = module_of(pieces[0][0]) if pieces else ""
             settings = {"lr_factor": lr_factor * module_lr.get(module, 1.0) * by_size["lr"],
                         "weight_decay": decay * module_decay.get(module, 1.0) * by_size["decay"],
@@ -554,7 +557,8 @@ class Optimizers:
                  clip_multipliers=False, momentum=0.95, muon_scale="match_rms_adamw",
                  dtype=torch.bfloat16, extra=()):
         self.schedule, self.peak_lr = schedule, lr
-        self.multipliers, self.extra = multipliers, list(extra)
+        self.multipliers = multipliers
+        self.extra = list(extra)
         W = multipliers.W if multipliers else {}
         groups = parameter_groups(model, muon_scale if optimizer == "muon" else None, weight_decay,
                                   eps, embedding_lr, module_lr or {}, module_decay or {})
@@ -579,14 +583,6 @@ class Optimizers:
         self.clipped = [W.get(name, p) for name, p in model.named_parameters()] + self.extra
         if multipliers and clip_multipliers:
             self.clipped += multipliers.named_multipliers().values()
-        self.set_learning_rates(0)
-
-    def set_learning_rates(self, step: int):
-        """Set the learning rate of every group: that of the run times the group's own factor."""
-        self.lr = self.peak_lr * self.schedule(step)
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr * group["lr_factor"]
 
     def clip(self, max_norm: float):
         """Scale all gradients by max_norm / norm if their joint L2 norm is larger; 0 only measures.
@@ -608,16 +604,18 @@ class Optimizers:
         return nn.utils.clip_grad_norm_(self.clipped, max_norm or math.inf)
 
     def step(self, step: int):
-        """Change the weights, at the learning rate of this step; then drop the gradients."""
+        """Change the weights, at the learning rate of this step, and drop the gradients. The
+        learning rate of a group is that of the run times the group's own factor."""
         if self.multipliers:
             self.multipliers.split_gradients()  # clip has done it already, if it was called
-        self.set_learning_rates(step)
+        self.lr = self.peak_lr * self.schedule(step)
         for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * group["lr_factor"]
             optimizer.step()
+            optimizer.zero_grad()
         if self.multipliers:
             self.multipliers.fold()
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
 
     def state_dict(self) -> dict:
         """For each optimizer the state of its parameters by their names; under "values" W, r and c.
@@ -639,12 +637,12 @@ class Optimizers:
         for key, optimizer in self.optimizers.items():
             if key == "multipliers" and not same:
                 continue
-            params, stored = parameters_of(optimizer), state.get(key, {})
+            params = parameters_of(optimizer)
+            stored = state.get(key, {})
             buffers = ("momentum_buffer",) if key == "muon" else ("exp_avg", "exp_avg_sq")
             for name, p in params.items():
-                if not p.requires_grad or key == "extra" and not stored:  # a new term's are new
-                    continue
-                if any(stored[name][buffer].shape != p.shape for buffer in buffers):
+                needed = p.requires_grad and (key != "extra" or stored)  # a new term has none
+                if needed and any(stored[name][buffer].shape != p.shape for buffer in buffers):
                     raise ValueError(f"{name}: the optimizer's state has another shape")
             packed = optimizer.state_dict()  # torch's has the state by the parameter's number
             packed["state"] = {i: stored[name] for i, name in enumerate(params) if name in stored}

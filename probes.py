@@ -229,7 +229,6 @@ def with_blocks(model: GPT, blocks) -> GPT:
     kinds = "".join(kind for kind, _ in blocks)
     new = copy.copy(model)
     new.config = replace(model.config, n_layer=len(kinds), mixer=kinds)
-    new.has_attention = not {*"AH"}.isdisjoint(kinds)
     modules = torch.nn.ModuleList(block for _, block in blocks)
     new._modules = {**model._modules, "blocks": modules}
     return new

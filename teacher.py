@@ -1126,7 +1126,7 @@ def tokenizer_to_hf(tokenizer: dict, where: str):
     transformers. Raises BadInput where the result gives other ids on a sample."""
     enc = tokenizer_from_dict(tokenizer)
     if "json" in tokenizer:
-        return enc.all
+        return enc.tokenizer
     converters = need_package("transformers.convert_slow_tokenizer", where)
     # There, \w does not match the two zero-width joiners, so it is written out
     word = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\u200c\u200d"

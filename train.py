@@ -179,7 +179,7 @@ def loop(run: "Run", signals: set) -> dict:
                 last = micro == run.accumulation - 1
                 p = forward(run, batch, synchronize=last)
                 with run.devices.autocast():
-                    loss, values = total(run.terms, state.step, p)
+                    loss, values = total(run.terms, p)
                 (loss / run.accumulation).backward()
                 batch = next(batches)  # fetched while the device works
                 for name, value in {"loss": loss.detach(), **values}.items():

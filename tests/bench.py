@@ -101,7 +101,7 @@ class Training:
         """Forward and backward pass, as in train.loop. Returns the loss and the named values."""
         p = train.forward(self, self.batch, synchronize=True)
         with self.devices.autocast():
-            loss, values = ours.total(self.terms, self.state.step, p)
+            loss, values = ours.total(self.terms, p)
         loss.backward()
         return {"loss": loss.detach(), **values}
 

@@ -466,7 +466,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens_however_it_is_cut_into_p
     losses = []
     for row in (slice(0, 1), slice(1, 2)):  # 3 and 17 counted targets, 10 on average
         p = lib.Pass(model, idx[row], targets[row], model(idx[row])[0], {}, [10.0], step=4)
-        losses.append(lib.total([lib.NextToken(), lib.NextToken(begins=5)], 4, p)[0])
+        losses.append(lib.total([lib.NextToken(), lib.NextToken(begins=5)], p)[0])
     for loss in (sum(losses) / 2, model.loss(model(idx)[0], targets)):
         torch.testing.assert_close(loss, plain)
         for p in model.parameters():

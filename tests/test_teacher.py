@@ -358,7 +358,7 @@ def test_the_two_tasks_of_step_by_step_are_each_averaged_over_their_own_tokens()
     student, idx, targets = gpt(), random_tokens(6, 12), random_tokens(6, 12, seed=2)
     targets[0::2, 4:] = IGNORE  # labels are short
     terms = [th.Task(0, 0.7), th.Task(1, 0.3)]
-    loss, named = total(terms, 0, forward(student, idx, targets, rows=2))
+    loss, named = total(terms, forward(student, idx, targets, rows=2))
     losses = [F.cross_entropy(student.logits(student(idx[row::2])[0]).flatten(0, 1),
                               targets[row::2].flatten(), ignore_index=IGNORE) for row in (0, 1)]
     assert_values(loss, named, [0.7 * losses[0] + 0.3 * losses[1], *losses], rel=1e-5)
@@ -527,8 +527,9 @@ def test_a_tokenizer_of_hugging_face_gives_its_own_ids_and_fits_into_a_checkpoin
     d = th.load_tokenizer(save_tokenizer(t, tmp_path, eos))
     enc = tokenizer_from_dict(json.loads(json.dumps(d)))
     assert enc.eot_token == t.token_to_id(eos) and enc.n_vocab == t.get_vocab_size()
+    t.encode_special_tokens = True  # as any other text
     for text in odd_documents():
-        assert enc.encode(text) == t.encode(text, add_special_tokens=False).ids
+        assert enc.encode_ordinary(text) == t.encode(text, add_special_tokens=False).ids
     assert enc.eot_token not in enc.encode_ordinary(f"a{eos}b")
     ids = enc.encode_ordinary(TEXT[1])
     assert train_module.token_lengths(enc)[ids].sum() == len(TEXT[1].encode())
@@ -629,9 +630,9 @@ def test_smollm2_knows_the_capital_of_france_and_cuts_text_as_its_vocabulary_say
     assert enc.decode(generate(model, ids, 1, temperature=0)[0, -1:].tolist()) == " Paris"
     assert (model.num_params(), model.config.block_size) == (134_515_008, 8192)
     assert (enc.n_vocab, enc.eot_token) == (49_152, 0)
-    ids = enc.encode("<|im_start|>In 2024 it's  so\n")
+    ids = enc.encode_ordinary("In 2024 it's  so\n")
     assert [enc.decode([i]) for i in ids] == [
-        "<|im_start|>", "In", " ", "2", "0", "2", "4", " it", "'s", " ", " so", "\n"]
+        "In", " ", "2", "0", "2", "4", " it", "'s", " ", " so", "\n"]
 
 
 # Out again
