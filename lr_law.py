@@ -23,11 +23,10 @@ Symbols
     lr       peak learning rate; lr* is the one with the lowest loss
     L        loss in nats per token
     group    other settings that tell runs apart, such as the batch size
-    run      a dict of N, D, lr, loss and group: one point of the data, read from a table
+    run      a dict of N, D, lr, loss and group: one point of the data, a row of a table
     slice    the runs of one (N, D, group), which differ in lr alone
     optimum  an (N, D) and its lr*, most often of the parabola through a slice
 """
-import contextlib
 import csv
 import functools
 import io
@@ -39,7 +38,7 @@ import os
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,11 +90,12 @@ def basin(loss, tolerance: float = 0.05) -> slice:
 
     They are the unbroken stretch around the lowest with loss <= (1 + tolerance) times the lowest,
     and at least one neighbor on each side of the lowest. Further out, runs begin to diverge."""
-    loss = np.asarray(loss, float)
-    best = int(np.argmin(loss))
-    high = np.flatnonzero(loss > (1 + tolerance) * loss[best])
-    first = max(high[high < best], default=-1) + 1
-    end = min(high[high > best], default=len(loss))
+    first = best = int(np.argmin(loss))
+    end, limit = best + 1, (1 + tolerance) * loss[best]
+    while first > 0 and loss[first - 1] <= limit:
+        first -= 1
+    while end < len(loss) and loss[end] <= limit:
+        end += 1
     return slice(min(first, max(best - 1, 0)), max(end, min(best + 2, len(loss))))
 
 
@@ -133,25 +133,26 @@ def fit_law(N, D, lr) -> dict:
     """Fits ln lr* = a + b ln N + c ln D by least squares (eq. 6). N, D, lr: (n,); n may be 0.
 
     X has a row (1, ln N, ln D) for each optimum. Where all N (or all D) are equal, b (or c) cannot
-    be known: it is None, and X has no such column. Returns a dict: a, b, c; their "covariance",
-    lists (3, 3); dof, n minus the number of columns; r2 of ln lr*, see r_squared; n; "N" and "D",
-    the [least, most] of the data. The covariance is s^2 (X^T X)^-1, with s^2 the sum of squared
-    residuals over dof. It is 0 in the rows and columns of a constant that is None.
+    be known: it is None, and its column of X is 0. Returns a dict: a, b, c; their "covariance",
+    lists (3, 3); dof, n minus the number of columns that are not 0; r2 of ln lr*, see r_squared; n;
+    "N" and "D", the [least, most] of the data. The covariance is s^2 (X^T X)^-1 over the columns
+    that are not 0, and 0 elsewhere. s^2 is the sum of squared residuals over dof.
     Raises BadInput, with n in the message, if dof is below 1 or the columns are not independent."""
     y = np.log(lr)
     X = np.stack([np.ones_like(y), np.log(N), np.log(D)], 1)
-    used = [i for i in range(3) if i == 0 or len(y) and np.ptp(X[:, i]) > 1e-9]
-    dof = len(y) - len(used)
-    if dof < 1 or np.linalg.matrix_rank(X) < len(used):
+    known = (abs(X - X[:1]) > 1e-9).any(0)
+    known[0] = True
+    X = X * known
+    dof = len(y) - sum(known)
+    if dof < 1 or np.linalg.matrix_rank(X) < sum(known):
         raise BadInput(f"{len(y)} optima are too few, or all on one line, for a law with "
-                       f"{len(used)} constants")
-    inverse, beta = np.zeros((3, 3)), np.zeros(3)
-    inverse[np.ix_(used, used)] = np.linalg.inv(X[:, used].T @ X[:, used])
-    beta[used] = np.linalg.lstsq(X[:, used], y, rcond=None)[0]
+                       f"{sum(known)} constants")
+    inverse = np.linalg.pinv(X)  # (X^T X)^-1 X^T; rows of zeros for columns of zeros
+    beta = inverse @ y
     variance = ((y - X @ beta) ** 2).sum() / dof
-    a, b, c = (float(beta[i]) if i in used else None for i in range(3))
-    return {"a": a, "b": b, "c": c, "covariance": (variance * inverse).tolist(), "dof": dof,
-            "n": len(y), "r2": r_squared(y, X @ beta),
+    a, b, c = (float(value) if found else None for value, found in zip(beta, known))
+    return {"a": a, "b": b, "c": c, "covariance": (variance * inverse @ inverse.T).tolist(),
+            "dof": int(dof), "n": len(y), "r2": r_squared(y, X @ beta),
             "N": [float(min(N)), float(max(N))], "D": [float(min(D)), float(max(D))]}
 
 
@@ -291,31 +292,34 @@ def extrapolate(runs, D: float) -> list[dict]:
     One for each size, group and learning rate with at least 3 horizons below D. Learning rates less
     than 1 % apart count as one, since tables round them. It is unknown whether the paper reads its
     horizons at a constant learning rate or after a decay; tables of both kinds can be used."""
-    points = sorted((N, group, lr, horizon, loss)
-                    for (N, horizon, group), (rates, losses) in slices_of(runs).items()
-                    for lr, loss in zip(rates, losses) if horizon < D)
-    curves, lowest, predicted = defaultdict(list), {}, []  # lowest: of those that count as one
-    for N, group, lr, horizon, loss in points:
-        if lr > 1.01 * lowest.get((N, group), 0.0):
-            lowest[N, group] = lr
-        curves[N, group, lowest[N, group]].append((horizon, loss))
-    for (N, group, lr), curve in curves.items():
-        horizons, losses = np.array(curve).T
-        if len(np.unique(horizons)) >= 3:
-            fit = fit_horizon(horizons, losses)
-            loss = fit["L_0"] + fit["A"] * D ** -fit["gamma"]
-            predicted.append({"N": N, "D": D, "lr": lr, "loss": loss, "group": group})
+    by_size, predicted = defaultdict(list), []
+    for (N, horizon, group), (rates, losses) in slices_of(runs).items():
+        if horizon < D:
+            by_size[N, group] += [(lr, horizon, loss) for lr, loss in zip(rates, losses)]
+    for (N, group), points in by_size.items():
+        points.sort()
+        while points:
+            lr = points[0][0]
+            curve = [point for point in points if point[0] <= 1.01 * lr]
+            points = points[len(curve):]
+            _, horizons, losses = np.array(curve).T
+            if len(np.unique(horizons)) >= 3:
+                fit = fit_horizon(horizons, losses)
+                loss = fit["L_0"] + fit["A"] * D ** -fit["gamma"]
+                predicted.append({"N": N, "D": D, "lr": lr, "loss": loss, "group": group})
     return predicted
 
 
-def near_optima(runs, within: float = 0.0025) -> list[SimpleNamespace]:
+def near_optima(runs) -> list[SimpleNamespace]:
     """Optima over all groups together, for the joint fit of learning rate and batch size: for each
-    (N, D), the mean ln lr of the runs with loss <= (1 + within) times the lowest."""
-    optima, slices = [], defaultdict(list)
+    (N, D), the mean ln lr of the runs whose loss is within 0.25 % of the lowest, as DeepSeek LLM
+    has it."""
+    optima, runs_at = [], defaultdict(list)
     for run in runs:
-        slices[run["N"], run["D"]].append((run["loss"], math.log(run["lr"])))
-    for (N, D), found in sorted(slices.items()):
-        good = [x for loss, x in found if loss <= (1 + within) * min(found)[0]]
+        runs_at[run["N"], run["D"]].append(run)
+    for (N, D), found in sorted(runs_at.items()):
+        lowest = min(run["loss"] for run in found)
+        good = [math.log(run["lr"]) for run in found if run["loss"] <= 1.0025 * lowest]
         optima.append(SimpleNamespace(N=N, D=D, lr=math.exp(np.mean(good))))
     return optima
 
@@ -380,60 +384,44 @@ def hold_out(runs, tolerance: float = 0.05) -> dict[str, np.ndarray]:
     return costs(held, rest, others)
 
 
-def check_horizon(fitted, runs, D: float, tolerance: float = 0.05) -> dict[str, np.ndarray]:
+def check_horizon(fitted, runs, D: float, tolerance: float) -> dict[str, np.ndarray]:
     """Checks `extrapolate` where the table has real runs at its horizon D: the costs there of
     learning rates that are chosen by shorter runs only. Empty without such runs. fitted: slices of
     the shorter runs and of the predicted losses; runs: the table."""
-    def by_size(slices):
-        return {(f.N, f.group): f for f in slices if f.inside}
-
-    rest = [f for f in fitted if f.inside and f.D < D]
-    longest, predicted = by_size(rest), by_size(f for f in fitted if f.D == D)
-    real = by_size(fit_slices([run for run in runs if run["D"] == D], tolerance))
-    held = [f for key, f in real.items() if key in predicted and key in longest]
+    inside = [f for f in fitted if f.inside]
+    shorter = [f for f in inside if f.D < D]
+    longest = {(f.N, f.group): f.lr for f in shorter}  # the last one: slices are in order of D
+    predicted = {(f.N, f.group): f.lr for f in inside if f.D == D}
+    real = fit_slices([run for run in runs if run["D"] == D], tolerance)
+    sizes = predicted.keys() & longest.keys()
+    held = [f for f in real if f.inside and (f.N, f.group) in sizes]
     if not held:
         return {}
-    return costs(held, rest, {
-        "that law with predictions": group_rate([*rest, *predicted.values()]),
-        "the predicted losses": lambda f: predicted[f.N, f.group].lr,
-        "the longest run's lr*": lambda f: longest[f.N, f.group].lr})
+    return costs(held, shorter, {
+        "that law with predictions": group_rate(inside),
+        "the predicted losses": lambda f: predicted[f.N, f.group],
+        "the longest run's lr*": lambda f: longest[f.N, f.group]})
 
 
 # --------------------------------------------------------------------------------------------------
 # Plan and sweep: the runs that make such a table
 
 
-@dataclass
-class Run:
-    """A training run of a sweep. c: its train.Config; steps: those at which its loss is read."""
+def planned_runs(sizes, lrs, tokens, seeds: int, flags: list[str]) -> list[SimpleNamespace]:
+    """The runs of train.py that a sweep needs, cheapest first: one for each size (blocks, width),
+    learning rate and seed. flags: of train.py.
 
-    c: object
-    N: int
-    steps: list[int]
-    flops: float
-
-
-def vocabulary_size(c) -> int:
-    """Tokens of a run's tokenizer. Only that of --tokenizer=bpe is made from the data; it gets
-    --vocab_size tokens."""
-    import train
-    if c.tokenizer == "bpe":
-        return c.vocab_size
-    return tokenizer_from_dict(train.make_tokenizer_for(c, ())).n_vocab
-
-
-def planned_runs(sizes, lrs, tokens, seeds: int, flags: list[str]) -> list[Run]:
-    """The runs of a sweep, cheapest first: one for each size (blocks, width), learning rate and
-    seed. flags: of train.py.
-
-    A run keeps its learning rate after warm-up, and its loss is read at every number of tokens on
-    its way. This is the paper's saving: a full grid has a run for each horizon."""
+    Each has c, its train.Config; N; flops; and steps, those at which its loss is read: at every
+    number of tokens on its way, since it keeps its learning rate after warm-up. This is the paper's
+    saving: a full grid has a run for each horizon."""
     import train
     base, runs = train_config(flags), []
     if base.teacher == "auto":
         raise BadInput("--teacher=auto: depends on the length of a run, and these are read at "
                        "several; name a checkpoint")
-    V = vocabulary_size(base)
+    V = base.vocab_size
+    if base.tokenizer != "bpe":  # bpe's vocabulary is made from the data, of this size
+        V = tokenizer_from_dict(train.make_tokenizer_for(base, ())).n_vocab
     steps = sorted({max(1, round(D / base.batch_tokens)) for D in tokens})
     for (n_layer, n_embd), lr, seed in itertools.product(dict.fromkeys(sizes), lrs, range(seeds)):
         c = replace(base, n_layer=n_layer, n_embd=n_embd, lr=lr, seed=seed, steps=steps[-1],
@@ -443,15 +431,15 @@ def planned_runs(sizes, lrs, tokens, seeds: int, flags: list[str]) -> list[Run]:
         c = train.with_stop_in_steps(c)
         with torch.device("meta"):
             model = GPT(train.model_config(c, V))
-        N = model.num_params() - model.embed.weight.numel()
-        runs.append(Run(c, N, steps, model.flops_per_token() * steps[-1] * c.batch_tokens))
+        runs.append(SimpleNamespace(
+            c=c, N=model.num_params() - model.embed.weight.numel(), steps=steps,
+            flops=model.flops_per_token() * steps[-1] * c.batch_tokens))
     return sorted(runs, key=lambda run: (run.flops, run.c.seed, run.c.lr))
 
 
-def plan_command(a, flags) -> str:
-    """The cost of a sweep, beside that of a full grid, which trains a run of its own for each
-    horizon."""
-    runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, flags)
+def plan_command(a) -> str:
+    """What a sweep costs, and what a full grid does, which has a run for each horizon."""
+    runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, a.flags)
     sizes = Counter((run.N, f"{run.c.n_layer} x {run.c.n_embd}", run.flops) for run in runs)
     steps, batch = runs[0].steps, runs[0].c.batch_tokens  # the same for all runs
     horizons = ", ".join(f"{step * batch:,}" for step in steps)
@@ -465,32 +453,33 @@ def plan_command(a, flags) -> str:
                       f"{points} runs, {full:.3g} FLOPs, {full / speed / 3600:.2f} hours"])
 
 
-def sweep_command(a, flags) -> str:
-    """Trains those runs of this shard that the table lacks. The folders of the runs of runs.csv lie
-    in a folder named runs."""
-    runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, flags)
+def sweep_command(a) -> str:
+    """Trains the runs of a sweep, and appends a row to a CSV at each reading.
+
+    Runs of another shard and rows that the table has are left out. The folders of the runs of
+    runs.csv lie in a folder named runs."""
+    runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, a.flags)
     rows = open_table(a.csv)
     for stored in rows.values():
-        refuse_settings(a.csv, stored, settings(runs[0].c))
+        refuse_settings(a.csv, stored, runs[0].c)
     for run in runs[a.shard]:
         run_one(run, a.csv, rows)
     return f"written to {a.csv}"
 
 
-def run_one(run: Run, path, rows):
-    """Trains one run of a sweep from reading to reading, and appends a row at each that is not
+DIVERGED = {"val_loss": math.inf, "flops": 0, "seconds": 0}
+
+
+def run_one(run, path, rows):
+    """Trains one of the planned runs from reading to reading, and appends a row at each that is not
     among `rows`. A run that diverges has the loss inf there and at all later readings."""
-    import train
     c, diverged = run.c, False
-    out = Path(path).with_suffix("") / f"{c.n_layer}x{c.n_embd}-{c.lr:.3e}-{c.seed}"
+    folder = Path(path).with_suffix("") / f"{c.n_layer}x{c.n_embd}-{c.lr:.3e}-{c.seed}"
     for steps in run.steps:
         D = steps * c.batch_tokens
         if (run.N, D, c.lr, c.seed) in rows:
             continue
-        result = {"val_loss": math.inf, "flops": 0, "seconds": 0}
-        with contextlib.suppress(train.NonFinite):
-            if not diverged:
-                result = train_until(c, steps, out)
+        result = DIVERGED if diverged else train_until(c, steps, folder)
         diverged = not math.isfinite(result["val_loss"])
         append_row(path, {
             "N": run.N, "D": D, "lr": c.lr, "loss": math.inf if diverged else result["val_loss"],
@@ -498,16 +487,19 @@ def run_one(run: Run, path, rows):
             "seconds": round(result["seconds"], 1), "flags": settings(c)})
 
 
-def train_until(c, steps: int, out: Path) -> dict:
-    """Trains a run up to this step, from its checkpoint in the folder `out` if there is one.
-    Returns train.train's result."""
+def train_until(c, steps: int, folder: Path) -> dict:
+    """Trains a run up to this step, from the checkpoint in its folder if there is one. Returns
+    train.train's result, or DIVERGED."""
     import train
-    checkpoint = out / "ckpt.pt"
-    resume = str(checkpoint) if checkpoint.exists() else ""
-    if resume:
-        refuse_settings(out, settings(train.load_run(resume)["config"]), settings(c))
-    result = train.train(replace(c, steps=steps, eval_every=steps, save_every=steps,
-                                 out_dir=str(out), resume=resume))
+    checkpoint, resume = folder / "ckpt.pt", ""
+    if checkpoint.exists():
+        resume = str(checkpoint)
+        refuse_settings(folder, settings(train.load_run(resume)["config"]), c)
+    try:
+        result = train.train(replace(c, steps=steps, eval_every=steps, save_every=steps,
+                                     out_dir=str(folder), resume=resume))
+    except train.NonFinite:
+        return DIVERGED
     if result["interrupted"]:
         raise KeyboardInterrupt
     return result
@@ -550,14 +542,14 @@ def at_size(c, param: str, size: tuple[int, int], base: tuple[int, int]):
 
 def proxy_optimum(path, size: tuple[int, int], c) -> SimpleNamespace:
     """The parabola of the proxy's runs at their longest horizon. size: (blocks, width)."""
-    table, _ = read_runs(path, group="n_layer,n_embd,flags")
-    beginning, proxy = "{},{},".format(*size), "--proxy={}x{}".format(*size)
-    runs = [run for run in table if run["group"].startswith(beginning)]
+    for stored in {*read_table(path, ["flags"], operator.itemgetter("flags"))}:
+        refuse_settings(path, stored, c,  # a sweep shortens warm-ups, and counts stops in steps
+                        ignored=("--warmup_steps", "--let_stop", "--distill_stop"))
+    table, _ = read_runs(path, group="n_layer,n_embd")
+    runs = [run for run in table if run["group"] == "{},{}".format(*size)]
+    proxy = "--proxy={}x{}".format(*size)
     if not runs:
         raise BadInput(f"{path}: no runs of {proxy} in it")
-    for group in {run["group"] for run in runs}:  # a sweep shortens warm-ups, counts stops in steps
-        refuse_settings(path, group.removeprefix(beginning), settings(c),
-                        ["--warmup_steps", "--let_stop", "--distill_stop"])
     D = max(run["D"] for run in runs)
     found = fit_slices([run for run in runs if run["D"] == D])
     if not found or not found[0].inside:
@@ -566,11 +558,12 @@ def proxy_optimum(path, size: tuple[int, int], c) -> SimpleNamespace:
     return found[0]
 
 
-def transfer_command(a, flags) -> str:
+def transfer_command(a) -> str:
     """muTransfer: the best learning rate of a proxy, and what the rules make of it at the target.
+
     The proxy has the base size, where every parametrization is the standard model."""
     import train
-    c = train_config(flags)
+    c = train_config(a.flags)
     if c.param != "standard":
         raise BadInput(f"--param={c.param}: goes before the --, as the proxy is the standard model")
     best = proxy_optimum(a.csv, a.proxy, c)
@@ -588,7 +581,7 @@ def transfer_command(a, flags) -> str:
         f"of {best.n} points",
         f"target, {tokens:,.0f} tokens, {ratio:.3g} times the steps: {a.param} with m_N "
         f"{config.width_ratio:g}, m_L {config.depth_ratio:g}, m_D {config.head_ratio:g}",
-        f"python train.py {changed_flags(target)}"])
+        f"python train.py {settings(target, ignored=())}"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -648,9 +641,9 @@ def slope(sizes, values) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def coordcheck_command(a, flags) -> str:
-    """The table of coordinate_check over widths and over depths, for each parametrization."""
-    c, base = train_config(flags), (a.depths[0], a.widths[0])
+def coordcheck_command(a) -> str:
+    """How far activations move over widths and over depths (coordinate_check)."""
+    c, base = train_config(a.flags), (a.depths[0], a.widths[0])
     if a.steps < 3 or min(len(a.widths), len(a.depths)) < 2:
         raise BadInput(f"--widths={a.widths} --depths={a.depths} --steps={a.steps}: two widths, "
                        "two depths and 3 steps are needed at least")
@@ -679,20 +672,17 @@ NOT_SETTINGS = {"n_layer", "n_embd", "lr", "seed", "steps", "schedule", "micro_b
                 "save_every", "keep_checkpoints"}
 
 
-def changed_flags(c, ignored=()) -> str:
-    """The flags that are not at train.py's defaults, as on a command line."""
-    return shlex.join(f"--{f.name}={getattr(c, f.name)}" for f in fields(c)
+def settings(c, ignored=NOT_SETTINGS) -> str:
+    """The flags that are not at train.py's defaults, as on a command line. Rows of a table state
+    them. What is not UTF-8 in them, as in names of files, is escaped."""
+    text = shlex.join(f"--{f.name}={getattr(c, f.name)}" for f in fields(c)
                       if f.name not in ignored and getattr(c, f.name) != f.default)
+    return text.encode(errors="backslashreplace").decode()
 
 
-def settings(c) -> str:
-    """What a row of a table says about the flags of its run."""
-    return changed_flags(c, NOT_SETTINGS)
-
-
-def refuse_settings(where: str, stored: str, current: str, ignored=()):
-    """Raises BadInput, with the flags that differ, if two lists of settings do."""
-    differ = {*shlex.split(stored)} ^ {*shlex.split(current)}
+def refuse_settings(where: str, stored: str, c, ignored=()):
+    """Raises BadInput, with the flags that differ, if stored settings are not those of c."""
+    differ = {*shlex.split(stored)} ^ {*shlex.split(settings(c))}
     differ = sorted(flag for flag in differ if flag.partition("=")[0] not in ignored)
     if differ:
         raise BadInput(f"{where}: holds runs with other flags (not in both: {' '.join(differ)}); "
@@ -700,11 +690,11 @@ def refuse_settings(where: str, stored: str, current: str, ignored=()):
 
 
 def train_config(flags: list[str]):
-    """train.Config from flags. Those that a command here sets itself are refused."""
+    """train.Config from flags. Those that cannot be used here are refused. Those that a command
+    sets itself for each run, such as --n_layer, have no effect."""
     import train
     c = train.parse_flags(flags)
-    for name in ("lr_law", "resume", "decay_now", "decay_fraction", "dry_run", "schedule",
-                 "out_dir"):
+    for name in ("lr_law", "resume", "decay_fraction", "dry_run", "schedule", "out_dir"):
         if getattr(c, name) != train.FLAGS[name].default:
             raise BadInput(f"--{name}={getattr(c, name)}: cannot be used here")
     return c
@@ -736,7 +726,7 @@ def read_runs(path, names=("N", "D", "lr", "loss"), group="") -> tuple[list[dict
 
     Returns the runs, and how many are left out: those that diverged (their loss is inf, nan or an
     empty cell), and the other seeds of such a setting, whose mean would hide that it diverges."""
-    groups = list(filter(None, group.split(",")))
+    groups = group.split(",") if group else []
 
     def read(row):
         N, D, lr, loss = (float(row[name] or "nan") for name in names)  # empty: it diverged
@@ -767,7 +757,7 @@ def open_table(path) -> dict[tuple, str]:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)
         if file.seek(0, os.SEEK_END) == 0:  # empty now, not when it was opened
-            file.write(f"{header}\n")
+            file.write(header + "\n")
     text = read_text(path)
     if not text.startswith(header) or not text.endswith("\n"):  # rows are appended
         raise BadInput(f"{path}: not a table of `sweep`: columns {header}, and a line end after "
@@ -778,7 +768,7 @@ def open_table(path) -> dict[tuple, str]:
 
 def append_row(path, row: dict):
     """Appends one row in a single write, so that several processes can append to one table."""
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+    with open(path, "a", encoding="utf-8") as file:
         csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
         file.flush()
         os.fsync(file.fileno())
@@ -794,12 +784,10 @@ def load_law(path, flag: str) -> dict:
         law = json.loads(read_text(path))
         if law["version"] != LAW_VERSION:
             raise ValueError(f"{LAW_VERSION} is needed")
-        if not all(0 < size < math.inf for size in law["N"] + law["D"]):
-            raise ValueError("N and D must be positive")
-        for N, D in itertools.product(law["N"], law["D"]):
-            found = predict_law(law, N, D)
-            if law["dof"] < 1 or not np.isfinite([found["lr"], *found["interval"]]).all():
-                raise ValueError(f"no finite learning rate at N = {N:g}, D = {D:g}")
+        found = [predict_law(law, N, D) for N, D in itertools.product(law["N"], law["D"])]
+        values = [[at["lr"], *at["interval"]] for at in found]
+        if law["dof"] < 1 or not values or not np.isfinite(values).all():
+            raise ValueError("no finite learning rate at the N and D of its data")
     return law
 
 
@@ -808,7 +796,8 @@ def load_law(path, flag: str) -> dict:
 
 
 def report(law: dict, fitted: list[SimpleNamespace], diverged: int) -> list[str]:
-    """What a fit found: its slices (if there are few), the law, and that of each group alone."""
+    """What a fit found: its slices (if there are few), the law, and that of each group alone.
+    diverged: how many runs read_runs has left out."""
     inside = [f for f in fitted if f.inside]
     lines = [f"{len(fitted)} slices with a parabola, {len(inside)} with the optimum inside the "
              f"swept rates; {diverged} diverged runs left out"]
@@ -849,8 +838,7 @@ def plot_fit(fitted, law, path):
     each N."""
     from probes import plotting, save_figure
     figure, (left, right) = plotting(path).subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    horizons = [f.D for f in fitted]
-    D = np.geomspace(min(horizons), 3 * max(horizons), 30)
+    D = np.geomspace(law["D"][0], 3 * law["D"][1], 30)
     colors = {N: f"C{i}" for i, N in enumerate(sorted({f.N for f in fitted}))}
     for f in fitted:
         lr = f.rates[f.near]
@@ -869,7 +857,8 @@ def plot_fit(fitted, law, path):
     save_figure(figure, path)
 
 
-def fit_command(a, _) -> str:
+def fit_command(a) -> str:
+    """Parabolas and the law from a table of runs."""
     table, diverged = read_runs(a.runs, (a.N, a.D, a.lr, a.loss), a.group)
     runs = table
     if a.extrapolate:
@@ -898,7 +887,8 @@ def fit_command(a, _) -> str:
     return "\n".join(lines)
 
 
-def predict_command(a, _) -> str:
+def predict_command(a) -> str:
+    """The learning rate at a size and a horizon."""
     N, D = a.n_params, a.tokens
     if a.law in LAWS:
         ratio = "; as a ratio to the anchor" if a.anchor else ""
@@ -954,7 +944,7 @@ GRID = {
     "--tokens": (None, "horizons at which each run is read, likewise", numbers),
     "--seeds": ("1", "number of seeds: 0, 1, ...", between(int, 1, 10_000))}
 COMMANDS = {
-    "fit": (fit_command, "parabolas and the law from a table of runs", {
+    fit_command: {
         "runs": (None, "a CSV with a header"),
         **{f"--{name}": (name, "name of the column") for name in ("N", "D", "lr", "loss")},
         "--group": ("", "names of columns that tell runs apart, such as the batch size"),
@@ -965,29 +955,30 @@ COMMANDS = {
         "--joint": (False, "take the best learning rate over all groups of an (N, D)"),
         "--hold_out": (False, "also fit without the largest N, and say what that costs there"),
         "-o --output": ("", "write the law to this file"),
-        "--plot": ("", "write a picture to this file")}),
-    "predict": (predict_command, "the learning rate at a size and a horizon", {
+        "--plot": ("", "write a picture to this file")},
+    predict_command: {
         "--law": (None, f"a file of `fit`, or one of {', '.join(LAWS)}"),
         "--n_params": (None, "N", positive(1.0)), "--tokens": (None, "D", positive(1.0)),
         "--anchor": ((), "N,D,LR: a known optimum, to which a published law gives the ratio",
-                     listed(positive(1.0), 3))}),
-    "plan": (plan_command, "what a sweep costs", {
-        **GRID, "--flops_per_second": (1e11, "that train.py reaches")}),
-    "sweep": (sweep_command, "train the runs, one row of a CSV for each reading", {
+                     listed(positive(1.0), 3))},
+    plan_command: {**GRID, "--flops_per_second": (1e11, "that train.py reaches")},
+    sweep_command: {
         "csv": (None, "the table of runs, new or to be continued"), **GRID,
-        "--shard": ("1/1", "I/N: every N-th run from the I-th, for job arrays", shard)}),
-    "transfer": (transfer_command, "muTransfer from a sweep of a small proxy", {
+        "--shard": ("1/1", "I/N: every N-th run from the I-th, for job arrays", shard)},
+    transfer_command: {
         "csv": (None, "the proxy's table of runs, made by `sweep`"),
         "--proxy": (None, "LAYERSxWIDTH, the base size", layers_x_width),
         "--target": (None, "LAYERSxWIDTH", layers_x_width),
         "--param": ("completep", "parametrization of the target: completep or mup"),
         "--target_tokens": (0.0, "0: the proxy's"),
-        "--target_batch_tokens": (0, "0: the proxy's")}),
-    "coordcheck": (coordcheck_command, "how far activations move at each size", {
+        "--target_batch_tokens": (0, "0: the proxy's")},
+    coordcheck_command: {
         "--widths": ("64,128,256,512,1024", "the first is the base", listed(positive(1))),
         "--depths": ("2,4,8,16,32", "the first is the base", listed(positive(1))),
         "--params": ("standard,mup,completep", "parametrizations", listed(str)),
-        "--steps": (5, "of training"), "--seeds": (2, "to average over")})}
+        "--steps": (5, "of training"), "--seeds": (2, "to average over")}}
+
+WITHOUT_TRAINING = (fit_command, predict_command)
 
 
 def add_flag(parser, names: str, default, text: str, kind=str):
@@ -1003,17 +994,22 @@ def add_flag(parser, names: str, default, text: str, kind=str):
 
 
 def main(argv):
-    parser = Parser(
-        prog="lr_law.py", description="Fit and predict the optimum learning rate.")
+    parser = Parser(prog="lr_law.py", description="Fit and predict the optimum learning rate.")
     commands = parser.add_subparsers(required=True)
-    for name, (function, text, flags) in COMMANDS.items():
-        one = commands.add_parser(name, help=text, epilog="flags of train.py follow after --")
+    for function, flags in COMMANDS.items():
+        one = commands.add_parser(function.__name__.removesuffix("_command"),
+                                  help=function.__doc__.split("\n")[0])
         one.set_defaults(function=function)
+        if function not in WITHOUT_TRAINING:
+            one.epilog = "flags of train.py follow after --"
         for names, options in flags.items():
             add_flag(one, names, *options)
     at = argv.index("--") if "--" in argv else len(argv)
     a = parser.parse_args(argv[:at])
-    print(a.function(a, argv[at + 1:]))
+    a.flags = argv[at + 1:]  # of train.py
+    if a.flags and a.function in WITHOUT_TRAINING:
+        raise BadInput(f"{shlex.join(argv[at:])}: {argv[0]} takes no flags of train.py")
+    print(a.function(a))
 
 
 if __name__ == "__main__":

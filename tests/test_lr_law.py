@@ -316,8 +316,9 @@ def test_a_table_saved_by_a_spreadsheet_is_the_same_table_to_every_command(end, 
 
 @pytest.mark.parametrize("change", [
     {"version": "nanolet-law-1"}, {"a": None}, {"a": math.nan}, {"a": "1"}, {"a": 10**400},
-    {"b": math.inf}, {"N": [0, 1]}, {"N": [1]}, {"D": [[1, 2]]}, {"dof": 0}, {"dof": None},
-    {"covariance": [[1.0]]}, {"covariance": [[math.nan] * 3] * 3}], ids=lambda v: str(v)[:40])
+    {"b": math.inf}, {"N": [0, 1]}, {"N": [1]}, {"N": []}, {"D": [[1, 2]]}, {"dof": 0},
+    {"dof": None}, {"covariance": [[1.0]]}, {"covariance": [[math.nan] * 3] * 3}],
+    ids=lambda v: str(v)[:40])
 def test_a_file_that_is_no_sound_law_is_refused(tmp_path, change):
     path, good = tmp_path / "law.json", hand_law(version="nanolet-law-2")
     path.write_text(json.dumps(good))
@@ -416,6 +417,13 @@ def test_a_table_knows_the_flags_of_its_runs(tmp_path, tiny_sweep, fake_train, c
         both.writelines(other.readlines()[1:])
     with pytest.raises(BadInput, match="--group=flags"):
         main(["fit", path])
+
+
+def test_a_sweep_on_a_file_whose_name_is_not_utf_8_continues(tmp_path, tiny_sweep, fake_train):
+    words = [f"{tmp_path}/runs.csv", "--sizes=1x16", "--lrs=0.01", "--tokens=1280", *tiny_sweep]
+    for _ in range(2):
+        main(["sweep", *words, "--data=caf\udce9"])
+    assert len(fake_train) == 1
 
 
 def test_a_folder_of_runs_with_other_flags_is_refused(tmp_path, tiny_sweep):
@@ -563,6 +571,7 @@ REFUSED = [  # a command line, and what the message names; more of the line goes
     ("transfer --proxy=3x32", "--proxy=3x32 proxy.csv"),
     ("transfer --proxy=1x16", "--proxy=1x16 proxy.csv 2,560"),
     ("transfer --target=128", "--target 128"), ("transfer --target_tokens=1", "--target_tokens=1"),
+    ("fit runs.csv -- --lr=1", "fit --lr=1"), ("predict --law=step -- --lr=1", "predict --lr=1"),
     ("transfer --param=x", "--param=x"), ("transfer -- --param=mup", "--param=mup"),
     ("coordcheck --widths=64", "--widths 64"),
     ("coordcheck --params=mup,x", "--param=x"),
@@ -596,7 +605,8 @@ def refused_words(refused, tmp_path):
         first, _, last = line.partition(" -- ")
         command, *words = first.split()
         base = BASE.get(command, "").split() if words or last else []
-        return refused(main, command, *base, *words, "--", *last.split(), SMALL)
+        flags = last.split() if command in ("fit", "predict") else [*last.split(), SMALL]
+        return refused(main, command, *base, *words, "--", *flags)
 
     return run
 
