@@ -325,6 +325,7 @@ def near_optima(runs) -> list[SimpleNamespace]:
 
 
 def law_of(optima) -> dict:
+    """fit_law of the N, D and lr of these optima."""
     return fit_law([o.N for o in optima], [o.D for o in optima], [o.lr for o in optima])
 
 
@@ -643,23 +644,23 @@ def slope(sizes, values) -> float:
 
 def coordcheck_command(a) -> str:
     """How far activations move over widths and over depths (coordinate_check)."""
-    c, base = train_config(a.flags), (a.depths[0], a.widths[0])
+    c = train_config(a.flags)
     if a.steps < 3 or min(len(a.widths), len(a.depths)) < 2:
         raise BadInput(f"--widths={a.widths} --depths={a.depths} --steps={a.steps}: two widths, "
                        "two depths and 3 steps are needed at least")
-    by_width = [(base[0], width) for width in a.widths]
-    by_depth = [(depth, base[1]) for depth in a.depths]
-    configs = {(param, size): at_size(c, param, size, base)
-               for param, size in itertools.product(a.params, by_width + by_depth)}
+    depth, width = base = a.depths[0], a.widths[0]
+    tables = {f"over width ({depth} blocks)": {n: (depth, n) for n in a.widths},
+              f"over depth (width {width})": {n: (n, width) for n in a.depths}}
+    configs = {(param, size): at_size(c, param, size, base) for param in a.params
+               for sizes in tables.values() for size in sizes.values()}
     moved = {key: coordinate_check(config, a.steps, a.seeds) for key, config in configs.items()}
     lines = [f"RMS of the change after {a.steps} steps with {c.optimizer} at lr {c.lr:g}"]
-    for title, x, sizes in ((f"over width ({base[0]} blocks)", a.widths, by_width),
-                            (f"over depth (width {base[1]})", a.depths, by_depth)):
-        lines.append(f"{title:<23}" + "".join(f"{value:>10}" for value in x) + "     slope")
+    for title, sizes in tables.items():
+        lines.append(f"{title:<23}" + "".join(f"{n:>10}" for n in sizes) + "     slope")
         for param, kind in itertools.product(a.params, moved[a.params[0], base]):
-            values = [moved[param, size][kind] for size in sizes]
+            values = [moved[param, size][kind] for size in sizes.values()]
             lines.append(f"  {param:<10} {kind:<10}" + "".join(f"{v:>10.3g}" for v in values)
-                         + f"{slope(x, values):>+10.2f}")
+                         + f"{slope([*sizes], values):>+10.2f}")
     return "\n".join(lines)
 
 
@@ -1008,7 +1009,7 @@ def main(argv):
     a = parser.parse_args(argv[:at])
     a.flags = argv[at + 1:]  # of train.py
     if a.flags and a.function in WITHOUT_TRAINING:
-        raise BadInput(f"{shlex.join(argv[at:])}: {argv[0]} takes no flags of train.py")
+        raise BadInput(f"{argv[0]} takes no flags of train.py after --: {a.flags}")
     print(a.function(a))
 
 
