@@ -273,7 +273,7 @@ def law_numbers(results, sizes, seed, held_out, active=False):
                      HORIZONS[-1:])
     costs = [f.C * math.log(lr_law.law_rate(law, f.N, f.D) / f.lr) ** 2 for f in held]
     found = {"b": law["b"], "c": law["c"], "law_r2": law["r2"],
-             "parabola_r2": statistics.median(f.r2 for f in fitted),
+             "parabola_r2": statistics.median([f.r2 for f in fitted if f.n > 3] or [math.nan]),
              "cost": statistics.mean(costs) if costs else math.nan}
     if not isinstance(held_out, str):  # eq. 4: the loss at the longest horizon, from shorter ones
         real = {(f.N, lr): loss for f in held for lr, loss in zip(f.rates, f.losses)}
@@ -382,7 +382,8 @@ def law_picture(runs, results, path):
 class Claim:
     """question; paper: its figure and source. runs: {name: flags}. rules: {sentence: rule}.
     columns: {name: measurement}. reference: the run that others are compared with, by default the
-    first. best: {row: pattern}, see best_of. derive: a function that adds rows to the results.
+    first. best: {row: pattern}, see best_of. derive: a function that adds rows to the results;
+    note: what they are, and what else a reader of the table needs.
     gpu: flags that --scale=gpu adds to every run, `--steps=x3` for 3 times its steps; empty: there
     is no such size."""
 
@@ -394,6 +395,7 @@ class Claim:
     reference: str = ""
     best: dict = field(default_factory=dict)
     derive: object = None
+    note: str = ""
     picture: object = None
     seeds: int = 3
     gpu: str = ""
@@ -403,6 +405,37 @@ ONE = {"loss": last("val_loss")}
 LOSS = ONE | {"steps": reach("step"), "flops": reach("flops"), "seconds": reach("seconds")}
 HEADINGS = {"loss": "held-out nats", "steps": "steps to it, %", "flops": "FLOPs to it, %",
             "seconds": "seconds to it, %", "python": "python pairs, %"}
+NOTES = {  # columns, as patterns, and what they are
+    "steps flops seconds": "where a run comes down to the reference's final loss, in % of the "
+    "reference's own number; the teacher's passes count, its training does not",
+    "python": "share of minimal pairs of Python that get the higher likelihood when right",
+    "N active": "parameters without the embedding; active: without idle experts",
+    "D[0-9]*": "held-out loss after so many tokens",
+    "b c": "exponents of N and D in the fitted law",
+    "law_r2 parabola_r2": "R^2 of ln lr*, and the median one of the parabolas with four learning "
+    "rates or more",
+    "cost": "nats that the law's learning rate costs where it was not fitted, by a parabola",
+    "extrapolation": "median error of the losses foretold at the longest horizon, in nats",
+    "shift": "ln of the target's best learning rate over the proxy's",
+    "ln_rate gain": "ln of the best learning rate, by a parabola; what LET gains at one rate",
+    "cosine_*": "mean cosine of the guided state and the teacher's at a step; rise: from 50 to 300",
+    "top_*": "largest eigenvalue of the Hessian at a step",
+    "ratio_*": "the largest eigenvalue over the size of the most negative one",
+    "dispersion_*": "standard deviation of the eigenvalues over their mean",
+    "full": "linearity score of a block, mean over blocks, 1 is linear",
+    "full?*": "the same without the first position of each sequence",
+    "free free_[0-9]*": "the score of what a block adds to the stream, at the end or at a step",
+    "free_fall": "the score at the end minus that at step 100",
+    "added/stream": "mean norm of what a block adds over that of the stream",
+    "remove_* replace_* random_*": "nats of held-out loss that this many blocks cost: the most "
+    "linear ones removed, replaced by an affine map, or random ones removed",
+    "saved order": "remove_2 minus replace_2; remove_2 minus random_2",
+    "q k v up down x": "spread of the norms of a matrix's rows: standard deviation of their ln",
+    "W W~ *_W *_W~": "root mean square of a matrix W, and of W~, W times its multipliers",
+    "logits": "root mean square of the centered logits",
+    "*_factor": "product of the scalar multipliers",
+    "kept speed": "pairs solved, in % of the teacher's; its time of a forward pass over the run's",
+    "bits": "bits per byte of held-out files of the default data"}
 GPU = "--n_layer=12 --n_embd=512 --n_head=8 --batch_tokens=8192 --micro_batch=32 --steps=x3"
 
 # Flags that several runs share. GOOD is a teacher that is better than its students; SMALL_TEACHER,
@@ -497,7 +530,8 @@ CLAIMS["let-rate"] = Claim(
      "at their own best learning rates LET ends lower": "loss: let_best - plain_best < 0",
      "the gain at 0.024 is larger than at 0.006": "gain: at_0.024 - at_0.006 > 0"},
     LOSS, reference="plain@0.006", best={"plain_best": "plain@*", "let_best": "let@*"},
-    derive=best_rates, gpu=GPU)
+    derive=best_rates, note="Rows plain and let: of the parabola through the learning rates of a "
+    "seed; at_RATE: plain minus LET.", gpu=GPU)
 CLAIMS["let-curvature"] = Claim(
     "Is the loss better conditioned while LET is on?",
     "LET, arXiv 2602.05393: eigenvalues of the Hessian are less spread (step and method unknown)",
@@ -531,6 +565,8 @@ RATES = (0.0015, 0.003, 0.006, 0.012, 0.024, 0.048)
 SWEEP = SHORT + ADAMW + ("--vocab_size=1024 --embedding_lr=1 --schedule=constant --steps=584 "
                          "--eval_every=73 ")
 GLOBAL = TEXT + ADAMW + "--n_layer=2 --n_embd=64 --embedding_lr=%s --lr=%s"
+LAW_ROWS = ("Each seed has a law of its own, from the parabolas of its runs whose minimum is "
+            "inside the learning rates.")
 READ = ONE | {"N": parameters(False)} | {f"D{D}": loss_at(D // 2048) for D in HORIZONS}
 
 
@@ -561,7 +597,8 @@ CLAIMS["law-sweep"] = Claim(
      "the best learning rate falls with N": "b: law < 0",
      "the best learning rate falls with D": "c: law < 0",
      "the median parabola has R^2 above 0.995": "parabola_r2: law > 0.995"},
-    READ, derive=fit_laws(SMALL, "4x128"), picture=law_picture)
+    READ, derive=fit_laws(SMALL, "4x128"), picture=law_picture,
+    note=LAW_ROWS + " The sizes 2x48, 2x64 and 3x96 make the law; 4x128 is held out.")
 CLAIMS["law-horizon"] = Claim(
     "Does the law hold at a longer horizon, and can the losses there be foretold?",
     "LR law, arXiv 2601.05049: L(D) = L_0 + A D^-gamma spares the long runs",
@@ -570,7 +607,8 @@ CLAIMS["law-horizon"] = Claim(
      "cost: law < 0.01",
      "the losses there are foretold to 0.02 nats": "extrapolation: law < 0.02",
      "the best learning rate falls with D": "c: law < 0"},
-    READ, derive=fit_laws(SMALL, HORIZONS[-1]))
+    READ, derive=fit_laws(SMALL, HORIZONS[-1]),
+    note=LAW_ROWS + " The longest horizon is held out.")
 CLAIMS["law-moe"] = Claim(
     "Is the law of mixtures of experts one in all parameters, or in the active ones?",
     "LR law, arXiv 2601.05049: fitted on mixtures alone; which N is unknown",
@@ -579,7 +617,8 @@ CLAIMS["law-moe"] = Claim(
      "the best learning rate falls with N": "b: active < 0",
      "active parameters explain more": "law_r2: active - total > 0"},
     READ | {"active": parameters(True)},
-    derive=fit_laws(SMALL, HORIZONS[-1], (("total", False), ("active", True))))
+    derive=fit_laws(SMALL, HORIZONS[-1], (("total", False), ("active", True))),
+    note=LAW_ROWS + " N is the total or the active parameters. The longest horizon is held out.")
 CLAIMS["law-transfer"] = Claim(
     "Is a fitted law better than muTransfer from the smallest model?",
     "LR law, arXiv 2601.05049: yes, by 1.28 points of MMLU at 4B parameters",
@@ -592,7 +631,8 @@ CLAIMS["law-transfer"] = Claim(
      "the law's learning rate ends lower than CompleteP's": "loss: law_rate - completep_rate < 0",
      "muP's best learning rate moves less than the standard one's":
          "shift: mup_rate - unchanged_rate > 0"},
-    READ, derive=transfer)
+    READ, derive=transfer, note="The last rows: the loss of 4x128 at the law's learning rate, and "
+    "at that of 2x48 unchanged or carried over, interpolated between runs.")
 
 # Multipliers
 LRM = "Learnable multipliers, arXiv 2601.04890: "
@@ -650,9 +690,11 @@ CLAIMS["multipliers-width"] = Claim(
      "that of q and k falls": "qk_factor: scalar < 0",
      "W falls by no more than width^-0.25": "head_W: scalar > -0.25"},
     ONE | {"logits": logits_rms, "head_W": last("weights head rms"),
-           "up_W": last("weights up rms"), "head": last("weights head rms_effective"),
-           "up": last("weights up rms_effective"), "head_factor": factor("head"),
-           "qk_factor": factor("q", "k")}, derive=width_exponents)
+           "up_W": last("weights up rms"), "head_W~": last("weights head rms_effective"),
+           "up_W~": last("weights up rms_effective"), "head_factor": factor("head"),
+           "qk_factor": factor("q", "k")}, derive=width_exponents,
+    note="Rows none and scalar: exponents of the columns over the width. All gains are frozen, so "
+    "that only multipliers can free a scale.")
 CLAIMS["multipliers-clip"] = Claim(
     "Does the gain vanish if the multipliers' gradients count in the norm that is clipped?",
     LRM + "yes: zero or negative gain", {
@@ -719,7 +761,8 @@ CLAIMS["linearity-prune"] = Claim(
     {"none": PRUNED, "cosine": PRUNED + "--linearity=cosine"},
     {"removing two of six blocks costs less after the cosine regularizer":
      "remove_2: cosine - none < 0",
-     "replacing them costs less after cosine": "replace_2: cosine - none < 0",
+     "removing one of them costs less after cosine": "remove_1: cosine - none < 0",
+     "replacing two costs less after cosine": "replace_2: cosine - none < 0",
      "replacing costs less than removing": "saved: none > 0",
      "the most linear cost less than random ones": "order: none < 0"},
     ONE | {"remove_1": pruning(1, "remove", "full"), "remove_2": pruning(2, "remove", "full"),

@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from claims import CLAIMS, HEADINGS, Claim  # noqa: E402
+from claims import CLAIMS, HEADINGS, NOTES, Claim  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import lr_law  # noqa: E402
@@ -371,7 +371,8 @@ def mean_sd(values) -> str:
         return f"{unfinished} of {len(values)} diverged"
     if not values:
         return ""
-    sd = f" ± {number(statistics.stdev(values))}" if len(values) > 1 else ""
+    equal = len({*values}) == 1  # one seed, or a number that no seed changes
+    sd = "" if equal else f" ± {number(statistics.stdev(values))}"
     return number(statistics.mean(values)) + sd
 
 
@@ -404,6 +405,33 @@ def table_of_results(claim: Claim, results: dict) -> str:
     return probes.table(heading, *rows)
 
 
+MODULE_DECAY = """
+`--module_decay`, a factor on a module's weight decay, is known to reproduce.py alone.
+"""
+
+
+def notes(claim: Claim, results: dict) -> str:
+    """A line for each kind of column and row that its name does not explain."""
+    columns = dict.fromkeys(column for row in results.values() for column in row)
+    lines = []
+    for patterns, text in NOTES.items():
+        shown = [HEADINGS.get(c, c) for c in columns
+                 if any(fnmatch(c, pattern) for pattern in patterns.split())]
+        if shown:
+            lines.append(f"- {', '.join(f'`{heading}`' for heading in shown)}: {text}.")
+    if claim.best:
+        lines.append(f"- {', '.join(claim.best)}: for each seed the run that the other seeds "
+                     "choose, so that no seed is reported on a choice of its own.")
+    if claim.note:
+        lines.append(f"- {claim.note}")
+    return "\n".join(lines)
+
+
+def flags_of(text: str) -> str:
+    """Flags as they count: of two with one name the last."""
+    return " ".join({word.partition("=")[0]: word for word in text.split()}.values())
+
+
 def write(name: str, claim: Claim, found: dict, folder: Path, picture: str):
     """CLAIM.md and CLAIM.json."""
     tests = [f"- {sentence}: {describe(t)}; `{t['rule']}`: "
@@ -429,12 +457,14 @@ not hold if the interval lies on the other side. Differences and ratios are pair
 {table_of_results(claim, found['results'])}
 
 Mean ± standard deviation over n seeds. {found['minutes']:.0f} minutes of runs, {found['device']}.
-Seconds are wall time; the runs shared the machine with each other.
+The runs shared the machine with other work: their seconds are a rough guide.
+
+{notes(claim, found['results'])}
 {picture}
 Flags of the runs:
 
-{chr(10).join(f'    {run}: {" ".join(flags.split())}' for run, flags in claim.runs.items())}
-"""
+{chr(10).join(f'    {run}: {flags_of(flags)}' for run, flags in claim.runs.items())}
+{MODULE_DECAY if any("--module_decay" in flags for flags in claim.runs.values()) else ""}"""
     stem = folder / (name + ("-gpu" if suffix else ""))
     for suffix, content in ((".md", text), (".json", json.dumps(found, indent=1))):
         with written_whole(Path(f"{stem}{suffix}")) as tmp:
@@ -523,8 +553,8 @@ def claims_table() -> str:
         rows.append((f"[{name}](tests/results/{name}.md)", next(iter(found["tests"])),
                      brief(tests[0]), f"{verdict.removesuffix(' here')}, {held}/{len(tests)}"))
     table = probes.table(("claim", "first rule", "measured", "verdict"), *rows)
-    left = len(CLAIMS) - len(rows)
-    return f"{table}\n\nNot run yet: {left} claims. `reproduce.py list` has their minutes."
+    left = [name for name in CLAIMS if not known_result(name)]
+    return table + (f"\n\nNot run yet: {', '.join(left)}." if left else "")
 
 
 MARKERS = "<!-- claims: written by tests/reproduce.py readme -->", "<!-- end of claims -->"
