@@ -145,8 +145,8 @@ def fit_law(N, D, lr) -> dict:
     X = X * known
     dof = len(y) - sum(known)
     if dof < 1 or np.linalg.matrix_rank(X) < sum(known):
-        raise BadInput(f"{len(y)} optima are too few, or all on one line, for a law with "
-                       f"{sum(known)} constants")
+        raise BadInput(f"{len(y)} optima inside the swept rates are too few, or all on one line, "
+                       f"for a law with {sum(known)} constants; a wider sweep finds more")
     inverse = np.linalg.pinv(X)  # (X^T X)^-1 X^T; rows of zeros for columns of zeros
     beta = inverse @ y
     variance = ((y - X @ beta) ** 2).sum() / dof
@@ -836,7 +836,7 @@ def cost_lines(title: str, found: dict) -> list[str]:
 
 def plot_fit(fitted, law, path):
     """Left: losses over lr with their parabolas. Right: optima and the law over D. A color for
-    each N."""
+    each N, and a tick for each learning rate and horizon of the table."""
     from probes import plotting, save_figure
     figure, (left, right) = plotting(path).subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     D = np.geomspace(law["D"][0], 3 * law["D"][1], 30)
@@ -852,6 +852,10 @@ def plot_fit(fitted, law, path):
         found = [predict_law(law, N, d) for d in D]
         right.loglog(D, [p["lr"] for p in found], color=color, label=f"N = {N:.3g}")
         right.fill_between(D, *zip(*[p["interval"] for p in found]), color=color, alpha=0.15)
+    rates, horizons = {lr for f in fitted for lr in f.rates}, {f.D for f in fitted}
+    for axis, ticks in ((left, sorted(rates)), (right, sorted(horizons))):
+        axis.set_xticks(ticks, [f"{value:.3g}" for value in ticks], rotation=45)
+        axis.set_xticks([], minor=True)
     left.set(xlabel="learning rate", ylabel="loss, nats", title="slices and their parabolas")
     right.set(xlabel="D, tokens", ylabel="lr*", title="optima and the law, 90 % interval")
     right.legend(fontsize="small")
