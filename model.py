@@ -430,6 +430,12 @@ def logical_pieces(model: nn.Module) -> dict[str, list[tuple[str, int]]]:
     return pieces
 
 
+def inverse_rms(x, eps: float):
+    """1 / rms(x) over the last axis, which is kept."""
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+    return (squares / x.shape[-1] + eps).rsqrt()
+
+
 class RMSNormOnCPU(torch.autograd.Function):
     """RMSNorm with few passes over memory: torch's own has no fused kernel on CPUs and takes more
     than twice as long.
@@ -439,22 +445,17 @@ class RMSNormOnCPU(torch.autograd.Function):
     derivative sees that r depends on x."""
 
     @staticmethod
-    def inverse_rms(x, eps):
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
-        return (squares / x.shape[-1] + eps).rsqrt()
-
-    @staticmethod
     def forward(ctx, x, weight, eps):
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return (x * RMSNormOnCPU.inverse_rms(x, eps)).mul_(weight)
+        return (x * inverse_rms(x, eps)).mul_(weight)
 
     @staticmethod
     def backward(ctx, dy):
         """The gradients (dx, dw, None) of y = x r w with respect to x (..., C), weight w (C,) and
         eps, from dy (..., C): see the class. ctx.saved_tensors are x and w; ctx.eps is eps."""
         x, w = ctx.saved_tensors
-        r = RMSNormOnCPU.inverse_rms(x, ctx.eps)
+        r = inverse_rms(x, ctx.eps)
         n = x * r
         dyn = (dy * n).flatten(0, -2)  # (tokens, C)
         mean = (dyn @ w).view(r.shape) / x.shape[-1]
@@ -956,7 +957,7 @@ class Router(Term):
 
     def __init__(self, model, balance: float = 0.01, z: float = 1e-3):
         self.moes, self.balance, self.z = model.moes(), balance, z
-        self.counts = self.unused = 0
+        self.counts = 0  # of the tokens of each expert so far in this step
 
     def __call__(self, p):
         balance = torch.stack([m.losses[0] for m in self.moes]).mean()
@@ -971,12 +972,11 @@ class Router(Term):
             torch.distributed.all_reduce(self.counts)
         for m, counts in zip(self.moes, self.counts, strict=True):
             m.load.copy_(counts / counts.sum())
-        self.unused = (self.counts == 0).sum()
         self.counts = 0
 
     def logged(self, step):
         load = [m.load.tolist() for m in self.moes]
-        return {"experts_unused": int(self.unused), "expert_load": load}
+        return {"experts_unused": sum(row.count(0) for row in load), "expert_load": load}
 
 
 def total(terms, p: Pass):
