@@ -133,7 +133,7 @@ def test_the_term_adds_its_weight_times_the_penalty_and_is_over_at_weight_0():
     assert none.over(0) and not term.over(10**9)
     x, states = model(idx, hidden=term.hidden)
     p = lib.Pass(model, idx, idx, x, dict(zip(term.hidden, states)), [idx.numel()], 0)
-    loss, named = lib.total([term, none], 0, p)
+    loss, named = lib.total([term, none], p)
     expected = sum(1 - F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(states, states[1:]))
     assert loss.item() == pytest.approx(0.5 * expected.item(), rel=1e-5)
     assert named["linearity_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
