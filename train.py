@@ -9,9 +9,10 @@
                                                         # the run's folder; the other is rank 1
 
 Read `loop` first: it is the training loop. The loss of a step is a sum of terms (`make_terms`).
-Each term is a small class in the file of its idea. `c` is the run's Config: its flags. After the
-loop come the parts of a run, then tokenizers, tokens, the flags and their checks, devices, files,
-and the command line.
+Each term is a small class in the file of its idea. After the loop come the parts of a run, then
+tokenizers, tokens, the flags and their checks, devices, files, and the command line. Everywhere,
+`c` is a Config (the flags of a run), and run, data, devices and batch are a Run, a Data, a Devices
+and a Batch.
 
 Names and symbols
     step            optimizer steps taken so far
@@ -137,7 +138,7 @@ class State:
     bits_per_byte: float = math.nan
 
 
-def make_terms(c: "Config", model: GPT, teacher=None) -> list:
+def make_terms(c, model: GPT, teacher=None) -> list:
     """The terms of the loss. To add one, write its class and append it here. (A way to distill is
     not a term, but one of teacher.RECIPES.)"""
     stop = teacher_stop(c)
@@ -160,7 +161,7 @@ def make_terms(c: "Config", model: GPT, teacher=None) -> list:
     return terms
 
 
-def loop(run: "Run", signals: set) -> dict:
+def loop(run, signals: set) -> dict:
     """Trains to --steps, or until a signal is received. signals: the set of those received so far,
     see stop_signals. Returns the run's result."""
     c, state, optimizers = run.c, run.state, run.optimizers
@@ -201,7 +202,7 @@ def loop(run: "Run", signals: set) -> dict:
     return run.result(signals)
 
 
-def forward(run: "Run", batch: "Batch", synchronize: bool) -> Pass:
+def forward(run, batch, synchronize: bool) -> Pass:
     """The model's forward pass over a batch, with the residual states that the terms need.
     synchronize: whether the backward pass averages gradients over the ranks."""
     step = run.state.step
@@ -224,7 +225,7 @@ class NonFinite(Failed):
     """The loss or the gradient norm is inf or nan. The step has not changed the weights."""
 
 
-def refuse_non_finite(run: "Run", means: dict):
+def refuse_non_finite(run, means: dict):
     """Raises NonFinite if the loss or the gradient norm is inf or nan."""
     if not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])):
         raise NonFinite(f"step {run.state.step}: loss {means['loss']}, gradient norm "
@@ -232,7 +233,7 @@ def refuse_non_finite(run: "Run", means: dict):
                         f"--lr may help. The last checkpoint, if any, is {run.checkpoint}")
 
 
-def mean_over_ranks(devices: "Devices", values: dict) -> dict:
+def mean_over_ranks(devices, values: dict) -> dict:
     """The means over ranks of named numbers, as floats. They are read in one transfer, the only
     point where a step waits for the device."""
     packed = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=devices.device)
@@ -244,7 +245,7 @@ def mean_over_ranks(devices: "Devices", values: dict) -> dict:
 
 
 @torch.no_grad()
-def evaluate(run: "Run") -> tuple[float, float]:
+def evaluate(run) -> tuple[float, float]:
     """(nats per token, bits per byte) on eval_tokens held-out tokens: n blocks, evenly spaced, and
     shared among the ranks. Every evaluation reads the same blocks, in batches of one shape."""
     c, data, devices = run.c, run.data.val, run.devices
@@ -272,7 +273,7 @@ def evaluate(run: "Run") -> tuple[float, float]:
 # A run and its parts
 
 
-def train(c: "Config") -> dict:
+def train(c) -> dict:
     """Trains the run that c describes. Returns a dict: out_dir, checkpoint, step, tokens, flops,
     seconds, val_loss, bits_per_byte, interrupted (the number of the signal that stopped the run, or
     0) and history (the lines of metrics.jsonl). With dry_run: see print_plan.
@@ -310,7 +311,7 @@ class Run:
     Each rank has records_per_rank records of a step, records_per_pass in each of its `accumulation`
     passes."""
 
-    def __init__(self, c: "Config", data: "Data", devices: "Devices", teacher=None, resumed=None):
+    def __init__(self, c, data, devices, teacher=None, resumed=None):
         self.data, self.devices, self.state = data, devices, State()
         self.tokenizer = tokenizer_from_dict(data.tokenizer)
         self.token_bytes = token_lengths(self.tokenizer)
@@ -497,7 +498,7 @@ class Batch:
     first: int
 
 
-def model_config(c: "Config", vocab_size: int) -> ModelConfig:
+def model_config(c, vocab_size: int) -> ModelConfig:
     """The architecture that the flags describe; fields without a flag keep ModelConfig's
     defaults."""
     ratios = {}  # this model's sizes over the base model's
@@ -511,7 +512,7 @@ def model_config(c: "Config", vocab_size: int) -> ModelConfig:
     return ModelConfig(vocab_size, c.block_size, **flags, **ratios)
 
 
-def start_from(c: "Config", tokenizer: dict) -> GPT:
+def start_from(c, tokenizer: dict) -> GPT:
     """A model with the weights of --init_from. Raises BadInput where the flags describe another
     architecture or tokenizer."""
     where = f"--init_from={c.init_from}"
@@ -531,7 +532,7 @@ def architecture_flags(model, where: str) -> dict:
     return {name: getattr(model.config, name) for name in ARCHITECTURE}
 
 
-def refuse_others(c: "Config", needed: dict, where: str):
+def refuse_others(c, needed: dict, where: str):
     """Raises BadInput if a flag's value is not the needed one."""
     for name, value in needed.items():
         if getattr(c, name) != value:
@@ -557,7 +558,7 @@ def load_run(path: str) -> dict:
         return {**checkpoint, "config": with_stop_in_steps(c), "state": state}
 
 
-def refuse_changes(c: "Config", resumed: dict, tokenizer: dict):
+def refuse_changes(c, resumed: dict, tokenizer: dict):
     """Raises BadInput where the flags, or the tokenizer, do not fit the checkpoint of --resume."""
     where = f"--resume={c.resume}"
     if resumed["step"] > c.steps:
@@ -567,7 +568,7 @@ def refuse_changes(c: "Config", resumed: dict, tokenizer: dict):
         raise BadInput(f"{where} --tokenizer={c.tokenizer}: the run has another tokenizer")
 
 
-def branch_decay(c: "Config", resumed: dict) -> "Config":
+def branch_decay(c, resumed: dict) -> "Config":
     """--decay_now: c with a decay from the checkpoint's step to --steps."""
     stored, step = resumed["config"], resumed["step"]
     stable = stable_phase(stored.schedule, stored.steps, stored.warmup_steps, stored.decay_fraction)
@@ -582,26 +583,26 @@ def branch_decay(c: "Config", resumed: dict) -> "Config":
     return replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps)
 
 
-def recipe_of(c: "Config"):
+def recipe_of(c):
     """The recipe of --distill (teacher.RECIPES), changed by the --distill_... flags."""
     given = {name.removeprefix("distill_"): getattr(c, name) for name in FLAGS
              if name.startswith("distill_")}
     return make_recipe(c.distill, given)
 
 
-def learns_rationales(c: "Config") -> bool:
+def learns_rationales(c) -> bool:
     """Whether a record of the data is a pair of sequences, one with the label and one with the
     rationale."""
     return c.distill == "step_by_step" and recipe_of(c).weight > 0
 
 
-def teacher_stop(c: "Config") -> int | None:
+def teacher_stop(c) -> int | None:
     """The first step without the teacher; None if it teaches until the end."""
     stop = c.let_stop if c.distill == "let" else recipe_of(c).stop
     return stop_step(stop, c.steps) if stop else None
 
 
-def with_stop_in_steps(c: "Config") -> "Config":
+def with_stop_in_steps(c) -> "Config":
     """c with its stop as a number of steps, so that a run of another length has the same stop."""
     stop = teacher_stop(c) if c.teacher != "none" else None
     if stop is None:
@@ -609,14 +610,14 @@ def with_stop_in_steps(c: "Config") -> "Config":
     return replace(c, **{"let_stop" if c.distill == "let" else "distill_stop": float(max(1, stop))})
 
 
-def needs_teacher(c: "Config", step: int) -> bool:
+def needs_teacher(c, step: int) -> bool:
     """Whether a run that starts at this step ever calls a teacher."""
     if c.teacher == "none" or not teaches_at(step, teacher_stop(c)):
         return False
     return c.let_weight > 0 if c.distill == "let" else recipe_of(c).teaches()
 
 
-def open_teacher(c: "Config", data: "Data", devices: "Devices"):
+def open_teacher(c, data, devices):
     """The frozen teacher. With --dtype=bf16 a published model has bf16 weights. Ours keeps fp32
     weights and runs under autocast."""
     name = c.teacher
@@ -632,7 +633,7 @@ def open_teacher(c: "Config", data: "Data", devices: "Devices"):
     return load_teacher(name, data.tokenizer, c.block_size, devices.device, dtype)
 
 
-def automatic_teacher(c: "Config", data: "Data") -> "Config":
+def automatic_teacher(c, data) -> "Config":
     """The flags of the run that trains the teacher of --teacher=auto. It has half of the student's
     blocks, half its width, tied embeddings, and 1.25 times the student's tokens (all our choice).
     All other flags have their defaults and the seed is fixed, so that students with any seed,
@@ -671,7 +672,7 @@ def train_teacher(t: "Config"):
         say("student:")
 
 
-def learning_rate_by_law(c: "Config", model: GPT) -> "Config":
+def learning_rate_by_law(c, model: GPT) -> "Config":
     """c with --lr as --lr_law predicts it for this model's N parameters (without the embedding)
     and the run's D tokens."""
     if not c.lr_law:
@@ -690,7 +691,7 @@ def freeze_gains(model: GPT, which: str):
             p.requires_grad_(False)
 
 
-def make_optimizers(c: "Config", model: GPT, terms: list, devices: "Devices") -> Optimizers:
+def make_optimizers(c, model: GPT, terms: list, devices) -> Optimizers:
     multipliers = None
     if c.multipliers != "none":
         multipliers = Multipliers(model, c.multipliers, c.multiplier_placement,
@@ -706,7 +707,7 @@ def make_optimizers(c: "Config", model: GPT, terms: list, devices: "Devices") ->
         extra=[p for term in terms for p in term.parameters()])
 
 
-def print_plan(c: "Config", data: "Data", teacher) -> dict:
+def print_plan(c, data, teacher) -> dict:
     """--dry_run: prints and returns what the run would cost. flops: the teacher's included;
     memory_bytes: of weights, gradients and optimizer, without activations. The model is made on the
     meta device, which needs no memory."""
@@ -804,7 +805,7 @@ def make_tokenizer(name: str, ranks: dict[bytes, int], pattern: str) -> dict:
                                                special_tokens={END_OF_TEXT: len(ranks)}))
 
 
-def make_tokenizer_for(c: "Config", texts) -> dict:
+def make_tokenizer_for(c, texts) -> dict:
     """The tokenizer of --tokenizer as a dict (see model.tokenizer_to_dict). `bpe` is trained on the
     texts."""
     name = c.tokenizer
@@ -903,7 +904,7 @@ class Data:
     tokenizer: dict
 
 
-def load_data(c: "Config") -> Data:
+def load_data(c) -> Data:
     """The tokens of --data. Rank 0 prepares them, and all ranks open them."""
     if c.distill == "step_by_step":
         return on_rank_0(lambda: load_records(c))
@@ -922,7 +923,7 @@ def load_data(c: "Config") -> Data:
     return data
 
 
-def prepare_shards(c: "Config"):
+def prepare_shards(c):
     """(paths of training shards, paths of held-out shards, tokenizer) of --data."""
     root, files = find_files(c.data)
     shards = [p for p in files if p.suffix in (".bin", ".npy")]
@@ -1049,7 +1050,7 @@ def split_documents(documents):
     return sorted(train), sorted(held_out)
 
 
-def tokenize_text(c: "Config", root: Path, files: list[Path]):
+def tokenize_text(c, root: Path, files: list[Path]):
     """Tokenizes text files into two shards in the cache, unless they are there. The cache key has
     the files' names, sizes and times, and the tokenizer. Returns as prepare_shards."""
     stamp = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns)
@@ -1065,7 +1066,7 @@ def tokenize_text(c: "Config", root: Path, files: list[Path]):
     return [folder / "train.bin"], [folder / "val.bin"], tokenizer
 
 
-def write_tokens(c: "Config", folder: Path, documents):
+def write_tokens(c, folder: Path, documents):
     """Writes the files of CACHED, and last their checksums."""
     why = "damaged or not complete, and made again" if any(folder.iterdir()) else "made once"
     say(f"{folder}: the tokens of --data={c.data}, {why}")
@@ -1167,7 +1168,7 @@ def open_shard(path: Path, n_vocab: int, flags="") -> np.ndarray:
 HELD_OUT_NAMES = {"val", "valid", "validation", "test"}
 
 
-def find_shards(c: "Config", root: Path, paths: list[Path]):
+def find_shards(c, root: Path, paths: list[Path]):
     """Checks the shards of --data and returns as prepare_shards. The shards with a word of
     HELD_OUT_NAMES in their name or in a folder's, below `root`, are held out, or else the first. A
     single shard has an empty held-out list: load_data holds out its end."""
@@ -1193,7 +1194,7 @@ def find_shards(c: "Config", root: Path, paths: list[Path]):
     return train, val, tokenizer
 
 
-def load_records(c: "Config") -> Data:
+def load_records(c) -> Data:
     """The records of --data for --distill=step_by_step, see teacher.Records. Held-out records have
     no rationale, because only the label is evaluated."""
     records = read_records(c.data)
@@ -1549,7 +1550,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and any(supported)
 
 
-def set_up_devices(c: Config) -> Devices:
+def set_up_devices(c) -> Devices:
     """The device of this process. Under torchrun, also starts the process group: nccl for GPUs,
     gloo for CPUs."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -1579,7 +1580,7 @@ def set_up_devices(c: Config) -> Devices:
     return Devices(device, rank, world, bf16)
 
 
-def compare_ranks(c: Config, devices: Devices):
+def compare_ranks(c, devices):
     """Raises BadInput on all ranks unless they have the same flags, source and checkpoint."""
     if not dist.is_initialized():
         return
@@ -1649,7 +1650,7 @@ def stop_signals():
 # Files of a run
 
 
-def provenance(devices: Devices) -> dict:
+def provenance(devices) -> dict:
     """The versions, the device, and a hash of the project's source, for checkpoints and
     config.json."""
     digest = hashlib.sha256()
@@ -1661,13 +1662,13 @@ def provenance(devices: Devices) -> dict:
             "source_sha256": digest.hexdigest()}
 
 
-def write_json(path: Path, value, indent=None):
+def write_json(path: Path, value):
     with written_whole(path) as tmp:
         tmp.write_text(json.dumps(value, indent=indent))
 
 
 @contextlib.contextmanager
-def run_folder(c: Config, world: int):
+def run_folder(c, world: int):
     """Makes --out_dir, or the first free runs/N, and holds it for this process alone. Yields its
     name."""
     folders = [c.out_dir] if c.out_dir else (f"runs/{n}" for n in itertools.count(1))
