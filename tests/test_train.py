@@ -1,5 +1,6 @@
 """train.py: tokenizers, tokens, order of the data, evaluation, the run, resuming, several ranks,
 signals and failures, flags."""
+import contextlib
 import io
 import json
 import math
@@ -247,7 +248,7 @@ def test_names_and_records_that_are_not_unicode_are_read(folder, tiny, cache, tm
 @pytest.mark.parametrize("n_vocab, dtype", [(2**16, np.uint16), (2**16 + 1, np.uint32)])
 def test_a_token_takes_two_bytes_where_the_vocabulary_fits_and_else_four(n_vocab, dtype, tmp_path):
     enc = SimpleNamespace(n_vocab=n_vocab, eot_token=n_vocab - 1,
-                          encode_ordinary_batch=lambda texts, num_threads: [[n_vocab - 2, 5]])
+                          encode_ordinary_batch=lambda texts, num_threads: [[n_vocab - 2, 5]] * 2)
     t.write_shard(tmp_path / "x.bin", [("a", "text")], enc)
     tokens = t.open_shard(tmp_path / "x.bin", n_vocab)
     assert tokens.dtype == dtype and tokens.tolist() == [n_vocab - 1, n_vocab - 2, 5]
@@ -640,7 +641,8 @@ def test_the_plan_names_the_size_and_writes_nothing(tiny, cache, capsys):
     assert plan["parameters"] == sum(p.numel() for p in model.parameters())
     assert plan["flops"] == model.flops_per_token() * 2560
     assert f"{plan['parameters']:,}" in out and "2,560" in out
-    taught = t.train(tiny(dry_run=True, teacher="auto", let_student_layer=1, let_stop=5.0))
+    taught = t.train(tiny(dry_run=True, teacher="auto", let_student_layer=1, let_stop=5.0,
+                          let_resize="project"))
     assert taught["flops"] > plan["flops"]
     assert not Path(c.out_dir).exists() and not (cache / "teachers").exists()
 
@@ -1010,17 +1012,20 @@ def test_a_file_that_is_not_what_a_flag_needs_is_refused_by_name(
 
 # Command lines. The message must have the name and value of each flag that is not in brackets.
 REFUSED = """
-    --block_size=0 --batch_tokens=0 --micro_batch=0 --eval_tokens=0 --n_layer=0 --n_embd=0
-    --n_head=0 --steps=0 --eval_every=0 --log_every=0 --save_every=0 --embedding_lr=0.0 | --lr=0.0
-    --beta1=1.0 --beta2=1.0 --momentum=1.0 --seed=18446744073709551616 --mlp=relu | --decay_now
+    --block_size=0 | --batch_tokens=0 | --micro_batch=0 | --eval_tokens=0 | --n_layer=0
+    --n_embd=0 | --n_head=0 | --steps=0 | --eval_every=0 | --log_every=0 | --save_every=0
+    --embedding_lr=0.0 | --lr=0.0 | --beta1=1.0 | --beta2=1.0 | --momentum=1.0 | --mlp=relu
+    --seed=18446744073709551616 | --decay_now | (--mixer=mamba2) --n_experts=4
     --n_layers | --Steps | -steps | steps | --resume=auto | --steps | --qk_norm=maybe
     --batch_tokens=100 (--block_size=32) | --micro_batch=3 | --n_head=3 | --n_embd=6 | --mixer=MMA
-    --n_kv_head=4 | --mixer=MAX | (--mixer=mamba2) --n_experts=4 --qk_norm=True | --device=tpu
-    --d_state=32 --experts_per_token=3 --base_n_embd=64 --vocab_size=300 --multiplier_lr=0.1
-    --linearity_weight=2.0 --let_weight=2.0 | (--n_experts=4) --experts_per_token=5
+    --n_kv_head=4 | --mixer=MAX | (--mixer=mamba2) --qk_norm=True | --device=tpu | --d_state=32
+    --experts_per_token=3 | --base_n_embd=64 | --vocab_size=300 | --multiplier_lr=0.1
+    --linearity_weight=2.0 | --let_weight=2.0 | (--n_experts=4) --experts_per_token=5
     (--tokenizer=bpe) --vocab_size=256 | --tokenizer=teacher | --tokenizer=gpt-2 | --lr_law=x
     --steps=10 --warmup_steps=11 | --lr=1.0 --lr_law=x | --module_lr=heads=2 | --module_lr=head=-1
-    (--optimizer=adamw --tie_embeddings) --momentum=0.5 --muon_scale=spectral --embedding_lr=3.0
+    (--optimizer=adamw) --momentum=0.5 | (--optimizer=adamw) --muon_scale=spectral
+    (--tie_embeddings) --embedding_lr=3.0 | (--teacher=auto) --tokenizer=teacher
+    (--teacher=auto --let_student_layer=1) --let_teacher_layer=-3
     (--schedule=cosine) --decay_fraction=0.5 | (--multipliers=scalar) --multiplier_modules=all
     (--multipliers=scalar) --multiplier_modules=ssm | --distill=kd
     (--multipliers=scalar --tie_embeddings) --multiplier_modules=mlp,head
@@ -1099,6 +1104,20 @@ def test_bad_data_is_refused_by_name_before_anything_is_written(name, folder, ti
         t.train(t.parse_flags([*flags_of(tiny()), f"--data={folder / data}", *flags]))
     assert all(word in str(error.value) for word in names.split()), str(error.value)
     assert not Path(tiny().out_dir).exists()
+
+
+@pytest.mark.parametrize("flags, modules", [
+    ({}, "attention mlp head"), (dict(tie_embeddings=True), "attention mlp"),
+    (dict(n_experts=4), "attention mlp router head"), (dict(mixer="LM", **SSM), "affine ssm head"),
+    (dict(mixer="hybrid", **SSM), "attention mlp ssm head"),
+    (dict(init_from="a model", tokenizer="teacher", mixer="MAM"), "attention mlp ssm head")])
+def test_modules_that_the_model_lacks_are_refused_before_any_work(flags, modules, tiny):
+    for name in [*t.MODULES, "heads"]:
+        for given in ({"module_lr": f"{name}=2"},
+                      {"multipliers": "scalar", "multiplier_modules": name}):
+            known = name in ["embedding", *modules.split()]
+            with contextlib.nullcontext() if known else pytest.raises(t.BadInput, match=name):
+                t.check(tiny(**flags, **given))
 
 
 def test_a_start_from_an_architecture_that_is_not_ours_is_refused(monkeypatch):
