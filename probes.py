@@ -109,16 +109,14 @@ def linearity(fit, held_out) -> dict:
     One fit, of D on X, serves both scores: because Y = X + D, the error is the same, and
     1 - full = (1 - free) ||D||^2 / ||Y||^2. A block that adds little thus has a high full score,
     however nonlinear D is. X often has less than full rank (few distinct tokens): eigenvalues of
-    X^T X below d eps times the largest count as 0. A block that adds nothing has no residual-free
-    score (nan)."""
+    X^T X below d eps times the largest count as 0, as torch has it. A block that adds nothing has
+    no residual-free score (nan)."""
     x, y = fit
     mean_x, mean_d = x.mean(0), (y - x).mean(0)
     X = x - mean_x
-    e, V = torch.linalg.eigh(X.mT @ X)
-    kept = e > len(e) * torch.finfo(e.dtype).eps * e[-1].clamp(min=1e-300)
-    V = V[:, kept]
-    A = V @ (V.mT @ (X.mT @ (y - x)) / e[kept, None])  # X is centered: X^T D needs no centered D
-    out = {"n": len(x), "rank": V.shape[1],
+    XX = X.mT @ X
+    A = torch.linalg.pinv(XX, hermitian=True) @ (X.mT @ (y - x))  # X^T D needs no centered D
+    out = {"n": len(x), "rank": torch.linalg.matrix_rank(XX, hermitian=True).item(),
            "cosine": F.cosine_similarity(x, y, dim=1).mean().item(),
            "ratio_mean": ((y - x).norm(dim=1) / y.norm(dim=1)).mean().item()}
     for (before, after), suffix in ((fit, ""), (held_out, "_held_out")):
@@ -325,19 +323,12 @@ def mean_loss(model, batches) -> float:
 # Curvature: the eigenvalues of the Hessian of the loss, from products of it with vectors
 
 
-def plain_loss(model, idx, targets):
-    """Mean next-token loss in nats, 0-d, in a form that has second derivatives: all logits at
-    once, attention as plain products. idx, targets: (B, T)."""
-    with sdpa_kernel(SDPBackend.MATH):
-        logits = model.logits(model(idx)[0])
-    return next_token_loss(logits.flatten(0, 1), targets.flatten()) / targets.numel()
-
-
 def hessian_product(model, batches):
     """The function v -> H v, where H is the Hessian of the mean loss over `batches`, pairs (idx,
     targets) of (B, T), with respect to all parameters as one vector (N,): H v = d/dw (dL/dw . v)
-    (Pearlmutter 1994). The loss of a batch is plain_loss; every token of the batches weighs the
-    same. The choices of a router count as fixed: where they change there is no derivative."""
+    (Pearlmutter 1994). Every token of the batches weighs the same. The loss has a form that can be
+    differentiated twice: all logits at once, attention as plain products. The choices of a router
+    count as fixed: where they change there is no derivative."""
     params = list(model.parameters())
     sizes = [p.numel() for p in params]
     tokens = sum(idx.numel() for idx, _ in batches)
@@ -345,7 +336,9 @@ def hessian_product(model, batches):
     def product(v):
         total = torch.zeros_like(v)
         for idx, targets in batches:
-            loss = plain_loss(model, idx, targets) * idx.numel() / tokens
+            with sdpa_kernel(SDPBackend.MATH):
+                logits = model.logits(model(idx)[0])
+            loss = next_token_loss(logits.flatten(0, 1), targets.flatten()) / tokens
             gradient = torch.autograd.grad(loss, params, create_graph=True)
             slope = sum((g * part.view_as(g)).sum() for g, part in zip(gradient, v.split(sizes)))
             second = torch.autograd.grad(slope, params, materialize_grads=True)
@@ -478,7 +471,7 @@ def evaluate_task(model, enc, task, batch_tokens=1024) -> dict:
     characters (the harness's acc and acc_norm); sum_se, per_character_se: their standard errors;
     chance: accuracy of guessing; items: their number; cut: how many lost the beginning of a context
     to fit the model's; scores: each item's log-likelihoods in nats."""
-    limit = model.config.block_size + 1 if getattr(model, "has_attention", True) else math.inf
+    limit = model.config.block_size + 1 if model.has_attention else math.inf
     encoded = [[encode_pair(enc, context, choice) for choice in choices]
                for context, choices, _ in task]
     sequences = [scored(ids, start, limit) for pairs in encoded for ids, start in pairs]
@@ -605,9 +598,10 @@ def statements_of(text: str, longest: int):
     """(context, statement) for each statement that is one line of its own, inside a function or
     class of the file, below the line after the head; at most `longest` characters together."""
     tree, lines = parsed(text), text.split("\n")
-    for top in tree.body if tree else ():
-        for node in ast.walk(top) if isinstance(top, ast.FunctionDef | ast.ClassDef) else ():
-            if not isinstance(node, ast.stmt) or not top.lineno + 2 <= node.lineno:
+    body = tree.body if tree else []
+    for top in [node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]:
+        for node in ast.walk(top):
+            if not isinstance(node, ast.stmt) or node.lineno < top.lineno + 2:
                 continue
             right = lines[node.lineno - 1]
             context = "\n".join([*lines[top.lineno - 1:node.lineno - 1], ""])
@@ -637,7 +631,9 @@ def spoiled(kind: str, context: str, right: str, foreign, counts, rng):
             found += [(right[:start] + new + right[start + len(old):], old, new)
                       for new in others if new != old]
     rng.shuffle(found)
-    for wrong, old, new in found if parsed(context + right) else ():
+    if not parsed(context + right):
+        return
+    for wrong, old, new in found:
         if kind == "name":
             broken = new in names_in(context + wrong, ast.Load)
             rarer = counts[new] < counts[old]
@@ -648,15 +644,16 @@ def spoiled(kind: str, context: str, right: str, foreign, counts, rng):
             yield Pair(kind, context, right, wrong), old, new
 
 
-def names_in(text: str, context) -> set[str]:
-    """The variables that a text reads (context ast.Load) or assigns to (ast.Store)."""
-    return {node.id for node in nodes_of(text, ast.Name) if isinstance(node.ctx, context)}
+def names_in(text: str, use) -> set[str]:
+    """The variables that a text reads (use: ast.Load) or assigns to (ast.Store)."""
+    return {node.id for node in nodes_of(text, ast.Name) if isinstance(node.ctx, use)}
 
 
 # --------------------------------------------------------------------------------------------------
 # Scales of the weights
 
 
+@torch.no_grad()
 def weight_scales(model, multipliers=None) -> dict:
     """Scales of the weights by piece, over all blocks, for metrics.jsonl.
 
@@ -664,14 +661,14 @@ def weight_scales(model, multipliers=None) -> dict:
     the standard deviation of log(RMS of a row of W~ over the mean of these in its matrix), without
     rows of zeros: the diversity of feature scales in the multipliers' paper (section 3.1) as one
     number."""
-    found = {}  # {piece: [mean square of each row]}
+    stored = multipliers.W if multipliers else {}
+    found, weights = {}, {}  # found: {piece: [mean squares of the rows of (W, W~) of a matrix]}
     for name, pieces in logical_pieces(model).items():
-        used, sizes = model.get_parameter(name).detach(), [rows for _, rows in pieces]
-        W = multipliers.W.get(name, used).detach() if multipliers else used
-        squares = (w.flatten(0, -2).square().mean(1).split(sizes) for w in (W, used))
+        used, sizes = model.get_parameter(name), [rows for _, rows in pieces]
+        squares = (w.flatten(0, -2).square().mean(1).split(sizes)
+                   for w in (stored.get(name, used), used))
         for (piece, _), *rows in zip(pieces, *squares):
             found.setdefault(piece, []).append(rows)
-    weights = {}
     for piece, matrices in found.items():
         rms, effective = (torch.cat(rows).mean().sqrt().item() for rows in zip(*matrices))
         norms = [rows[rows > 0].sqrt() for _, rows in matrices]
@@ -700,24 +697,21 @@ def checked_line(line: dict) -> dict:
     return line
 
 
-def read_metrics(run) -> list[dict]:
-    """The lines of a run's metrics.jsonl, {"a": {"b": 1}} as {"a b": 1}."""
-    return [flat(line) for line in read_lines(run)]
-
-
 def flat(line: dict) -> dict:
     """{"a": {"b": {"c": 1}}} as {"a b c": 1}."""
     made = {}
     for key, value in line.items():
-        inside = flat(value) if isinstance(value, dict) else {"": value}
-        made |= {f"{key} {name}".strip(): v for name, v in inside.items()}
+        if isinstance(value, dict):
+            made |= {f"{key} {name}": inside for name, inside in flat(value).items()}
+        else:
+            made[key] = value
     return made
 
 
 def read_evaluations(run) -> list[dict]:
     """The lines of a run's metrics.jsonl with a held-out loss. If the run stopped before its last
     step, as a diverged one does, the last loss is infinite."""
-    lines = [line for line in read_metrics(run) if "val_loss" in line]
+    lines = [line for line in read_lines(run) if "val_loss" in line]
     need(lines, f"{Path(run, 'metrics.jsonl')}: no evaluation in it")
     config = Path(run, "config.json")
     with reading(config):
@@ -738,16 +732,18 @@ def grouped(runs, read) -> dict[str, dict]:
     return groups
 
 
+COSTS = ("step", "flops", "seconds")
+
+
 def first_reached(lines, loss: float) -> dict | None:
-    """Where the held-out loss first comes down to `loss`: step, flops and seconds, on the
-    straight line between the evaluations around it. None if it never does."""
+    """The COSTS at which the held-out loss first comes down to `loss`, on the straight line between
+    the evaluations around it. None if it never does."""
     if lines[0]["val_loss"] <= loss:
         return lines[0]
     for before, after in itertools.pairwise(lines):
         if after["val_loss"] <= loss < before["val_loss"]:
             part = (before["val_loss"] - loss) / (before["val_loss"] - after["val_loss"])
-            return {k: before[k] + part * (after[k] - before[k])
-                    for k in ("step", "flops", "seconds")}
+            return {cost: before[cost] + part * (after[cost] - before[cost]) for cost in COSTS}
     return None
 
 
@@ -775,20 +771,22 @@ def compare_command(a) -> str:
 
 
 def compare_row(name: str, group: dict, reference: dict) -> list:
-    """The cells of a group of runs in compare's table. group, reference: {seed: evaluations}."""
-    differences, shares = [], []
+    """The cells of a group of runs in compare's table. group, reference: {seed: evaluations}. There
+    is no share of a cost that is 0."""
+    differences, reached = [], []
     for seed, lines in group.items():
         need(seed in reference, f"{name}-{seed}: the first group has no run of this seed")
         target = reference[seed][-1]
         differences.append(lines[-1]["val_loss"] - target["val_loss"])
         found = math.isfinite(target["val_loss"]) and first_reached(lines, target["val_loss"])
         if found:
-            shares.append({k: 100 * found[k] / target[k] for k in ("step", "flops", "seconds")})
+            reached.append((found, target))
     final = [lines[-1] for lines in group.values()]
+    shares = ([100 * found[cost] / target[cost] for found, target in reached if target[cost]]
+              for cost in COSTS)
     return [name, len(group), mean_sd([line["val_loss"] for line in final], 4),
             mean_sd(differences, 4), mean_sd([line["bits_per_byte"] for line in final], 4),
-            len(shares), *(mean_sd([share[k] for share in shares], 1)
-                           for k in ("step", "flops", "seconds"))]
+            len(reached), *(mean_sd(share, 1) for share in shares)]
 
 
 def plot_command(a) -> str:
@@ -797,7 +795,8 @@ def plot_command(a) -> str:
     Held-out loss over steps, tokens, FLOPs and seconds. Over steps also the cosine of LET and the
     scales of the weights (weight_scales), if runs have them. Each run is a line, and each group of
     runs NAME-SEED has a color. The first tenth of a line is left out."""
-    pyplot, groups = plotting(a.plot), grouped(a.runs, read_metrics)
+    pyplot = plotting(a.plot)
+    groups = grouped(a.runs, lambda run: [flat(line) for line in read_lines(run)])
     every = [line for group in groups.values() for lines in group.values() for line in lines]
     keys = dict.fromkeys(itertools.chain(*every))
     need("val_loss" in keys, f"{a.runs[0]}/metrics.jsonl: no evaluation in it")
@@ -846,34 +845,30 @@ def read_ids(a, enc) -> list[int]:
     return [enc.eot_token, *encode(enc, read_text(a.text, "--text="))[:a.tokens or None]]
 
 
-def read_batches(a, model, enc, least: int) -> list:
-    """--text as `least` or more batches of token ids (B, T), B at most 8, T at most 512. Contexts
-    are cut from one sequence, so position 0 of all but the first holds whatever token comes there.
-    """
-    length = min(512, model.config.block_size)
-    ids = torch.tensor(read_ids(a, enc), device=a.device)
-    contexts = ids[:len(ids) // length * length].view(-1, length)
-    tokens = max(4 * model.config.n_embd, least * length)  # 4 tokens a dimension of the width
-    need(contexts.numel() >= tokens, f"--text={a.text} --tokens={a.tokens}: {contexts.numel():,} "
-         f"tokens in contexts of {length}; at least {tokens:,} are needed")
-    return [*contexts.split(min(8, len(contexts) // least))]
+def read_batches(a, model, enc, least: int, characters=0) -> list:
+    """--text as `least` or more batches of token ids (B, T), B at most 8.
 
-
-def read_pieces(a, model, enc) -> list:
-    """--text in pieces of --characters characters, each read alone after an end-of-text token, as
-    two or more batches (B, T), B at most 8, of pieces of equal length. With 512 characters this is
-    the paper's way."""
-    text = enc.decode(read_ids(a, enc)[1:])  # that of the first --tokens tokens
-    pieces = [[enc.eot_token, *encode(enc, text[start:start + a.characters])]
-              for start in range(0, len(text) - a.characters + 1, a.characters)]
-    pieces = [ids[:model.config.block_size] for ids in sorted(pieces, key=len)]
-    batches = [batch for _, group in itertools.groupby(pieces, key=len)
-               for batch in torch.tensor([*group], device=a.device).split(8)]
-    tokens, needed = sum(map(len, pieces)), 4 * model.config.n_embd  # 4 a dimension of the width
-    need(tokens >= needed and len(batches) > 1, f"--text={a.text} --tokens={a.tokens} "
-         f"--characters={a.characters}: {tokens:,} tokens in batches: {len(batches)}; at least "
-         f"{needed:,} in 2 are needed")
-    return batches
+    With `characters`, pieces of so many characters are each read alone after an end-of-text token,
+    and a batch is of pieces of equal length T. With 512 characters this is the paper's way. Else
+    contexts of at most 512 tokens are cut from one sequence, so position 0 of all but the first
+    holds whatever token comes there."""
+    ids, longest = read_ids(a, enc), model.config.block_size
+    source = f"--text={a.text} --tokens={a.tokens}"
+    if characters:
+        source += f" --characters={characters}"
+        text = enc.decode(ids[1:])
+        starts = range(0, len(text) - characters + 1, characters)
+        contexts = [[enc.eot_token, *encode(enc, text[i:i + characters])][:longest] for i in starts]
+    else:
+        T = min(512, longest)
+        contexts = [ids[i:i + T] for i in range(0, len(ids) - T + 1, T)]
+    tokens, needed = sum(map(len, contexts)), 4 * model.config.n_embd  # 4 a dimension of the width
+    need(tokens >= needed and len(contexts) >= least, f"{source}: {tokens:,} tokens in "
+         f"{len(contexts)} contexts; at least {needed:,} in {least} contexts are needed")
+    size = min(8, len(contexts) // least)
+    groups = itertools.groupby(sorted(contexts, key=len), key=len)
+    return [batch for _, group in groups
+            for batch in torch.tensor([*group], device=a.device).split(size)]
 
 
 def table(*rows) -> str:
@@ -908,7 +903,7 @@ def linearity_command(a) -> str:
     """Show how linear each block of a model is."""
     pyplot = plotting(a.plot) if a.plot else None
     model, enc, _ = open_model(a.checkpoint, a.device)
-    batches = read_pieces(a, model, enc) if a.characters else read_batches(a, model, enc, 2)
+    batches = read_batches(a, model, enc, 2, a.characters)
     profile = linearity_profile(model, batches, a.skip_first)
     keys = ("full", "full_held_out", "free", "free_held_out", "ratio_mean")
     rows = [(p["block"], *(f"{p[key]:.4f}" for key in keys), p["rank"]) for p in profile]
@@ -925,8 +920,8 @@ def linearity_command(a) -> str:
 
 
 def pruned_models(whole: GPT, fitted, a):
-    """(how, model) for each order, number of blocks and arm that is asked for. how: the order, the
-    arm, and the numbers of the blocks that went. fitted: the batches to fit on."""
+    """(order, arm, numbers of the blocks that went, model) for each order, number of blocks and arm
+    that is asked for. fitted: the batches to fit on."""
     profile = linearity_profile(whole, fitted, a.skip_first)
     for order, count in itertools.product(a.orders, a.blocks):
         chosen = sorted(prune_order(profile, order)[:count])
@@ -939,7 +934,7 @@ def pruned_models(whole: GPT, fitted, a):
             else:
                 model = distill(replaced, whole, fitted, a.distill_steps, a.distill_lr,
                                 everything=arm == "distill_all")
-            yield {"order": order, "arm": arm, "blocks": chosen}, model
+            yield order, arm, chosen, model
 
 
 def prune_command(a) -> str:
@@ -960,15 +955,15 @@ def prune_command(a) -> str:
     fitted, choosing, reported = (batches[:-2 * eighth], batches[-2 * eighth:-eighth],
                                   batches[-eighth:])
     rows, least, best = [("order", "arm", "blocks", "held-out nats", "parameters")], math.inf, {}
-    none = {"order": "", "arm": "whole", "blocks": []}
-    for how, model in itertools.chain([(none, whole)], pruned_models(whole, fitted, a)):
-        blocks = ", ".join(map(str, how["blocks"]))
-        rows.append((how["order"], how["arm"], blocks, f"{mean_loss(model, reported):.4f}",
+    pruned = pruned_models(whole, fitted, a)
+    for order, arm, blocks, model in itertools.chain([("", "whole", [], whole)], pruned):
+        rows.append((order, arm, ", ".join(map(str, blocks)), f"{mean_loss(model, reported):.4f}",
                      f"{model.num_params():,}"))
-        if len(how["blocks"]) == max(a.blocks):
+        if len(blocks) == max(a.blocks):
             loss = mean_loss(model, choosing)
             if loss < least:
-                least, best = loss, {"model": model.state_dict(), "pruned": how,
+                least, best = loss, {"model": model.state_dict(),
+                                     "pruned": {"order": order, "arm": arm, "blocks": blocks},
                                      "model_config": asdict(model.config)}
     if not best:
         raise Failed(f"--arms={','.join(a.arms)} --distill_lr={a.distill_lr:g}: no finite loss")

@@ -663,6 +663,9 @@ def test_compare_finds_where_a_run_reaches_the_reference_and_which_did_not_finis
     probes.main(["compare", runs[-1], runs[0]])
     _, wild, plain = table_cells(capsys.readouterr().out)
     assert plain[2] == "3.0000" and plain[3] == "did not finish" and plain[5] == "0"
+    probes.main(["compare", write_run(tmp_path / "free-0", [8, 3], flops=0)])
+    _, free = table_cells(capsys.readouterr().out)
+    assert free[5:] == ["1", "100.0", "", "100.0"], "no share of 0 FLOPs"
 
 
 def test_runs_of_every_kind_are_drawn(tmp_path, monkeypatch):
@@ -743,7 +746,7 @@ REFUSED = """
     plot let-0 --plot=x.txt > --plot=x.txt
     linearity run --text=text.txt --plot=x.txt > --plot=x.txt
     linearity run --text=text.txt --characters=9999 > --text=text.txt --characters=9999
-    linearity run --text=text.txt --characters=40 --tokens=320 > --tokens=320 --characters=40
+    linearity run --text=text.txt --characters=40 --tokens=79 > --tokens=79 --characters=40
     plot let-0 --plot=nowhere/x.png > --plot=nowhere
     compare plain-0 let-1 > let-1
     compare plain-0 x/plain-0 > x/plain-0
