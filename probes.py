@@ -115,7 +115,7 @@ def linearity(fit, held_out) -> dict:
     mean_x, mean_d = x.mean(0), (y - x).mean(0)
     X = x - mean_x
     XX = X.mT @ X
-    A = torch.linalg.pinv(XX, hermitian=True) @ (X.mT @ (y - x))  # X^T D needs no centered D
+    A = torch.linalg.pinv(XX, hermitian=True) @ (X.mT @ (y - x))  # X is centered: D need not be
     out = {"n": len(x), "rank": torch.linalg.matrix_rank(XX, hermitian=True).item(),
            "cosine": F.cosine_similarity(x, y, dim=1).mean().item(),
            "ratio_mean": ((y - x).norm(dim=1) / y.norm(dim=1)).mean().item()}
@@ -213,11 +213,11 @@ def prune_order(profile, order: str, seed=0) -> list[int]:
     """Numbers of the blocks in the order of their removal: by falling score `full` or `free`, by
     falling `cosine` of the states before and after (ShortGPT's Block Influence, arXiv 2403.03853),
     or `random`. profile: from linearity_profile. A block that adds nothing is removed first."""
+    ordered = [*profile]
     if order == "random":
-        blocks = [p["block"] for p in profile]
-        random.Random(seed).shuffle(blocks)
-        return blocks
-    ordered = sorted(profile, key=lambda p: -math.inf if math.isnan(p[order]) else -p[order])
+        random.Random(seed).shuffle(ordered)
+    else:
+        ordered.sort(key=lambda p: -math.inf if math.isnan(p[order]) else -p[order])
     return [p["block"] for p in ordered]
 
 
@@ -250,7 +250,7 @@ def fit_affine(fit, held_out):
     mean_x, mean_d = x.mean(0), (y - x).mean(0)
     X = x - mean_x
     e, V = torch.linalg.eigh(X.mT @ X)
-    projected = V.mT @ (X.mT @ (y - x))  # X is centered: X^T D needs no centered D
+    projected = V.mT @ (X.mT @ (y - x))  # X is centered: D need not be
 
     def solve(ridge):
         B = V @ (projected / (e.clamp(min=0) + ridge * e[-1])[:, None])
@@ -627,9 +627,9 @@ def spoiled(kind: str, context: str, right: str, foreign, counts, rng):
         old_tokens = SWAPS.get(kind) or arguments | names_in(context + right, ast.Store)
         for token in tokenize.generate_tokens(io.StringIO(line).readline):
             old, start = token.string, depth + token.start[1]
-            others = SWAPS.get(kind, foreign) if old in old_tokens else ()
-            found += [(right[:start] + new + right[start + len(old):], old, new)
-                      for new in others if new != old]
+            if old in old_tokens:
+                found += [(right[:start] + new + right[start + len(old):], old, new)
+                          for new in SWAPS.get(kind, foreign) if new != old]
     rng.shuffle(found)
     if not parsed(context + right):
         return
@@ -980,11 +980,11 @@ def curvature_command(a) -> str:
         model, enc, _ = open_model(name, a.device, ours=True)
         T = model.config.block_size
         ids = torch.tensor(read_ids(a, enc), device=a.device)
-        n = (len(ids) - 1) // T * T
-        need(n, f"--text={a.text} --tokens={a.tokens}: {len(ids) - 1} tokens; a context of {T} is "
-             "needed")
-        parts = (part.view(-1, T).split(8) for part in (ids[:n], ids[1:n + 1]))
-        s = spectrum(model, [*zip(*parts)], a.steps, a.probes)
+        need(len(ids) > T, f"--text={a.text} --tokens={a.tokens}: {len(ids) - 1} tokens; a context "
+             f"of {T} is needed")
+        contexts = ids.unfold(0, T + 1, T)  # each begins with the last token of the one before
+        batches = [(part[:, :-1], part[:, 1:]) for part in contexts.split(8)]
+        s = spectrum(model, batches, a.steps, a.probes)
         rows.append((name, ", ".join(f"{value:.4g}" for value in s["top"]),
                      *(f"{s[key]:.4g}" for key in ("least", "residual", "trace", "rms"))))
     return table(*rows)

