@@ -184,7 +184,8 @@ class Linearity(Term):
     name = "linearity"
 
     def __init__(self, penalty: str, weight: float, n_layer: int, first=0):
-        self.penalty, self.constant = PENALTIES[penalty], weight
+        self.penalty = PENALTIES[penalty]
+        self.constant = weight
         self.hidden = tuple(range(first, n_layer + 1))
 
     def weight(self, step):
@@ -269,8 +270,10 @@ def fit_affine(fit, held_out):
 def replace_blocks(model: GPT, chosen, batches, skip_first=False) -> GPT:
     """The model with an affine map in place of each chosen block. batches: token ids (B, T); every
     fourth one chooses the ridge."""
-    c, first = model.config, int(skip_first)
-    blocks, new = [*zip(c.kinds(), model.blocks)], model
+    c = model.config
+    first = int(skip_first)
+    blocks = [*zip(c.kinds(), model.blocks)]
+    new = model
     for k in sorted(chosen):
         parts = [], []
         for i, idx in enumerate(batches):
@@ -363,7 +366,9 @@ def lanczos(product, v, steps: int):
     eigenvectors, with sum_i w_i theta_i^k = v^T H^k v / v^T v for all k < 2 m (Gauss quadrature);
     bounds on the distance of each theta to the nearest eigenvalue of H: the norm of the vector that
     would come next, times the last component of T's eigenvector."""
-    Q, alpha, beta = v.new_empty(steps, len(v)), [], []
+    Q = v.new_empty(steps, len(v))
+    alpha = []
+    beta = []
     Q[0] = v / v.norm()
     for k in tqdm(range(steps), "Lanczos", unit="product", disable=None, leave=False):
         w = product(Q[k])
@@ -392,7 +397,8 @@ def spectrum(model, batches, steps=32, probes=2, seed=0, top=3) -> dict:
     eigenvalues (stochastic Lanczos quadrature; for networks Ghorbani et al. 2019, arXiv
     1901.10159)."""
     params = list(model.requires_grad_(True).parameters())
-    N, product = sum(p.numel() for p in params), hessian_product(model, batches)
+    N = sum(p.numel() for p in params)
+    product = hessian_product(model, batches)
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(probes):
@@ -452,7 +458,8 @@ def scored(ids, start: int, limit=math.inf):
     """(inputs, targets) of token ids of which those from position `start` on are scored. Of a
     sequence longer than `limit` the beginning is left out."""
     cut = max(0, len(ids) - limit)
-    ids, start = ids[cut:], max(1, start - cut)
+    ids = ids[cut:]
+    start = max(1, start - cut)
     return ids[:-1], [IGNORE] * (start - 1) + ids[start:]
 
 
@@ -559,7 +566,10 @@ def python_pairs(documents, seed: int, n: int, length=lambda text: 0, longest=90
     counts = Counter(names)
     statements = [(text, *found) for text in documents for found in statements_of(text, longest)]
     rng.shuffle(statements)
-    pairs, changes, of_kind, of_document = [], Counter(), Counter(), Counter()
+    pairs = []
+    changes = Counter()  # how often a became b, by (a, b)
+    of_kind = Counter()
+    of_document = Counter()
     most = max(5, n / 20, 2 * n / len(documents))
     for text, context, right in statements:
         if of_document[text] >= most:
@@ -597,7 +607,8 @@ def nodes_of(text: str, kind) -> list:
 def statements_of(text: str, longest: int):
     """(context, statement) for each statement that is one line of its own, inside a function or
     class of the file, below the line after the head; at most `longest` characters together."""
-    tree, lines = parsed(text), text.split("\n")
+    tree = parsed(text)
+    lines = text.split("\n")
     body = tree.body if tree else []
     for top in [node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]:
         for node in ast.walk(top):
@@ -617,7 +628,8 @@ def spoiled(kind: str, context: str, right: str, foreign, counts, rng):
     random order. old, new: what became what. foreign: names that the file does not contain;
     counts: how often each name occurs in all files."""
     line = right.lstrip()
-    depth, found = len(right) - len(line), []  # found: (wrong line, old, new)
+    depth = len(right) - len(line)
+    found = []  # (wrong line, old, new)
     if kind == "indent":
         for new in (*range(0, depth, 4), depth + 4, depth + 8):
             sides = ("less", "more") if new > depth else ("more", "less")
@@ -626,7 +638,8 @@ def spoiled(kind: str, context: str, right: str, foreign, counts, rng):
         arguments = {node.arg for node in nodes_of(context + right, ast.arg)}
         old_tokens = SWAPS.get(kind) or arguments | names_in(context + right, ast.Store)
         for token in tokenize.generate_tokens(io.StringIO(line).readline):
-            old, start = token.string, depth + token.start[1]
+            old = token.string
+            start = depth + token.start[1]
             if old in old_tokens:
                 found += [(right[:start] + new + right[start + len(old):], old, new)
                           for new in SWAPS.get(kind, foreign) if new != old]
@@ -662,13 +675,15 @@ def weight_scales(model, multipliers=None) -> dict:
     rows of zeros: the diversity of feature scales in the multipliers' paper (section 3.1) as one
     number."""
     stored = multipliers.W if multipliers else {}
-    found, weights = {}, {}  # found: {piece: [mean squares of the rows of (W, W~) of a matrix]}
+    found = {}  # {piece: [mean squares of the rows of (W, W~) of a matrix]}
     for name, pieces in logical_pieces(model).items():
-        used, sizes = model.get_parameter(name), [rows for _, rows in pieces]
+        used = model.get_parameter(name)
+        sizes = [rows for _, rows in pieces]
         squares = (w.flatten(0, -2).square().mean(1).split(sizes)
                    for w in (stored.get(name, used), used))
         for (piece, _), *rows in zip(pieces, *squares):
             found.setdefault(piece, []).append(rows)
+    weights = {}
     for piece, matrices in found.items():
         rms, effective = (torch.cat(rows).mean().sqrt().item() for rows in zip(*matrices))
         norms = [rows[rows > 0].sqrt() for _, rows in matrices]
@@ -852,7 +867,8 @@ def read_batches(a, model, enc, least: int, characters=0) -> list:
     and a batch is of pieces of equal length T. With 512 characters this is the paper's way. Else
     contexts of at most 512 tokens are cut from one sequence, so position 0 of all but the first
     holds whatever token comes there."""
-    ids, longest = read_ids(a, enc), model.config.block_size
+    ids = read_ids(a, enc)
+    longest = model.config.block_size
     source = f"--text={a.text} --tokens={a.tokens}"
     if characters:
         source += f" --characters={characters}"
@@ -862,7 +878,8 @@ def read_batches(a, model, enc, least: int, characters=0) -> list:
     else:
         T = min(512, longest)
         contexts = [ids[i:i + T] for i in range(0, len(ids) - T + 1, T)]
-    tokens, needed = sum(map(len, contexts)), 4 * model.config.n_embd  # 4 a dimension of the width
+    tokens = sum(map(len, contexts))
+    needed = 4 * model.config.n_embd  # 4 a dimension of the width
     need(tokens >= needed and len(contexts) >= least, f"{source}: {tokens:,} tokens in "
          f"{len(contexts)} contexts; at least {needed:,} in {least} contexts are needed")
     size = min(8, len(contexts) // least)
@@ -952,9 +969,12 @@ def prune_command(a) -> str:
                      "--out_dir=") / "ckpt.pt"
     batches = read_batches(a, whole, enc, 8)
     eighth = len(batches) // 8
-    fitted, choosing, reported = (batches[:-2 * eighth], batches[-2 * eighth:-eighth],
-                                  batches[-eighth:])
-    rows, least, best = [("order", "arm", "blocks", "held-out nats", "parameters")], math.inf, {}
+    fitted = batches[:-2 * eighth]
+    choosing = batches[-2 * eighth:-eighth]
+    reported = batches[-eighth:]
+    rows = [("order", "arm", "blocks", "held-out nats", "parameters")]
+    least = math.inf
+    best = {}
     pruned = pruned_models(whole, fitted, a)
     for order, arm, blocks, model in itertools.chain([("", "whole", [], whole)], pruned):
         rows.append((order, arm, ", ".join(map(str, blocks)), f"{mean_loss(model, reported):.4f}",
@@ -962,9 +982,10 @@ def prune_command(a) -> str:
         if len(blocks) == max(a.blocks):
             loss = mean_loss(model, choosing)
             if loss < least:
-                least, best = loss, {"model": model.state_dict(),
-                                     "pruned": {"order": order, "arm": arm, "blocks": blocks},
-                                     "model_config": asdict(model.config)}
+                least = loss
+                best = {"model": model.state_dict(),
+                        "pruned": {"order": order, "arm": arm, "blocks": blocks},
+                        "model_config": asdict(model.config)}
     if not best:
         raise Failed(f"--arms={','.join(a.arms)} --distill_lr={a.distill_lr:g}: no finite loss")
     save_checkpoint(out, {**best, "tokenizer": tokenizer, "step": 0, "config": {}})
@@ -994,7 +1015,9 @@ def eval_command(a) -> str:
     """Show the accuracy on multiple choice and minimal pairs, and the perplexity of a text."""
     need(a.task or a.text, "eval: --task=FILE.jsonl or --text=FILE is needed")
     model, enc, _ = open_model(a.checkpoint, a.device)
-    limit, tasks, lines = model.config.block_size, {}, []
+    limit = model.config.block_size
+    tasks = {}
+    lines = []
     need(a.stride <= limit, f"--stride={a.stride}: at most the context of {limit}")
     for path in a.task:
         tasks |= python_tasks(enc, a.items or 2000) if path == "python" else {path: read_task(path)}

@@ -154,7 +154,8 @@ def teacher_state(teacher, idx, layer: int | None = None, norm: bool = True):
 
     Our GPT does not run the blocks after `layer`. A bfloat16 teacher runs without autocast, which
     would only cast back and forth."""
-    device, bf16 = idx.device.type, teacher.head.weight.dtype == torch.bfloat16
+    device = idx.device.type
+    bf16 = teacher.head.weight.dtype == torch.bfloat16
     with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not bf16):
         if norm and layer in (None, teacher.config.n_layer):
             return teacher.forward(idx)[0]
@@ -189,8 +190,12 @@ class LET(Term):
         if not 0 <= layer <= n_layer:
             raise BadInput(f"--let_teacher_layer={teacher_layer}: the teacher has blocks 1 to "
                            f"{n_layer}")
-        self.teacher, self.teacher_layer, self.hidden = teacher, layer, (student_layer,)
-        self.lambda_0, self.stop, self.side = weight, stop, side
+        self.teacher = teacher
+        self.teacher_layer = layer
+        self.hidden = (student_layer,)
+        self.lambda_0 = weight
+        self.stop = stop
+        self.side = side
         self.loss = LET_LOSSES[loss]
         d_T = teacher.head.in_features if layer == n_layer else teacher.config.n_embd
         d_in, self.width = (d_T, student_width) if side == "teacher" else (student_width, d_T)
@@ -348,7 +353,8 @@ def distillation_loss(student_logits, teacher_logits, targets, recipe: Recipe):
     recipe.tau_squared. Where V_M and V_T differ, P and Q are over the first min(V_M, V_T) tokens,
     which both have. The dict: train_loss is nll, distill_loss is soft, teacher_agreement the number
     of counted tokens of which P and Q have the same likeliest next token."""
-    tau, counted = recipe.temperature, targets != IGNORE
+    tau = recipe.temperature
+    counted = targets != IGNORE
     V = min(student_logits.shape[-1], teacher_logits.shape[-1])
     z, v = student_logits[:, :V], teacher_logits[:, :V]
     log_q = student_logits.log_softmax(-1)
@@ -384,8 +390,12 @@ class Distill(Term):
 
     def __init__(self, teacher, recipe: Recipe, stop: int | None = None, new_tokens: int = 128,
                  seed: int = 0, sampling_flops: int = 0):
-        self.teacher, self.recipe, self.stop = teacher, recipe, stop
-        self.new_tokens, self.seed, self.sampling_flops = new_tokens, seed, sampling_flops
+        self.teacher = teacher
+        self.recipe = recipe
+        self.stop = stop
+        self.new_tokens = new_tokens
+        self.seed = seed
+        self.sampling_flops = sampling_flops
 
     def weight(self, step):
         return float(teaches_at(step, self.stop))
@@ -413,13 +423,18 @@ class Distill(Term):
         return text[:, :-1], targets
 
     def __call__(self, p):
-        recipe, teacher = self.recipe, self.teacher
+        recipe = self.recipe
+        teacher = self.teacher
         if self.on_policy(p.step):
             recipe = replace(recipe, hard_weight=0.0)  # the next-token loss is only logged
-        x, targets, tokens = p.x.flatten(0, 1), p.targets.flatten(), sum(p.counted)
+        x = p.x.flatten(0, 1)
+        targets = p.targets.flatten()
+        tokens = sum(p.counted)
         x_T = teacher_state(teacher, p.idx).flatten(0, 1)
-        V, dtype = p.model.config.vocab_size, product_dtype(x)
-        V_T, bias = teacher.config.vocab_size, teacher.head.bias  # its head may have more rows
+        V = p.model.config.vocab_size
+        dtype = product_dtype(x)
+        V_T = teacher.config.vocab_size  # its head may have more rows
+        bias = teacher.head.bias
         weight = teacher.head.weight[:V_T].to(dtype)
         bias = None if bias is None else bias[:V_T].to(dtype)
 
@@ -431,7 +446,8 @@ class Distill(Term):
         total, sums = chunked_loss(loss_of, x, p.model.head.weight, x_T.to(dtype), targets,
                                    vocab_size=V, chunk=max(256, 2**21 // V),
                                    compiled=p.model.compiled)
-        loss, named = total / tokens, {name: value / tokens for name, value in sums.items()}
+        loss = total / tokens
+        named = {name: value / tokens for name, value in sums.items()}
         if recipe.cosine_weight:
             h_T = interpolate(x_T, x.shape[-1])
             cosine = F.cosine_similarity(x.float(), h_T.float(), dim=-1)
@@ -463,7 +479,8 @@ class Task(Term):
     sequences, 0 for the label, 1 for the rationale. share: the weight of this task, 1 - w or w."""
 
     def __init__(self, row: int, share: float):
-        self.row, self.share = row, share
+        self.row = row
+        self.share = share
         self.name = ("label", "rationale")[row]
 
     def __call__(self, p):
@@ -509,7 +526,9 @@ class Records:
     block_size."""
 
     def __init__(self, records, enc, block_size: int, rationales: bool):
-        self.block_size, self.end, self.rows = block_size, enc.eot_token, 2 if rationales else 1
+        self.block_size = block_size
+        self.end = enc.eot_token
+        self.rows = 2 if rationales else 1
         self.records = []  # per record a list of its sequences, each (prompt ids, answer ids)
         for text, *answers in records:
             sequences = []
@@ -582,7 +601,8 @@ def init_from(teacher, n_layer: int = 0, block_size: int = 0, where: str = "--in
 def draw_prompts(documents, enc, n: int, n_tokens: int, seed: int) -> list[list[int]]:
     """n different prompts of n_tokens token ids each. A prompt starts at the beginning of a line:
     the line of a random character, of which each in the corpus is equally likely."""
-    rng, prompts = random.Random(seed), {}
+    rng = random.Random(seed)
+    prompts = {}
     lines = sum(text.count("\n") + 1 for text in documents)
     draws = 100 * n if n <= lines else 0  # there are no more prompts than lines
     for text in rng.choices(documents, [*map(len, documents)], k=draws):
@@ -617,8 +637,10 @@ def write_text(model, enc, prompts, n_tokens: int, temperatures=(1.0,), seeds=(0
     function, see load_score. best: keep so many of the highest score for each prompt; 0: all.
     Only temperature 1 with top_p 1 samples from the teacher's own distribution. batch: prompts at a
     time; it does not change the text."""
-    device, ends = model.head.weight.device, {*enc._special_tokens.values()}
-    start, kept = 1 + len(prompts[0]), {}
+    device = model.head.weight.device
+    ends = {*enc._special_tokens.values()}
+    start = 1 + len(prompts[0])
+    kept = {}
     for first, temperature, seed in itertools.product(
             range(0, len(prompts), batch), temperatures, seeds):
         starts = [[enc.eot_token, *ids] for ids in prompts[first:first + batch]]
@@ -778,7 +800,8 @@ def config_from_hf(c, vocab_size: int) -> ModelConfig | None:
             return None
         # Without attention block_size limits nothing; the tables of positions stay small
         return ModelConfig(vocab_size, 2048, mixer="mamba2", n_head=1, head_dim=2, **given)
-    rope, mlp = c.rope_parameters, "swiglu" if c.hidden_act == "silu" else c.hidden_act
+    rope = c.rope_parameters
+    mlp = "swiglu" if c.hidden_act == "silu" else c.hidden_act
     if rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         return None
     if mlp not in (("relu2", "gelu") if kind == "arcee" else ("swiglu",)):
@@ -796,7 +819,8 @@ def from_hf(config, weights: dict, vocab_size: int) -> GPT | None:
         return None
     with torch.device("meta"):  # no time is spent on random weights
         model = GPT(c)
-    state, used = {}, set()
+    state = {}
+    used = set()
     for name, p in model.state_dict().items():
         if name.endswith(".load"):  # changes in training, but is no weight
             state[name] = torch.full(p.shape, 1 / c.n_experts)
@@ -832,7 +856,8 @@ class HFModel(nn.Module):
         self.config = SimpleNamespace(n_layer=c.num_hidden_layers, n_embd=c.hidden_size,
                                       vocab_size=vocab_size, block_size=length)
         self.has_attention = hasattr(c, "num_attention_heads")
-        self.base, self.head = model.base_model, model.get_output_embeddings()
+        self.base = model.base_model
+        self.head = model.get_output_embeddings()
         # The argument that carries keys and values; "": the model has none
         arguments = inspect.signature(self.base.forward).parameters
         self.cache_name = next((n for n in ("cache", "past_key_values") if n in arguments), "")
@@ -876,7 +901,8 @@ class HFModel(nn.Module):
         """As GPT.flops_per_token: 2 for each weight of the matrices in the blocks and the head, and
         4 T C for each block with attention. All blocks count, as all are run, and all experts. The
         scan of a state-space model does not."""
-        c, forward = self.config, 2 * self.head.weight.numel() if head else 0
+        c = self.config
+        forward = 2 * self.head.weight.numel() if head else 0
         for block in self.blocks:
             forward += 2 * sum(p.numel() for p in block.parameters() if p.ndim > 1)
             if self.has_attention:
@@ -956,7 +982,8 @@ def read_smollm2(where: str) -> tuple:
         tokens, kinds = read["tokenizer"]["tokens"], read["tokenizer"]["token_type"]
         merges = [tuple(merge.split(" ")) for merge in read["tokenizer"]["merges"]]
     bpe = tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges)
-    t, pre = tokenizers.Tokenizer(bpe), tokenizers.pre_tokenizers
+    t = tokenizers.Tokenizer(bpe)
+    pre = tokenizers.pre_tokenizers
     t.pre_tokenizer = pre.Sequence(
         [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
     t.decoder = tokenizers.decoders.ByteLevel()
@@ -1009,7 +1036,8 @@ def load_pretrained(name, device="cpu", dtype=torch.float32, flag="--teacher="):
     where = f"{flag}{name}"
     if is_checkpoint(name):
         ckpt = load_checkpoint(name, flag=flag)
-        model, tokenizer = model_from_checkpoint(ckpt), ckpt["tokenizer"]
+        model = model_from_checkpoint(ckpt)
+        tokenizer = ckpt["tokenizer"]
     elif name == "smollm2":
         config, weights, tokenizer = read_smollm2(where)
         model = from_hf(config, weights, config.vocab_size).to(dtype)
@@ -1064,7 +1092,8 @@ def standard_weights(model: GPT) -> dict:
     """The state_dict of the standard model that computes the same: the factors of --param=mup and
     completep (see model.PARAM_RULES) on residual branches, attention scores and logits go into
     weights before them."""
-    c, state = model.config, model.state_dict()
+    c = model.config
+    state = model.state_dict()
     for name, w in state.items():
         if name.endswith((".o.weight", ".down.weight", ".out.weight", ".mlp.down")):
             state[name] = w / c.depth_ratio
@@ -1081,7 +1110,9 @@ def standard_weights(model: GPT) -> dict:
 def to_hf(model: GPT) -> tuple[dict, dict]:
     """(settings with model_type, weights by name) of the model of transformers that computes the
     same logits. The rows that only pad the vocabulary are cut off."""
-    c, V, weights = model.config, model.config.vocab_size, {}
+    c = model.config
+    V = c.vocab_size
+    weights = {}
     kind = hf_kind(c)
     settings = {theirs: getattr(c, ours) for ours, theirs in HF_FIELDS[kind].items()}
     settings |= {"model_type": kind, "vocab_size": V, **HF_FIXED[kind]}
@@ -1093,7 +1124,8 @@ def to_hf(model: GPT) -> tuple[dict, dict]:
     for key, w in standard_weights(model).items():
         if key.endswith(".load"):
             continue
-        names, parts = hf_names(kind, key), [w]
+        names = hf_names(kind, key)
+        parts = [w]
         if key in ("embed.weight", "head.weight"):
             parts = [w[:V]]
         elif len(names) > 1:
@@ -1139,13 +1171,15 @@ def export(checkpoint, folder, dtype="fp32") -> str:
     tokenizer: the same logits, the same ids. dtype: of the weights, see DTYPES. The folder must be
     new or empty, and is there only when it is complete. Returns a line that says what was written.
     """
-    transformers, folder = need_package("transformers", "export"), new_folder(folder)
+    transformers = need_package("transformers", "export")
+    folder = new_folder(folder)
     checkpoint = checkpoint_file(checkpoint)
     ckpt = load_checkpoint(checkpoint)
     tokenizer = ckpt["tokenizer"]
     with reading(checkpoint):
         settings, weights = to_hf(model_from_checkpoint(ckpt))
-    backend, end = tokenizer_to_hf(tokenizer, checkpoint), tokenizer["special"][END_OF_TEXT]
+    backend = tokenizer_to_hf(tokenizer, checkpoint)
+    end = tokenizer["special"][END_OF_TEXT]
     end_text = backend.id_to_token(end)
     config = transformers.AutoConfig.for_model(
         **settings, bos_token_id=end, eos_token_id=end, pad_token_id=end)
@@ -1176,7 +1210,8 @@ def parse_arguments(argv):
     commands = parser.add_subparsers(dest="command", required=True)
     g = commands.add_parser("generate", help="let a model continue prompts, and keep the best",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, count = g.add_argument, between(int, 1, 10**9)
+    add = g.add_argument
+    count = between(int, 1, 10**9)
     add("teacher", help="as train.py's --teacher")
     add("folder", help="a new folder, for samples.jsonl and text.txt")
     add("--data", default="stdlib", help="as train.py's; prompts come from it, not from its "
