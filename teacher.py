@@ -434,8 +434,8 @@ class Distill(Term):
         V = p.model.config.vocab_size
         dtype = product_dtype(x)
         V_T = teacher.config.vocab_size  # its head may have more rows
-        bias = teacher.head.bias
         weight = teacher.head.weight[:V_T].to(dtype)
+        bias = teacher.head.bias
         bias = None if bias is None else bias[:V_T].to(dtype)
 
         def loss_of(logits, x_T, targets):
