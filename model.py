@@ -93,7 +93,7 @@ class ModelConfig:
     n_kv_head: int = 0  # key/value heads, each for n_head / n_kv_head query heads; 0: n_head
     head_dim: int = 0  # channels of one head; 0: C / H
     mlp: str = "relu2"  # swiglu | relu2 | gelu
-    mlp_hidden: int = 0  # width inside the MLP; 0: 8/3 C (swiglu) or 4 C, for the same size
+    mlp_hidden: int = 0  # width inside the MLP; 0: 4 C, or for swiglu about 8/3 C: the same size
     qk_norm: bool = False  # RMSNorm on queries and keys, per head, as in Qwen3
     tie_embeddings: bool = False
     rope_base: float = 10_000.0
@@ -214,9 +214,9 @@ class Attention(nn.Module):
 
         q and k, in heads of D channels, go through q_norm and k_norm, then through `rotate` with
         cos, sin (T, 1, D). Query head h reads key/value head h // (n_head / n_kv_head); scores have
-        the factor self.scale; a token sees itself and those before it. cache: its append(k, v),
-        each (B, H_kv, T, D), returns the keys and values of all tokens so far; the queries are then
-        the last T of them."""
+        the factor self.scale; a token sees itself and those before it. With a cache,
+        cache.append(k, v), each (B, H_kv, T, D), adds these tokens and returns the keys and values
+        of all tokens so far. The queries are then those of the last T tokens."""
         B, T, _ = x.shape
         q, k, v = self.qkv(x)
         q = self.q_norm(q.view(B, T, self.n_head, self.head_dim))
@@ -597,7 +597,7 @@ class Mamba2(nn.Module):
         return self.out(y)
 
     def flops_per_token(self) -> int:
-        """Of the convolution and the scan, see ssd, forward."""
+        """FLOPs per token of the forward pass through the convolution and the scan (see ssd)."""
         Q, P, H, GN = self.chunk, self.head_dim, self.heads, self.sizes[1]
         scan = 2 * Q * GN + 2 * Q * P * H + 4 * P * H * (GN // self.groups)
         return scan + 2 * self.conv.weight.numel()
@@ -863,16 +863,17 @@ def chunked_loss(loss, x, weight, *per_token, vocab_size: int, chunk: int = 1024
 class Pass:
     """One forward pass, as the terms of the loss see it.
 
-    `counted` is a mean over all passes of the step, on all ranks: pass by pass the numbers may
-    differ, and a loss divided by the mean sums to the mean over the step's tokens. It has one entry
-    for ordinary data, and one for each sequence of a record (see teacher.Records)."""
+    `counted` is the number of counted targets in a pass, as the mean over all passes of the step,
+    on all ranks. The passes may have different numbers. Where each divides its summed loss by this
+    mean, the average over the passes is the loss per counted token of the step. The list has one
+    entry for ordinary data, and one for each sequence of a record (see teacher.Records)."""
 
     model: nn.Module
     idx: torch.Tensor  # (B, T)
     targets: torch.Tensor  # (B, T), IGNORE where not counted
     x: torch.Tensor  # (B, T, C), after the final norm
     states: dict  # {number: (B, T, C)}, the residual states that the terms need
-    counted: list  # counted targets per pass
+    counted: list  # counted targets in a mean pass
     step: int  # optimizer steps taken so far
 
 
@@ -957,7 +958,7 @@ class Router(Term):
 
     def __init__(self, model, balance: float = 0.01, z: float = 1e-3):
         self.moes, self.balance, self.z = model.moes(), balance, z
-        self.counts = 0  # of the tokens of each expert so far in this step
+        self.counts = 0  # tokens of each expert so far in this step, (blocks, E)
 
     def __call__(self, p):
         balance = torch.stack([m.losses[0] for m in self.moes]).mean()
@@ -1095,7 +1096,8 @@ def generate(model, idx, n_tokens: int, temperature=1.0, top_k=0, top_p=1.0, see
 
 def tokenizer_to_dict(enc: tiktoken.Encoding) -> dict:
     """What defines an encoding, in plain types: a checkpoint holds it and needs no other file. A
-    tokenizer of Hugging Face has its tokenizer.json under `json` instead, see teacher.py."""
+    tokenizer of Hugging Face has the text of its tokenizer.json under `json`, and its pattern and
+    ranks are empty, see teacher.py."""
     return {"name": enc.name, "pattern": enc._pat_str, "special": dict(enc._special_tokens),
             "ranks": {token.hex(): rank for token, rank in enc._mergeable_ranks.items()}}
 
@@ -1219,8 +1221,8 @@ def read_text(path, flag="") -> str:
 
 
 def read_json_lines(path, read, flag="", cut=False) -> list:
-    """read(object) of each line of a file of JSON lines. Blank lines are left out, and with `cut`
-    the rest after the last line end, which a killed process can leave. Raises BadInput with the
+    """read(object) of each line of a file of JSON lines. Blank lines are left out. cut: leave out
+    a last line without a line end too, which a killed process can leave. Raises BadInput with the
     number of the line."""
     found = []
     text = read_text(path, flag)
@@ -1422,6 +1424,7 @@ def command(main):
             raise
         if rank != "0":
             time.sleep(2)
+        message = message.replace("\n", " ")  # in the name of a file
         print(f"error{'' if rank == '0' else f' of rank {rank}'}: {message}", file=sys.stderr)
         sys.exit(2 if isinstance(e, BadInput) or getattr(e, "errno", 0) in WRONG_PATH else 1)
 

@@ -1,6 +1,6 @@
 """optim.py: how weights change. Muon, learnable multipliers, schedules, clipping, and their use.
 
-A training loop uses only class Optimizers, at the end of the file:
+A training loop uses only make_schedule and class Optimizers, at the end of the file:
 
     optimizers = Optimizers(model, make_schedule("wsd", steps, warmup, 0.4), lr=0.01)
     loss.backward()
@@ -152,7 +152,7 @@ class Muon(torch.optim.Optimizer):
 
     def stacks(self, group) -> dict[tuple, dict[str, list]]:
         """A group's logical matrices that have a gradient, by (rows, columns, kappa). A stack holds
-        lists of views, of equal length: "W", "G" = dL/dW, and "m", the momentum."""
+        three lists of views, of equal length: "W", "g" (dL/dW) and "m" (the momentum)."""
         stacks = defaultdict(lambda: defaultdict(list))
         for p, matrices in zip(group["params"], group["matrices"], strict=True):
             if p.grad is None:
@@ -160,7 +160,7 @@ class Muon(torch.optim.Optimizer):
             if p not in self.state:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             m = self.state[p]["momentum_buffer"]
-            for key, tensor in {"W": p, "G": p.grad, "m": m}.items():
+            for key, tensor in {"W": p, "g": p.grad, "m": m}.items():
                 parts = flat(tensor).split([rows for rows, _ in matrices])
                 for (rows, kappa), part in zip(matrices, parts, strict=True):
                     stacks[rows, p.shape[-1], kappa][key].append(part)
@@ -169,16 +169,16 @@ class Muon(torch.optim.Optimizer):
     def orthogonalize(self, group, stack, count: int):
         """O (number, out, in) of a stack, and handles to wait for what is still being sent.
 
-        count: the logical matrices before this stack in this step."""
-        G = stack["G"]
+        count: the number of logical matrices before this stack in this step."""
+        g = stack["g"]
         own = slice((self.rank - count) % self.world, None, self.world)  # those of this rank
-        u = momentum_update(G, stack["m"], group["momentum"])[own]
+        u = momentum_update(g, stack["m"], group["momentum"])[own]
         share = None  # a small stack may have no matrix for this rank
         if u:
             share = newton_schulz(torch.stack(u), dtype=self.dtype)
         if self.world == 1:
             return share, []
-        O = G[0].new_empty(len(G), *G[0].shape, dtype=self.dtype)
+        O = g[0].new_empty(len(g), *g[0].shape, dtype=self.dtype)
         if u:
             O[own] = share
         return O, [dist.broadcast(part, (count + i) % self.world, async_op=True)
@@ -201,10 +201,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def effective_weight(W, r=None, c=None, out=None):
-    """W~_ij = r_i W_ij c_j, or s W_ij for an r of one element. Written to `out` if given.
+    """W~_ij = r_i W_ij c_j, or s W_ij for an r of one element. out: a tensor to write it to.
 
-    W: (..., out, in), one matrix or a stack; r: (..., out), or (..., 1) for s; c: (..., in). None
-    stands for a multiplier that is not there."""
+    W: (..., rows, columns), one matrix or a stack; r: (..., rows), or (..., 1) for s; c: (...,
+    columns). None stands for a multiplier that is not there."""
     out = torch.mul(W, 1.0 if r is None else r[..., None], out=out)
     return out if c is None else out.mul_(c[..., None, :])
 
@@ -252,8 +252,8 @@ def place_multipliers(piece: str, placement: str, config: ModelConfig) -> tuple[
     all norms. Weight decay on the multipliers held the symmetries. The symmetry-free placement was
     slightly worse (Appendix C). The paper leaves two things open: whether a matrix that reads a
     norm's output (q, k, v, gate, up, Mamba-2's input projection) has column multipliers beside the
-    norm's gain; and whether the pieces of a fused matrix share their column multipliers. Here it
-    has them, and each piece has its own."""
+    norm's gain; and whether the pieces of a fused matrix share their column multipliers. With
+    `all` it has them here, and each piece has its own."""
     row = column = True
     if placement != "all":
         row = piece in SYMMETRY_FREE["rows"] or (piece == "up" and config.mlp == "gelu")
@@ -261,6 +261,7 @@ def place_multipliers(piece: str, placement: str, config: ModelConfig) -> tuple[
     return row and not (piece == "embed" and config.tie_embeddings), column
 
 
+# {module: its pieces}, for --module_lr and --multiplier_modules
 MODULES = {
     "embedding": ("embed",), "attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down"),
     "ssm": ("z", "x", "B", "C", "dt", "out"), "affine": ("affine",), "router": ("router",),
@@ -277,13 +278,12 @@ class Stack(NamedTuple):
     """Neighboring pieces of one weight with equal rows and placement, such as q, k and v of one
     size. One product of tensors then serves all of them.
 
-    number of pieces; rows of each; r (number, rows) or (number, 1) or None; c (number, in) or None.
-    """
+    None stands for a multiplier that is not there."""
 
-    number: int
-    rows: int
-    r: nn.Parameter | None
-    c: nn.Parameter | None
+    number: int  # of pieces
+    rows: int  # of each piece
+    r: nn.Parameter | None  # (number, rows), or (number, 1) for s
+    c: nn.Parameter | None  # (number, in)
 
 
 class Multipliers:
@@ -322,8 +322,10 @@ class Multipliers:
                 self.effective[name], self.stacks[name] = p, stacks
                 self.W[name] = nn.Parameter(p.detach().clone())
         if not self.W or {*modules} - found - {"attention", "mlp", "ssm"}:
-            raise BadInput(f"--multiplier_modules={','.join(modules)}: this model has "
-                           f"{', '.join(sorted(found))}")
+            raise BadInput(f"--multiplier_modules={','.join(modules)} "
+                           f"--multiplier_placement={placement}: this model has "
+                           f"{', '.join(sorted(found))}; symmetry_free has no multipliers on "
+                           "affine, router and head")
 
     def named_multipliers(self) -> dict[str, nn.Parameter]:
         """Every r and c as NAME:NUMBER OF THE STACK.r or .c; s is an r of one element."""
@@ -387,10 +389,10 @@ def wsd(step: int, steps: int, warmup: int, decay_fraction: float, shape) -> flo
     """The factor on the learning rate at a step: warm-up, stable, decay (Hu et al. 2024, arXiv
     2404.06395).
 
-    As `constant` over the warm-up and after it, until the decay begins: this is the last
-    decay_fraction of the steps, a number of steps that need not be whole; 0: no decay. There
-    the factor is shape(t); t is the part of the decay that is over, from 0 at its first step to 1
-    at step == steps. Where warm-up and decay overlap, the smaller factor counts."""
+    Before the decay the factor is that of `constant`. The decay takes the last decay_fraction of
+    the steps, a number that need not be whole; 0: no decay. There the factor is shape(t), where t
+    is the part of the decay that is over, from 0 at its start to 1 at step == steps and after it.
+    Where warm-up and decay overlap, the smaller factor counts."""
     decay = decay_fraction * steps
     t = min(1.0, max(0.0, 1 - (steps - step) / decay)) if decay > 0 else 0.0
     return min(constant(step, steps, warmup), shape(t))
@@ -424,10 +426,10 @@ def make_schedule(name: str, steps: int, warmup: int, decay_fraction: float):
 
 def stable_phase(name: str, steps: int, warmup: int, decay_fraction: float) -> range:
     """Steps at which the learning rate is at its peak and no decay has begun: a decay may branch
-    off there. Empty for every schedule that is not named here, such as cosine, which has none."""
+    off there. Empty for a schedule without such a phase, such as cosine."""
     if name == "constant":
         decay_fraction = 0.0
-    elif name not in ("wsd", "wsd_sqrt", "wsd_exponential"):
+    elif not name.startswith("wsd"):
         return range(0)
     end = math.floor((1 - decay_fraction) * steps + 1e-6)  # 0.7 * 70 is below 49 in floats
     return range(warmup, end + 1)
@@ -470,13 +472,13 @@ def row_growth(config: ModelConfig, piece: str) -> float:
     """Rows of a logical matrix over its rows in the base model of --param=mup and completep.
 
     The base model is the one that the same settings give at the base's size. With grouped-query
-    attention it has as many heads of keys and values as this model, each with fewer channels.
-    (If it has fewer query heads than that, it has one for each of them; kappa comes out the same.)
-    Without, it has one for each query head, as this model does. Its MLPs and experts are as many
-    times n_embd wide as this model's (see model.PARAM_RULES)."""
+    attention it has as many key/value heads as this model, and only the channels of a head grow.
+    (A base model with fewer query heads than that has a key/value head for each of them; kappa
+    comes out the same.) Without it, both models have a key/value head for each query head. MLPs
+    and experts are as many times n_embd wide as this model's (see model.PARAM_RULES)."""
     if piece in ("router", "B", "C"):  # as many rows at every width: experts, numbers of state
         return 1.0
-    if piece in ("k", "v") and 0 < config.n_kv_head < config.n_head:
+    if piece in ("k", "v") and config.n_kv_head < config.n_head:
         return config.head_ratio
     return config.width_ratio
 
@@ -488,9 +490,9 @@ def grown_scale(config: ModelConfig, piece: str, rows: int, columns: int, conven
     Features move as much at every width if the spectral norm of the update is in proportion to
     sqrt(out / in) (Yang, Simon & Bernstein 2023, arXiv 2310.17813). So kappa is that of the base's
     matrix, times the factor by which sqrt(out / in) has grown since. The rows have grown by
-    row_growth, the columns by config.width_ratio. A matrix that grows on both sides
-    keeps the base's kappa. One with a fixed number of rows gets it times m_N^-1/2. kappa acts on
-    the update and not on the learning rate, so weight decay does not change."""
+    row_growth, the columns by config.width_ratio. A matrix that grows on both sides keeps the
+    base's kappa. One with a fixed number of rows gets it times m_N^-1/2. kappa acts on the update
+    and not on the learning rate, so weight decay does not change."""
     row_ratio, column_ratio = row_growth(config, piece), config.width_ratio
     base = update_scale(rows / row_ratio, columns / column_ratio, convention)
     return base * math.sqrt(row_ratio / column_ratio)
@@ -542,11 +544,11 @@ class Optimizers:
     """Everything that changes the weights of a run: clip(max_norm), then step(step).
 
     The model must hold its first weights already. multipliers: Multipliers of this model, or None.
-    schedule: step -> factor on every learning rate. lr: the peak learning rate. embedding_lr,
-    module_lr and module_decay are factors on lr and weight_decay, the last two by keys of MODULES.
-    multiplier_lr is a learning rate, under the same schedule. muon_scale: see update_scale. extra:
-    parameters outside the model, of terms of the loss; they get AdamW without weight decay, the
-    same schedule and the same clipping.
+    schedule: step -> factor on every learning rate. lr: the peak learning rate. embedding_lr is a
+    factor on lr for the embedding; module_lr and module_decay are {key of MODULES: factor} on lr
+    and weight_decay. multiplier_lr is a learning rate, under the same schedule. muon_scale: see
+    update_scale. extra: parameters outside the model, of terms of the loss; they get AdamW without
+    weight decay, the same schedule and the same clipping.
 
     Attributes: optimizers, a dict of those of the torch optimizers "muon", "adamw", "multipliers"
     and "extra" that are needed, whose groups hold "param_names"; lr, that of the last step."""
@@ -568,7 +570,7 @@ class Optimizers:
         self.optimizers = {}
         if by_muon:
             self.optimizers["muon"] = Muon(by_muon, lr=lr, momentum=momentum, dtype=dtype)
-        fused = all(p.device.type in ("cuda", "cpu") for p in model.parameters())
+        fused = model.embed.weight.device.type in ("cuda", "cpu")
         adamw = partial(torch.optim.AdamW, lr=lr, betas=betas, eps=eps, fused=fused)
         self.optimizers["adamw"] = adamw([group for group in groups if "matrices" not in group])
         if multipliers:

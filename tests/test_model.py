@@ -720,7 +720,7 @@ def test_a_checkpoint_that_the_disk_does_not_hold_is_an_error_that_names_the_fil
 
 
 @pytest.mark.parametrize("error, code, said", [
-    ("BadInput('--x=1: no')", 2, "--x=1: no"), ("Failed('it broke')", 1, "it broke"),
+    ("BadInput('--x=a\\nb: no')", 2, "--x=a b: no"), ("Failed('it broke')", 1, "it broke"),
     ("OSError(28, 'No space left', 'a/file')", 1, "a/file"), ("MemoryError()", 1, "out of memory")])
 def test_a_failed_command_ends_with_a_line_and_a_code_and_what_cannot_be_printed_is_a_question_mark(
         error, code, said):

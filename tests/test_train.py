@@ -1029,6 +1029,7 @@ REFUSED = """
     (--schedule=cosine) --decay_fraction=0.5 | (--multipliers=scalar) --multiplier_modules=all
     (--multipliers=scalar) --multiplier_modules=ssm | --distill=kd
     (--multipliers=scalar --tie_embeddings) --multiplier_modules=mlp,head
+    (--multipliers=scalar) --multiplier_modules=head --multiplier_placement=symmetry_free
     (--multipliers=scalar) --clip_multipliers=True --clip=0.0 | TAUGHT --let_teacher_layer=2
     (--teacher=auto) --let_student_layer=3 | (--teacher=auto) --distill_temperature=2.0
     (--teacher=auto --distill=kd) --distill_weight=2.0 | (--mixer=mamba2) --ssm_head_dim=24
