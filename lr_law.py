@@ -26,6 +26,7 @@ Symbols
     run      a dict of N, D, lr, loss and group: one point of the data, a row of a table
     slice    the runs of one (N, D, group), which differ in lr alone
     optimum  an (N, D) and its lr*, most often of the parabola through a slice
+    a        in a law, its constant; in a command, its flags as argparse returns them
 """
 import csv
 import functools
@@ -103,8 +104,8 @@ def fit_horizon(D, loss, gammas=(0.01, 3.0)) -> dict:
     """Fits L(D) = L_0 + A D^-gamma by least squares, L_0 >= 0, A >= 0, gamma in `gammas` (eq. 4).
 
     D, loss: (n,), 3 or more. For a given gamma, L_0 and A are a linear problem (linear_horizon).
-    gamma comes from a grid search over `gammas`, repeated 6 times between the neighbors of the
-    best point. Returns a dict of floats: L_0, A, gamma."""
+    gamma comes from 6 grid searches: the first over `gammas`, each of the others between the
+    neighbors of the best point before. Returns a dict of floats: L_0, A, gamma."""
     D, y = np.asarray(D, float), np.asarray(loss, float)
     low, high = gammas
     for _ in range(6):
@@ -329,10 +330,10 @@ def law_of(optima) -> dict:
     return fit_law([o.N for o in optima], [o.D for o in optima], [o.lr for o in optima])
 
 
-def group_laws(optima) -> dict[str, dict]:
+def group_laws(optima, everywhere: dict) -> dict[str, dict]:
     """The law of each group. Left out are groups whose optima are too few, or do not determine an
-    exponent that the optima of all groups together determine."""
-    everywhere, laws = law_of(optima), {}
+    exponent that `everywhere`, a law of all groups together, has."""
+    laws = {}
     for group in sorted({o.group for o in optima}, key=lambda g: (len(g), g)):
         try:
             law = law_of([o for o in optima if o.group == group])
@@ -346,7 +347,8 @@ def group_laws(optima) -> dict[str, dict]:
 def group_rate(optima) -> Callable:
     """A function of a slice: its learning rate by the law of its group, or of all groups together
     where its group has none."""
-    everywhere, laws = law_of(optima), group_laws(optima)
+    everywhere = law_of(optima)
+    laws = group_laws(optima, everywhere)
     return lambda f: law_rate(laws.get(f.group, everywhere), f.N, f.D)
 
 
@@ -359,7 +361,8 @@ def costs(held, rest, others: dict) -> dict[str, np.ndarray]:
     way, (slices,), is in nats above the lowest loss of each slice, by the slice's parabola.
 
     The ways: the law of a slice's group, and one learning rate for all, both fitted to the optima
-    `rest`; Step Law as published; and `others`, functions of a slice by their names."""
+    `rest`; Step Law as published; and `others`, functions of a slice by their names. The one
+    learning rate is the one with the lowest total cost on `rest`."""
     constant = math.exp(np.average([math.log(f.lr) for f in rest], weights=[f.C for f in rest]))
     rates = {"its group's law": group_rate(rest), **others,
              "Step Law, published": lambda f: published("step", f.N, f.D),
@@ -370,14 +373,14 @@ def costs(held, rest, others: dict) -> dict[str, np.ndarray]:
 
 def hold_out(runs, tolerance: float = 0.05) -> dict[str, np.ndarray]:
     """The costs at the largest N of laws that are fitted without it; with several groups also that
-    of the joint law."""
+    of the joint law. Raises BadInput if there are too few optima for a law."""
     largest = max(run["N"] for run in runs)
     fitted = [f for f in fit_slices(runs, tolerance) if f.inside]
     held = [f for f in fitted if f.N == largest]
     rest = [f for f in fitted if f.N != largest]
     if not held or len({f.N for f in rest}) < 2:
-        raise BadInput(f"--hold_out: slices with their optimum inside are needed at N = {largest:g}"
-                       " and at two smaller sizes")
+        raise BadInput(f"slices with their optimum inside are needed at N = {largest:g} and at two "
+                       "smaller sizes")
     others = {}
     if len({f.group for f in fitted}) > 1:
         joint = law_of(near_optima([run for run in runs if run["N"] != largest]))
@@ -387,8 +390,9 @@ def hold_out(runs, tolerance: float = 0.05) -> dict[str, np.ndarray]:
 
 def check_horizon(fitted, runs, D: float, tolerance: float) -> dict[str, np.ndarray]:
     """Checks `extrapolate` where the table has real runs at its horizon D: the costs there of
-    learning rates that are chosen by shorter runs only. Empty without such runs. fitted: slices of
-    the shorter runs and of the predicted losses; runs: the table."""
+    learning rates that are chosen by shorter runs only. Empty without such runs, or if the shorter
+    ones have too few optima for a law. fitted: slices of the shorter runs and of the predicted
+    losses; runs: the table."""
     inside = [f for f in fitted if f.inside]
     shorter = [f for f in inside if f.D < D]
     longest = {(f.N, f.group): f.lr for f in shorter}  # the last one: slices are in order of D
@@ -398,10 +402,13 @@ def check_horizon(fitted, runs, D: float, tolerance: float) -> dict[str, np.ndar
     held = [f for f in real if f.inside and (f.N, f.group) in sizes]
     if not held:
         return {}
-    return costs(held, shorter, {
-        "that law with predictions": group_rate(inside),
-        "the predicted losses": lambda f: predicted[f.N, f.group],
-        "the longest run's lr*": lambda f: longest[f.N, f.group]})
+    try:
+        return costs(held, shorter, {
+            "that law with predictions": group_rate(inside),
+            "the predicted losses": lambda f: predicted[f.N, f.group],
+            "the longest run's lr*": lambda f: longest[f.N, f.group]})
+    except BadInput:
+        return {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -412,16 +419,16 @@ def planned_runs(sizes, lrs, tokens, seeds: int, flags: list[str]) -> list[Simpl
     """The runs of train.py that a sweep needs, cheapest first: one for each size (blocks, width),
     learning rate and seed. flags: of train.py.
 
-    Each has c, its train.Config; N; flops; and steps, those at which its loss is read: at every
-    number of tokens on its way, since it keeps its learning rate after warm-up. This is the paper's
-    saving: a full grid has a run for each horizon."""
+    Each has c, its train.Config; N; flops; and steps, those at which its loss is read. The learning
+    rate is constant after warm-up, so one run gives a row of the table for each horizon in
+    `tokens`. This is the paper's saving: a full grid has a run for each horizon."""
     import train
     base, runs = train_config(flags), []
     if base.teacher == "auto":
         raise BadInput("--teacher=auto: depends on the length of a run, and these are read at "
                        "several; name a checkpoint")
     V = base.vocab_size
-    if base.tokenizer != "bpe":  # bpe's vocabulary is made from the data, of this size
+    if base.tokenizer != "bpe":  # a bpe tokenizer, trained or not yet, has --vocab_size tokens
         V = tokenizer_from_dict(train.make_tokenizer_for(base, ())).n_vocab
     steps = sorted({max(1, round(D / base.batch_tokens)) for D in tokens})
     for (n_layer, n_embd), lr, seed in itertools.product(dict.fromkeys(sizes), lrs, range(seeds)):
@@ -457,8 +464,8 @@ def plan_command(a) -> str:
 def sweep_command(a) -> str:
     """Trains the runs of a sweep, and appends a row to a CSV at each reading.
 
-    Runs of another shard and rows that the table has are left out. The folders of the runs of
-    runs.csv lie in a folder named runs."""
+    Runs of another shard and rows that the table has are left out. The runs of a table NAME.csv
+    have their folders in NAME."""
     runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, a.flags)
     rows = open_table(a.csv)
     for stored in rows.values():
@@ -474,23 +481,23 @@ DIVERGED = {"val_loss": math.inf, "flops": 0, "seconds": 0}
 def run_one(run, path, rows):
     """Trains one of the planned runs from reading to reading, and appends a row at each that is not
     among `rows`. A run that diverges has the loss inf there and at all later readings."""
-    c, diverged = run.c, False
+    c, result = run.c, None
     folder = Path(path).with_suffix("") / f"{c.n_layer}x{c.n_embd}-{c.lr:.3e}-{c.seed}"
     for steps in run.steps:
         D = steps * c.batch_tokens
         if (run.N, D, c.lr, c.seed) in rows:
             continue
-        result = DIVERGED if diverged else train_until(c, steps, folder)
-        diverged = not math.isfinite(result["val_loss"])
+        if result is not DIVERGED:
+            result = train_until(c, steps, folder)
         append_row(path, {
-            "N": run.N, "D": D, "lr": c.lr, "loss": math.inf if diverged else result["val_loss"],
-            "seed": c.seed, "n_layer": c.n_layer, "n_embd": c.n_embd, "flops": result["flops"],
+            "N": run.N, "D": D, "lr": c.lr, "loss": result["val_loss"], "seed": c.seed,
+            "n_layer": c.n_layer, "n_embd": c.n_embd, "flops": result["flops"],
             "seconds": round(result["seconds"], 1), "flags": settings(c)})
 
 
 def train_until(c, steps: int, folder: Path) -> dict:
     """Trains a run up to this step, from the checkpoint in its folder if there is one. Returns
-    train.train's result, or DIVERGED."""
+    train.train's result, or DIVERGED. Exits if a signal stops the run."""
     import train
     checkpoint, resume = folder / "ckpt.pt", ""
     if checkpoint.exists():
@@ -502,7 +509,7 @@ def train_until(c, steps: int, folder: Path) -> dict:
     except train.NonFinite:
         return DIVERGED
     if result["interrupted"]:
-        raise KeyboardInterrupt
+        raise SystemExit(128 + result["interrupted"])
     return result
 
 
@@ -682,7 +689,8 @@ def settings(c, ignored=NOT_SETTINGS) -> str:
 
 
 def refuse_settings(where: str, stored: str, c, ignored=()):
-    """Raises BadInput, with the flags that differ, if stored settings are not those of c."""
+    """Raises BadInput, with the flags that differ, if stored settings are not those of c. ignored:
+    flags that may differ, such as "--warmup_steps"."""
     differ = {*shlex.split(stored)} ^ {*shlex.split(settings(c))}
     differ = sorted(flag for flag in differ if flag.partition("=")[0] not in ignored)
     if differ:
@@ -817,7 +825,7 @@ def report(law: dict, fitted: list[SimpleNamespace], diverged: int) -> list[str]
             text += f" * {name}^{law[k]:.3f} [{law[k] - half:.3f}, {law[k] + half:.3f}]"
     lines.append(f"{text}   R^2 {law['r2']:.3f}, {law['n']} optima; 90 % t-intervals")
     if len({f.group for f in inside}) > 1:
-        for group, own in group_laws(inside).items():
+        for group, own in group_laws(inside, law).items():
             powers = " ".join(f"{name}^{own[k]:+.3f}" for name, k in (("N", "b"), ("D", "c"))
                               if own[k] is not None)
             lines.append(f"  group {group:>8} alone: {powers}   R^2 {own['r2']:.3f}, {own['n']} "
@@ -879,12 +887,13 @@ def fit_command(a) -> str:
         if found := check_horizon(fitted, table, a.extrapolate, a.basin):
             lines += cost_lines(f"real runs at D = {a.extrapolate:g}", found)
     if a.hold_out:
-        lines += cost_lines("held out, the largest N", hold_out(table, a.basin))
+        with reading(f"{a.runs} --hold_out"):
+            lines += cost_lines("held out, the largest N", hold_out(table, a.basin))
     if a.plot:
         plot_fit(fitted, law, a.plot)
     if a.output:
         if Path(a.output).exists():
-            load_law(a.output, "--output")  # no other file is written over
+            load_law(a.output, "--output")  # refuses to overwrite what is not a law
         with written_whole(a.output) as new:
             new.write_text(json.dumps(
                 {"version": LAW_VERSION, "units": "parameters, tokens", **law}, indent=1))
@@ -923,7 +932,7 @@ def numbers(text: str) -> list[float]:
     else:
         values = [float(value) for value in text.split(",")]
     if not values or not all(0 < value < math.inf for value in values):
-        raise ValueError(text)
+        raise ValueError
     return list(dict.fromkeys(values))
 
 
@@ -937,7 +946,7 @@ def shard(text: str) -> slice:
     """The runs that "I/N" stands for: every N-th from the I-th."""
     i, n = map(int, text.split("/"))
     if not 1 <= i <= n:
-        raise ValueError(text)
+        raise ValueError
     return slice(i - 1, None, n)
 
 
@@ -983,7 +992,7 @@ COMMANDS = {
         "--params": ("standard,mup,completep", "parametrizations", listed(str)),
         "--steps": (5, "of training"), "--seeds": (2, "to average over")}}
 
-WITHOUT_TRAINING = (fit_command, predict_command)
+WITHOUT_TRAIN_FLAGS = (fit_command, predict_command)
 
 
 def add_flag(parser, names: str, default, text: str, kind=str):
@@ -1005,14 +1014,14 @@ def main(argv):
         one = commands.add_parser(function.__name__.removesuffix("_command"),
                                   help=function.__doc__.split("\n")[0])
         one.set_defaults(function=function)
-        if function not in WITHOUT_TRAINING:
+        if function not in WITHOUT_TRAIN_FLAGS:
             one.epilog = "flags of train.py follow after --"
         for names, options in flags.items():
             add_flag(one, names, *options)
     at = argv.index("--") if "--" in argv else len(argv)
     a = parser.parse_args(argv[:at])
     a.flags = argv[at + 1:]  # of train.py
-    if a.flags and a.function in WITHOUT_TRAINING:
+    if a.flags and a.function in WITHOUT_TRAIN_FLAGS:
         raise BadInput(f"{argv[0]} takes no flags of train.py after --: {a.flags}")
     print(a.function(a))
 

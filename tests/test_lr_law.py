@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import multiprocessing
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -122,6 +123,7 @@ def test_an_extrapolated_horizon_has_the_losses_and_the_optimum_of_runs_there(tm
     (c2, c1, _), (d2, d1, _) = (np.polyfit(np.log(LR), moving(d, LR), 2) for d in (3.2e6, 4e5))
     expected = c2 * (c1 / (2 * c2) - d1 / (2 * d2)) ** 2
     assert costs["the longest run's lr*"] == pytest.approx([expected, expected], rel=1e-6)
+    assert not lr_law.check_horizon([f for f in fitted if f.D > 3e5], runs, 3.2e6, 9), "too few"
 
 
 @pytest.mark.exercise("fit_law")
@@ -216,7 +218,7 @@ def test_near_optima_take_the_best_group():
     assert (found.N, found.D, found.lr) == pytest.approx((1.0, 1.0, 2.0))
 
 
-def test_holding_out_the_largest_size_costs_what_it_should():
+def test_holding_out_the_largest_size_costs_what_it_should(tmp_path):
     """Two batches, each with a law of its own, fitted on the smaller sizes: it costs nothing at the
     largest. What Step Law costs there is computed by hand."""
     def best(N, D, group):
@@ -233,8 +235,11 @@ def test_holding_out_the_largest_size_costs_what_it_should():
     assert costs["the joint law"].min() > 1e-3
     off = np.array([math.log(published("step", 4e6, D) / best(4e6, D, g)) for D, g in slices])
     np.testing.assert_allclose(costs["Step Law, published"], 0.05 * off**2, rtol=1e-6)
-    with pytest.raises(BadInput, match="--hold_out.*1e.06"):
-        lr_law.hold_out(runs_of([row for row in rows if row[0] == 1e6]))
+    one_size = write_table(tmp_path / "one.csv", [row for row in rows if row[0] == 1e6])
+    with pytest.raises(BadInput, match="one.csv.*--hold_out.*1e.06"):
+        main(["fit", one_size, "--group=bs", "--hold_out"])
+    said = lr_law.report(hand_law(r2=1.0, n=4), fit_slices(runs_of(rows))[::7], 0)
+    assert "alone" not in "".join(said), "3 optima give neither group a law"
 
 
 def test_published_laws_have_their_published_values():
@@ -361,19 +366,16 @@ def table(path, *names):
         return [tuple(float(row[name]) for name in names) for row in csv.DictReader(file)]
 
 
-def test_a_reading_is_a_run_of_that_length_also_after_a_kill(tmp_path, tiny_sweep, monkeypatch):
+def test_a_reading_is_a_run_of_that_length_also_after_a_signal(tmp_path, tiny_sweep, monkeypatch):
     path, original = tmp_path / "runs.csv", train.train
     words = ["sweep", str(path), "--sizes=1x16,2x32", "--lrs=0.01", "--tokens=1280,2560"]
 
-    def killed_at_the_longer_horizon(c):
-        result = original(c)
-        if c.steps == 10:
-            raise InterruptedError
-        return result
+    def stopped_at_the_longer_horizon(c):
+        return original(c) | {"interrupted": signal.SIGTERM if c.steps == 10 else 0}
 
     main([*words, "--shard=2/2", *tiny_sweep])
-    monkeypatch.setattr(train, "train", killed_at_the_longer_horizon)
-    with pytest.raises(InterruptedError):
+    monkeypatch.setattr(train, "train", stopped_at_the_longer_horizon)
+    with pytest.raises(SystemExit, match="143"):
         main([*words, *tiny_sweep])
     monkeypatch.setattr(train, "train", original)
     main([*words, *tiny_sweep])
