@@ -10,20 +10,20 @@
 
 Read `loop` first: it is the training loop. The loss of a step is a sum of terms (`make_terms`).
 Each term is a small class in the file of its idea. After the loop come the parts of a run, then
-tokenizers, tokens, the flags and their checks, devices, files, and the command line. Everywhere,
-`c` is a Config (the flags of a run), and run, data, devices and batch are a Run, a Data, a Devices
-and a Batch.
+tokenizers, tokens, the flags and their checks, devices, files, and the command line. Parameters
+without a type: `c` is a Config (the flags of a run), and run, data, devices and batch are a Run, a
+Data, a Devices and a Batch.
 
 Names and symbols
     step            optimizer steps taken so far
     pass            one forward and backward pass on one device; a step has one or more
     block           here: block_size + 1 consecutive tokens, which are the inputs and, shifted by
                     one, the targets. (In model.py, a block is a layer of the model.)
-    record          an item of the data: one block, or in step_by_step a pair of sequences
+    record          an item of the data: one block, or in step_by_step a question with its answers
     rows            sequences in a record: 1, or 2 in step_by_step with rationales
     rank, world     the number of this process, and the number of processes; each has its own device
-    nats            mean negative log-likelihood per token. Bits per byte is nats / ln 2 / (bytes
-                    per token); it can be compared between tokenizers
+    nats            unit of the loss, the mean negative log-likelihood per token. Bits per byte is
+                    nats / ln 2 / (bytes per token); it can be compared between tokenizers
     MFU             model FLOPs utilization: the model's FLOPs per second over the device's peak
     shard           a file of token ids
     stop            the first step without the teacher
@@ -209,7 +209,8 @@ def forward(run, batch, synchronize: bool) -> Pass:
     synchronize: whether the backward pass averages gradients over the ranks."""
     step = run.state.step
     idx, targets, counted = batch.idx, batch.targets, batch.counted
-    # In an autocast of its own, as a term can sample, which caches weights without gradients.
+    # In an autocast of its own: a term can sample without gradients, and autocast caches the
+    # weights that it has cast there. They must not come into the forward pass below.
     with run.devices.autocast():
         for term in run.terms:
             idx, targets = term.batch(run.model, idx, targets, step, batch.first)
@@ -250,13 +251,13 @@ def mean_over_ranks(devices, values: dict) -> dict:
 def evaluate(run) -> tuple[float, float]:
     """(nats per token, bits per byte) on eval_tokens held-out tokens: n blocks, evenly spaced, and
     shared among the ranks. Every evaluation reads the same blocks, in batches of one shape."""
-    c, data, devices = run.c, run.data.val, run.devices
-    n = max(1, min(len(data), c.eval_tokens // c.block_size))
+    c, held_out, devices = run.c, run.data.val, run.devices
+    n = max(1, min(len(held_out), c.eval_tokens // c.block_size))
     per_pass = run.records_per_pass
     sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
     for first in range(devices.rank * per_pass, n, devices.world * per_pass):
-        numbers = [min(i, n - 1) * len(data) // n for i in range(first, first + per_pass)]
-        idx, targets = data.batch(numbers)
+        numbers = [min(i, n - 1) * len(held_out) // n for i in range(first, first + per_pass)]
+        idx, targets = held_out.batch(numbers)
         targets[n - first:] = IGNORE  # the last batch repeats a block to fill its shape
         counted = targets[targets != IGNORE]
         with devices.autocast():
@@ -280,8 +281,8 @@ def train(c) -> dict:
     seconds, val_loss, bits_per_byte, interrupted (the number of the signal that stopped the run, or
     0) and history (the lines of metrics.jsonl). With dry_run: see print_plan.
 
-    Raises BadInput for wrong flags or files, before it makes a folder; NonFinite when the run
-    diverges; OSError when a file cannot be written."""
+    Raises BadInput for wrong flags or files, before it makes the run's folder; NonFinite when the
+    run diverges; OSError when a file cannot be written."""
     check(c, int(os.environ.get("WORLD_SIZE", 1)))
     devices = set_up_devices(c)
     compare_ranks(c, devices)
@@ -348,24 +349,24 @@ class Run:
     def begin(self, out_dir: str):
         """Starts the files of the run in this folder, and the clock."""
         self.c = c = replace(self.c, out_dir=out_dir)
-        data, devices = self.data, self.devices
+        devices = self.devices
         self.checkpoint = Path(out_dir) / "ckpt.pt"
         on_rank_0(drop_later_lines, out_dir, self.state.step)
         self.provenance = provenance(devices)
         config = {**asdict(c), "provenance": self.provenance}
         on_rank_0(write_json, Path(out_dir) / "config.json", config)
-        # When the run would have begun, if it had done nothing but train
+        # The run's seconds are perf_counter() - began: evaluating and saving move `began` on
         self.began = time.perf_counter() - self.state.seconds
         self.logged = replace(self.state)  # the state at the last line of training
         say(f"{out_dir}: {self.model.num_params():,} parameters, "
             f"{self.model.flops_per_token():,} FLOPs per token, "
             f"{'bf16' if devices.bf16 else 'fp32'} on {devices.world} x {devices.name()}; "
-            f"{len(data.train) * c.block_size:,} training tokens, "
-            f"{len(data.val) * c.block_size:,} held out")
+            f"{len(self.data.train) * c.block_size:,} training tokens, "
+            f"{len(self.data.val) * c.block_size:,} held out")
 
     def load(self, checkpoint: dict):
-        """Continues from a checkpoint: weights, optimizers, terms and state. Nothing in a step
-        draws from a random number generator that would have to be restored too."""
+        """Continues from a checkpoint: optimizers, terms and state (__init__ has loaded the
+        weights). Steps do not use torch's random number generator, so its state is not stored."""
         with reading(f"--resume={self.c.resume}"):
             if not self.optimizers.load_state_dict(checkpoint["optimizers"]):
                 say("the checkpoint has no multipliers of this kind and placement; they start at 1")
@@ -388,21 +389,21 @@ class Run:
     def batches(self):
         """The endless stream of this rank's batches. The place in the data follows from the number
         of tokens seen, so a run can be resumed with another batch size or number of ranks."""
-        c, data, device = self.c, self.data.train, self.devices.device
+        c, training, device = self.c, self.data.train, self.devices.device
         rank, world = self.devices.rank, self.devices.world
         records = self.records_per_rank * world  # of a step
         passes = self.accumulation * world  # of a step
-        place = self.state.tokens // (c.block_size * data.rows)  # of the step's first record
+        place = self.state.tokens // (c.block_size * training.rows)  # of the step's first record
         while True:
-            numbers = block_numbers(c.seed, place, records, len(data))
-            counted = [n / passes for n in data.counted(numbers)]  # mean of a pass, see model.Pass
+            numbers = block_numbers(c.seed, place, records, len(training))
+            counted = [n / passes for n in training.counted(numbers)]  # see model.Pass
             for i in range(0, self.records_per_rank, self.records_per_pass):
                 first = rank * self.records_per_rank + i
-                batch = data.batch(numbers[first:first + self.records_per_pass])
+                tensors = training.batch(numbers[first:first + self.records_per_pass])
                 if device.type == "cuda":
-                    batch = [tensor.pin_memory() for tensor in batch]
-                idx, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
-                yield Batch(idx, targets, counted, (place + first) * data.rows)
+                    tensors = [tensor.pin_memory() for tensor in tensors]
+                idx, targets = (tensor.to(device, non_blocking=True) for tensor in tensors)
+                yield Batch(idx, targets, counted, (place + first) * training.rows)
             place += records
 
     def drop_finished_terms(self):
@@ -515,7 +516,7 @@ def model_config(c, vocab_size: int) -> ModelConfig:
     if c.param != "standard":
         width = c.n_embd / c.base_n_embd
         ratios["width_ratio"] = width
-        ratios["head_ratio"] = width * (c.base_n_head or c.n_head) / c.n_head  # of n_embd / n_head
+        ratios["head_ratio"] = width * (c.base_n_head or c.n_head) / c.n_head  # of a head's width
     if c.param == "completep":
         ratios["depth_ratio"] = c.n_layer / c.base_n_layer
     flags = {name: getattr(c, name) for name in ARCHITECTURE}
@@ -550,9 +551,9 @@ def refuse_others(c, needed: dict, where: str):
 
 
 def load_run(path: str) -> dict:
-    """The checkpoint of --resume, with two entries replaced or added: `config`, a Config whose stop
-    is in steps, and `state`, a State. Raises BadInput for a file without a run, or with values that
-    no run has. Run.load checks the rest."""
+    """The checkpoint of --resume. Its `config` is made a Config whose stop is in steps, and its
+    progress is also in `state`, a State. Raises BadInput for a file without a run, or with values
+    that no run has. Run.load checks the rest."""
     checkpoint = load_checkpoint(path, flag="--resume=")
     if not checkpoint.get("config"):
         raise BadInput(f"--resume={path}: holds a model without the state of a run; --init_from "
@@ -626,8 +627,8 @@ def needs_teacher(c, step: int) -> bool:
 
 
 def open_teacher(c, data, devices):
-    """The frozen teacher. With --dtype=bf16 a published model has bf16 weights. Ours keeps fp32
-    weights and runs under autocast."""
+    """The frozen teacher. A published model has bf16 weights where matrix products are in bf16. A
+    checkpoint of ours keeps its fp32 weights and runs under autocast."""
     name = c.teacher
     if name == "auto":
         t = automatic_teacher(c, data)
@@ -640,16 +641,17 @@ def open_teacher(c, data, devices):
 
 def automatic_teacher(c, data) -> "Config":
     """The flags of the run that trains the teacher of --teacher=auto. It has half of the student's
-    blocks, half its width, tied embeddings, and 1.25 times the student's tokens (all our choice).
-    All other flags have their defaults and the seed is fixed, so that students with any seed,
-    optimizer and learning rate share one teacher. Its folder is in the cache, named by a hash of
-    these flags and of the training data."""
+    blocks and heads, half its width (a multiple of twice the heads), tied embeddings, and 1.25
+    times the student's tokens (all our choice). Data, tokenizer, block_size and batch_tokens are
+    the student's. All other flags have their defaults and the seed is fixed, so that students with
+    any seed, optimizer and learning rate share one teacher. Its folder is in the cache, named by a
+    hash of these flags and of the training data."""
     heads = max(1, c.n_head // 2)
     t = Config(data=c.data, tokenizer=c.tokenizer, vocab_size=c.vocab_size, block_size=c.block_size,
                batch_tokens=c.batch_tokens, n_layer=max(1, c.n_layer // 2), n_head=heads,
                n_embd=max(2 * heads, c.n_embd // 2 // (2 * heads) * 2 * heads),
                tie_embeddings=True, steps=math.ceil(1.25 * c.steps), seed=1_000_003,
-               warmup_steps=min(c.steps // 10, FLAGS["warmup_steps"].default), sample_tokens=0)
+               warmup_steps=min(c.steps // 10, Config.warmup_steps), sample_tokens=0)
     if c.distill == "let" and c.let_teacher_layer not in range(-t.n_layer - 1, t.n_layer + 1):
         raise BadInput(f"--let_teacher_layer={c.let_teacher_layer}: the automatic teacher has "
                        f"{t.n_layer} blocks")
@@ -661,8 +663,8 @@ def automatic_teacher(c, data) -> "Config":
 
 
 def train_teacher(t: "Config") -> str:
-    """Trains or resumes the teacher's run, unless it is finished. Returns its checkpoint. A signal
-    that stops it exits. If another process trains the same teacher, waits for it."""
+    """Trains or resumes the teacher's run, unless it is finished. Returns its checkpoint. Exits if
+    a signal stops the run. If another process trains the same teacher, waits for it."""
     path = Path(t.out_dir) / "ckpt.pt"
     with contextlib.ExitStack() as held:
         on_rank_0(held.enter_context, locked(t.out_dir, wait=True))
@@ -713,7 +715,8 @@ def make_optimizers(c, model: GPT, terms: list, devices) -> Optimizers:
 
 
 def print_plan(c, data, teacher) -> dict:
-    """--dry_run: prints and returns what the run would cost. flops: the teacher's included;
+    """--dry_run: prints and returns what the run would cost. flops: the teacher's included, with
+    the student's sampling (on_policy) in all steps if it is in the first one, else in none;
     memory_bytes: of weights, gradients and optimizer, without activations. A new model is made on
     the meta device, which needs no memory."""
     if c.init_from:
@@ -836,7 +839,7 @@ def make_tokenizer_for(c, texts) -> dict:
 
 
 def pretrained_tokenizer(c) -> dict:
-    """The tokenizer of --tokenizer=teacher: that of the model of --init_from, or else --teacher."""
+    """The tokenizer of --tokenizer=teacher: that of --init_from, or else of --teacher."""
     if c.init_from:
         return load_tokenizer(c.init_from, "--init_from=")
     return load_tokenizer(c.teacher)
@@ -865,9 +868,9 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def block_numbers(seed: int, first: int, count: int, n: int) -> list[int]:
-    """The blocks at the places first, ..., first + count - 1 of an endless stream of epochs. Places
-    and epochs count from 0. Epoch e is permutation(seed, e, n), an order of all n blocks. Nothing
-    else is needed to resume, or on another rank."""
+    """The numbers of the blocks (records) at the places first, ..., first + count - 1 of an endless
+    stream of epochs. Places and epochs count from 0. Epoch e is permutation(seed, e, n), an order
+    of all n blocks. A resumed run or another rank needs nothing but these arguments."""
     places = range(first, first + count)
     return [int(permutation(seed, place // n, n)[place % n]) for place in places]
 
@@ -998,13 +1001,14 @@ def find_files(data: str) -> tuple[Path, list[Path]]:
     if data == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         files = [p for p in root.rglob("*.py") if not NOT_READ & {*p.relative_to(root).parts}]
+        # (_sysconfigdata*.py are the settings that this Python was built with)
         return root, sorted(p for p in files if not p.name.startswith("_sysconfigdata"))
     path, found = Path(data), [data]
     if path.is_dir():
         found = files_below(path)
     elif not path.exists():
         found = glob.glob(data, recursive=True)  # without hidden files and folders
-    found = sorted(map(Path, found), reverse=True)  # of two links to a file the first one stays
+    found = sorted(map(Path, found), reverse=True)  # of two links to a file, `once` has the first
     once = {p.resolve(): p for p in found if p.is_file()}
     files = sorted(once.values())
     if not files:
@@ -1244,8 +1248,8 @@ class Config:
     data: str = flag("stdlib", "stdlib, a text file, a glob or folder of text, token shards (.bin, "
                      ".npy) or a folder of them, or a download: shakespeare, tinystories, fineweb")
     tokenizer: str = flag("bpe", "bpe (trained on the data at first use), bytes, a tiktoken name "
-                          "such as gpt2, or teacher (that of --teacher or --init_from); for "
-                          "shards, the one that made them")
+                          "such as gpt2, or teacher (that of --init_from, or else of "
+                          "--teacher); for shards, the one that made them")
     vocab_size: int = flag(4096, "tokens of the bpe tokenizer, end of text included", least=257,
                            needs="tokenizer == 'bpe'")
     block_size: int = flag(ModelConfig.block_size, "tokens in a sequence", least=1, most=2**24)
@@ -1465,8 +1469,9 @@ def check_combinations(c, world: int):
         yield c.micro_batch % 2 == per_rank % 2 == 0, "micro_batch batch_tokens distill", (
             "must be even: a record is a pair of sequences")
     if c.let_loss == "logsum":
-        yield sequences <= c.micro_batch, "let_loss micro_batch", (
-            "its statistics are over all sequences of a step: one pass must hold them, on one rank")
+        yield world == 1 and sequences <= c.micro_batch, "let_loss micro_batch", (
+            "its statistics are over all sequences of a step: one pass must hold them, on one rank "
+            f"(here {world})")
 
     if c.schedule.startswith("wsd"):
         yield c.warmup_steps <= c.steps, "warmup_steps steps", "the warm-up is longer"
@@ -1486,7 +1491,7 @@ def check_combinations(c, world: int):
 
 
 def check_run(c, world: int):
-    """Whether this machine has what the run needs."""
+    """Whether this machine has what the run needs, and --out_dir has no other run."""
     yield c.data != "", "data", "a file, a folder or a name is needed"
     yield c.device == "auto" or device_exists(c.device), "device", "no such device here"
     yield world == 1 or ":" not in c.device, "device", "each process takes a GPU of its own"
@@ -1589,7 +1594,8 @@ def set_up_devices(c) -> Devices:
 
 
 def compare_ranks(c, devices):
-    """Raises BadInput on all ranks unless they have the same flags, source and checkpoint."""
+    """Raises BadInput on all ranks unless they have the same flags, source, version of torch, type
+    in matrix products and checkpoint."""
     if not dist.is_initialized():
         return
     own = {f"--{name}": value for name, value in asdict(c).items()}
@@ -1613,8 +1619,7 @@ def patient_group():
 
 
 def on_rank_0(work, *args):
-    """Calls work(*args) on rank 0 alone, and returns its result, or raises its error, on all ranks.
-    """
+    """Calls work(*args) on rank 0 alone. Returns its result, or raises its error, on all ranks."""
     if not dist.is_initialized():
         return work(*args)
     box = [None, None]

@@ -1131,7 +1131,8 @@ def test_a_start_from_an_architecture_that_is_not_ours_is_refused(monkeypatch):
 @pytest.mark.parametrize("flags, world, names", [
     ({}, 3, "--batch_tokens 3"), ({}, 16, "16"), ({"device": "cuda:0"}, 2, "--device=cuda:0"),
     ({"batch_tokens": 12 * 32}, 2, "--micro_batch=4 6"),
-    ({**STEP_BY_STEP, "micro_batch": 1}, 1, "--micro_batch=1")])
+    ({**STEP_BY_STEP, "micro_batch": 1}, 1, "--micro_batch=1"),
+    ({**LET, "teacher": "x", "let_loss": "logsum", "micro_batch": 8}, 2, "--let_loss=logsum 2")])
 def test_ranks_must_share_the_sequences_and_have_a_gpu_each(flags, world, names, tiny):
     """Of a record's pair of sequences no rank has one alone."""
     with pytest.raises(t.BadInput) as error:
