@@ -1095,11 +1095,15 @@ def generate(model, idx, n_tokens: int, temperature=1.0, top_k=0, top_p=1.0, see
 
 
 def tokenizer_to_dict(enc: tiktoken.Encoding) -> dict:
-    """What defines an encoding, in plain types: a checkpoint holds it and needs no other file. A
-    tokenizer of Hugging Face has the text of its tokenizer.json under `json`, and its pattern and
-    ranks are empty, see teacher.py."""
-    return {"name": enc.name, "pattern": enc._pat_str, "special": dict(enc._special_tokens),
-            "ranks": {token.hex(): rank for token, rank in enc._mergeable_ranks.items()}}
+    """What defines an encoding, in plain types: a checkpoint holds it and needs no other file. The
+    ids that some encodings leave out, which a model can sample, become special tokens. A tokenizer
+    of Hugging Face has the text of its tokenizer.json under `json`, and its pattern and ranks are
+    empty, see teacher.py."""
+    ranks, special = enc._mergeable_ranks, enc._special_tokens
+    left_out = {*range(enc.n_vocab)} - {*ranks.values(), *special.values()}
+    return {"name": enc.name, "pattern": enc._pat_str,
+            "special": {**special, **{f"<|unused_{i}|>": i for i in left_out}},
+            "ranks": {token.hex(): rank for token, rank in ranks.items()}}
 
 
 def tokenizer_from_dict(d: dict):

@@ -1128,7 +1128,7 @@ def write_shard(path: Path, documents, enc):
             count += len(tokens)
             progress.update(sum(map(len, texts)))
         f.seek(0)
-        f.write(np.array([magic, 1, count], np.int32))
+        f.write(np.array([magic, 1, count % 2**32], np.uint32))
 
 
 def cut_documents(documents):
@@ -1148,18 +1148,18 @@ SHARD_DTYPES = {20240520: np.uint16, 20240801: np.uint32}  # llm.c's magic numbe
 
 def open_shard(path: Path, n_vocab: int, flags="") -> np.ndarray:
     """The tokens of a shard, memory-mapped: a .npy file; or a .bin file, with llm.c's header (256
-    int32: magic number, version, number of tokens), as in our cache, or of bare tokens (nanoGPT).
-    Bare tokens are taken for uint32 if the first 2^18, read as uint32, are all below n_vocab, which
-    pairs of uint16 tokens hardly ever are. Otherwise they are uint16. n_vocab: of the tokenizer
-    that made them. flags: what the user wrote. Raises BadInput."""
+    uint32: magic number, version, tokens modulo 2^32), as in our cache; or of bare tokens, as of
+    nanoGPT. These are taken for uint32 if the first 2^18, read as uint32, are all below n_vocab,
+    which pairs of uint16 tokens hardly ever are. Otherwise they are uint16. n_vocab: of the
+    tokenizer that made them. flags: what the user wrote. Raises BadInput."""
     with reading(f"{flags}: {path}"):
         with open(path, "rb") as file:
-            magic, _, count = np.frombuffer(file.read(12), np.int32).tolist()
+            magic, _, count = np.frombuffer(file.read(12), np.uint32).tolist()
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         elif magic in SHARD_DTYPES:
             array = np.memmap(path, SHARD_DTYPES[magic], mode="r", offset=1024)
-            if len(array) != count:
+            if len(array) % 2**32 != count:
                 raise BadInput(f"{len(array)} tokens, and {count} according to its header; "
                                "truncated?")
         elif path.stat().st_size in (1024 + 2 * count, 1024 + 4 * count):

@@ -608,6 +608,9 @@ def test_a_tokenizer_survives_json_and_its_id_is_of_what_it_does():
     swapped = {**d["ranks"], b"th".hex(): 257, b"the".hex(): 256}
     changes = ({}, {"pattern": r"\w+|\W"}, {"special": {"<|end|>": 260}}, {"ranks": swapped})
     assert len({lib.tokenizer_id({**d, **change}) for change in changes}) == 4
+    d["special"][lib.END_OF_TEXT] = 300  # ids between are left out, as in cl100k_base
+    gaps = lib.tokenizer_from_dict(lib.tokenizer_to_dict(lib.tokenizer_from_dict(d)))
+    assert gaps.decode([280, 300]) == "<|unused_280|><|endoftext|>"
 
 
 def test_json_lines_are_read_and_a_wrong_one_is_refused_by_its_number(tmp_path):
