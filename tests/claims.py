@@ -642,7 +642,7 @@ VECTOR = "--multipliers=vector "
 TWO_BLOCKS = SHORT + ADAMW + ("--n_layer=2 --n_embd=64 --vocab_size=1024 --block_size=128 "
                               "--micro_batch=16 --steps=400 --weight_decay=1 --decay_fraction=0.2 ")
 SIDES = {"none": "", "vector": VECTOR}
-MUON_RATES, ADAMW_RATES = (0.006, 0.012, 0.024), (0.003, 0.006, 0.012)
+MUON_RATES, ADAMW_RATES = (0.003, 0.006, 0.012, 0.024), (0.003, 0.006, 0.012)
 FREE = {"fixed": "--frozen_gains=final", "gain": "", "none": "--frozen_gains=blocks",
         "scalar": "--frozen_gains=final --multipliers=scalar --multiplier_modules=head",
         "scalars": "--frozen_gains=blocks --multipliers=scalar --multiplier_modules=mlp"}
