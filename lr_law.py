@@ -901,6 +901,17 @@ def fit_command(a) -> str:
     return "\n".join(lines)
 
 
+def describe_prediction(at: dict) -> str:
+    """What predict_law returned, as text."""
+    text = "lr {:.4g}   90 % interval {:.4g} to {:.4g}".format(at["lr"], *at["interval"])
+    if at["decades"] > 0:
+        far = ": do not trust it far" if at["decades"] > 1 else ""
+        text += f"\n{at['decades']:.2f} decades beyond the data{far}"
+    for name in at["unknown"]:
+        text += f"\nthe data have one {name}: lr* is taken not to change with it"
+    return text
+
+
 def predict_command(a) -> str:
     """The learning rate at a size and a horizon."""
     N, D = a.n_params, a.tokens
@@ -909,14 +920,7 @@ def predict_command(a) -> str:
         return f"lr {published(a.law, N, D, a.anchor):.4g}   ({a.law}: {LAWS[a.law][0]}{ratio})"
     if a.anchor:
         raise BadInput(f"--law={a.law} --anchor: only published laws take an anchor")
-    at = predict_law(load_law(a.law, "--law"), N, D)
-    text = "lr {:.4g}   90 % interval {:.4g} to {:.4g}".format(at["lr"], *at["interval"])
-    if at["decades"] > 0:
-        far = ": do not trust it far" if at["decades"] > 1 else ""
-        text += f"\n{at['decades']:.2f} decades beyond the data{far}"
-    for name in at["unknown"]:
-        text += f"\nthe data have one {name}: lr* is taken not to change with it"
-    return text
+    return describe_prediction(predict_law(load_law(a.law, "--law"), N, D))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from lr_law import law_rate, load_law
+from lr_law import describe_prediction, load_law, predict_law
 from model import (
     END_OF_TEXT,
     GPT,
@@ -685,9 +685,9 @@ def learning_rate_by_law(c, model: GPT) -> "Config":
     if not c.lr_law:
         return c
     N, D = model.num_params() - model.embed.weight.numel(), c.steps * c.batch_tokens
-    lr = law_rate(load_law(c.lr_law, "--lr_law"), N, D)
-    say(f"--lr={lr:.4g}, by {c.lr_law} at N = {N:,} and D = {D:,}")
-    return replace(c, lr=lr, lr_law="")
+    predicted = predict_law(load_law(c.lr_law, "--lr_law"), N, D)
+    say(f"{c.lr_law}, at N = {N:,} and D = {D:,}: {describe_prediction(predicted)}")
+    return replace(c, lr=predicted["lr"], lr_law="")
 
 
 def freeze_gains(model: GPT, which: str):
