@@ -459,6 +459,12 @@ EARLY = DEFAULT + "--steps=90 --schedule=constant --save_every=30 --keep_checkpo
 KEPT = OWN + "--save_every=50 --keep_checkpoints=true "
 
 CLAIMS = {}
+CLAIMS["two-commands"] = Claim(
+    "Does the README's second command end lower than train.py without a teacher?", LET,
+    {"plain": "", "let": "--teacher=auto --let_weight=3"},
+    {"the README's command ends lower than plain training": "loss: let - plain < 0"},
+    LOSS | {"bits": last("bits_per_byte")}, note="The automatic teacher is trained once, before "
+    "the runs; its training counts in neither FLOPs nor seconds.")
 CLAIMS["let-smollm2"] = Claim(
     "Does a published teacher, SmolLM2-135M, speed up a student that reads its tokens?",
     LET + "; weight 0.1 is the best of 0.01 to 3",
