@@ -277,8 +277,8 @@ def law_numbers(results, sizes, seed, held_out, active=False):
              "cost": statistics.mean(costs) if costs else math.nan}
     if not isinstance(held_out, str):  # eq. 4: the loss at the longest horizon, from shorter ones
         real = {(f.N, lr): loss for f in held for lr, loss in zip(f.rates, f.losses)}
-        foretold = lr_law.extrapolate(table, held_out)
-        errors = [abs(p["loss"] - real[p["N"], p["lr"]]) for p in foretold
+        predicted = lr_law.extrapolate(table, held_out)
+        errors = [abs(p["loss"] - real[p["N"], p["lr"]]) for p in predicted
                   if (p["N"], p["lr"]) in real]
         found["extrapolation"] = statistics.median(errors) if errors else math.nan
     return found
@@ -406,16 +406,16 @@ LOSS = ONE | {"steps": reach("step"), "flops": reach("flops"), "seconds": reach(
 HEADINGS = {"loss": "held-out nats", "steps": "steps to it, %", "flops": "FLOPs to it, %",
             "seconds": "seconds to it, %", "python": "python pairs, %"}
 NOTES = {  # columns, as patterns, and what they are
-    "steps flops seconds": "where a run comes down to the reference's final loss, in % of the "
-    "reference's own number; the teacher's passes count, its training does not",
-    "python": "share of minimal pairs of Python that get the higher likelihood when right",
-    "N active": "parameters without the embedding; active: without idle experts",
+    "steps flops seconds": "what a run needs to reach the reference's final loss, in % of what the "
+    "reference needed; the teacher's passes count, its training does not",
+    "python": "share of the minimal pairs in which the right text has the higher likelihood",
+    "N active": "parameters without the embedding; active: with the experts that one token uses",
     "D[0-9]*": "held-out loss after so many tokens",
     "b c": "exponents of N and D in the fitted law",
-    "law_r2 parabola_r2": "R^2 of ln lr*, and the median one of the parabolas with four learning "
-    "rates or more",
+    "law_r2 parabola_r2": "R^2 of the law in ln lr*; median R^2 of the parabolas through four "
+    "learning rates or more",
     "cost": "nats that the law's learning rate costs where it was not fitted, by a parabola",
-    "extrapolation": "median error of the losses foretold at the longest horizon, in nats",
+    "extrapolation": "median error of the losses predicted at the longest horizon, in nats",
     "shift": "ln of the target's best learning rate over the proxy's",
     "ln_rate gain": "ln of the best learning rate, by a parabola; what LET gains at one rate",
     "cosine_*": "mean cosine of the guided state and the teacher's at a step; rise: from 50 to 300",
@@ -606,12 +606,12 @@ CLAIMS["law-sweep"] = Claim(
     READ, derive=fit_laws(SMALL, "4x128"), picture=law_picture,
     note=LAW_ROWS + " The sizes 2x48, 2x64 and 3x96 make the law; 4x128 is held out.")
 CLAIMS["law-horizon"] = Claim(
-    "Does the law hold at a longer horizon, and can the losses there be foretold?",
+    "Does the law hold at a longer horizon, and can the losses there be predicted?",
     "LR law, arXiv 2601.05049: L(D) = L_0 + A D^-gamma spares the long runs",
     sweep(SMALL),
     {"the law's learning rate costs a run of twice the tokens less than 0.01 nats":
      "cost: law < 0.01",
-     "the losses there are foretold to 0.02 nats": "extrapolation: law < 0.02",
+     "the losses there are predicted to 0.02 nats": "extrapolation: law < 0.02",
      "the best learning rate falls with D": "c: law < 0"},
     READ, derive=fit_laws(SMALL, HORIZONS[-1]),
     note=LAW_ROWS + " The longest horizon is held out.")
