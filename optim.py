@@ -424,17 +424,6 @@ def make_schedule(name: str, steps: int, warmup: int, decay_fraction: float):
     return partial(SCHEDULES[name], steps=steps, warmup=warmup, decay_fraction=decay_fraction)
 
 
-def stable_phase(name: str, steps: int, warmup: int, decay_fraction: float) -> range:
-    """Steps at which the learning rate is at its peak and no decay has begun: a decay may branch
-    off there. Empty for a schedule without such a phase, such as cosine."""
-    if name == "constant":
-        decay_fraction = 0.0
-    elif not name.startswith("wsd"):
-        return range(0)
-    end = math.floor((1 - decay_fraction) * steps + 1e-6)  # 0.7 * 70 is below 49 in floats
-    return range(warmup, end + 1)
-
-
 # --------------------------------------------------------------------------------------------------
 # Where each parameter goes
 

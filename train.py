@@ -104,7 +104,6 @@ from optim import (
     Optimizers,
     make_schedule,
     module_factors,
-    stable_phase,
 )
 from probes import PENALTIES, Linearity, read_lines, weight_scales
 from teacher import (
@@ -296,8 +295,6 @@ def train(c) -> dict:
             resumed = load_run(c.resume)
             step = resumed["step"]
             refuse_changes(c, resumed, data.tokenizer)
-            if c.decay_now:
-                c = branch_decay(c, resumed)
         if needs_teacher(c, step):
             teacher = open_teacher(c, data, devices)
         if c.dry_run:
@@ -577,19 +574,6 @@ def refuse_changes(c, resumed: dict, tokenizer: dict):
     refuse_others(c, {name: getattr(resumed["config"], name) for name in FIXED}, where)
     if tokenizer_id(resumed["tokenizer"]) != tokenizer_id(tokenizer):
         raise BadInput(f"{where} --tokenizer={c.tokenizer}: the run has another tokenizer")
-
-
-def branch_decay(c, resumed: dict) -> "Config":
-    """--decay_now: c with a decay from the checkpoint's step to --steps."""
-    stored, step = resumed["config"], resumed["step"]
-    stable = stable_phase(stored.schedule, stored.steps, stored.warmup_steps, stored.decay_fraction)
-    if step not in stable:
-        phase = f"steps {stable.start} to {stable.stop - 1}" if stable else "it has none"
-        raise BadInput(f"--decay_now --resume={c.resume}: step {step} of its {stored.schedule} "
-                       f"schedule is not in the stable phase ({phase})")
-    if c.steps <= step:
-        raise BadInput(f"--decay_now --steps={c.steps}: the decay would begin at step {step}")
-    return replace(c, decay_now=False, decay_fraction=(c.steps - step) / c.steps)
 
 
 def recipe_of(c):
@@ -1387,11 +1371,9 @@ class Config:
     compile: str = flag("auto", "torch.compile; auto: on CUDA only", ("auto", "true", "false"))
     out_dir: str = flag("", "folder of the run; empty: the next free runs/N")
     resume: str = flag("", "checkpoint or run's folder to continue; auto: the run in --out_dir, if "
-                       "there is one. Flags that are not given have the checkpoint's values")
-    decay_now: bool = flag(False, "start a new run from --resume, a checkpoint of the stable "
-                           "phase: the learning rate decays from there to --steps, or over "
-                           "decay_fraction of all steps",
-                           needs="resume and schedule.startswith('wsd')")
+                       "there is one. Flags that are not given have the checkpoint's values. With "
+                       "another --out_dir it is a branch, such as an early decay: --steps=N "
+                       "--decay_fraction=F decays over the last F of N steps")
     init_from: str = flag("", "start from the weights and architecture of a checkpoint, "
                           "smollm2, or a Hugging Face folder or id; a smaller --n_layer takes "
                           "evenly spaced blocks")
@@ -1499,7 +1481,7 @@ def check_run(c, world: int):
     parent = next(p for p in [folder, *folder.parents] if p.exists())
     yield parent.is_dir() and os.access(parent, os.W_OK), "out_dir", f"cannot write to {parent}"
     checkpoint = folder / "ckpt.pt"
-    resumed = c.resume and not c.decay_now and Path(c.resume).resolve() == checkpoint
+    resumed = c.resume and Path(c.resume).resolve() == checkpoint
     yield not c.out_dir or resumed or c.dry_run or not checkpoint.exists(), "out_dir", (
         "this folder has a run; --resume=auto continues it")
     config = folder / "config.json"
@@ -1762,16 +1744,10 @@ def parse_flags(argv) -> Config:
 
 
 def resumed_flags(given: dict) -> Config:
-    """The checkpoint's flags, replaced by those that are given. The run continues in its own
-    folder; --decay_now makes a new one."""
-    checkpoint = load_run(given["resume"])
-    stored = checkpoint["config"]
-    defaults = {"out_dir": str(Path(given["resume"]).parent)}
-    if given.get("decay_now"):  # the decay is the last decay_fraction of all steps
-        share = given.get("decay_fraction", stored.decay_fraction)
-        steps = round(checkpoint["step"] / (1 - share)) if share < 1 else 0
-        defaults = {"out_dir": "", "steps": steps}
-    return replace(stored, **{**defaults, **given})
+    """The checkpoint's flags, replaced by those that are given. Unless --out_dir is given, the run
+    continues in its own folder."""
+    stored = load_run(given["resume"])["config"]
+    return replace(stored, **{"out_dir": str(Path(given["resume"]).parent), **given})
 
 
 def main(argv):

@@ -490,19 +490,6 @@ def test_a_schedule_has_the_factors_by_hand(name, steps, warmup, decay_fraction,
         assert schedule(step) == pytest.approx(factor, abs=1e-12), step
 
 
-def test_a_decay_branches_off_only_where_the_schedule_is_known_to_be_stable(monkeypatch):
-    """Where it is, the factor is 1 up to the end of the phase, and just before the decay."""
-    for name in ("wsd", "wsd_sqrt", "wsd_exponential", "constant"):
-        phase, schedule = (make(name, 70, 10, 0.3)
-                           for make in (optim.stable_phase, optim.make_schedule))
-        assert phase == range(10, 71 if name == "constant" else 50)
-        assert all(schedule(step) == 1 for step in phase) and (schedule(50) == 1) == (50 in phase)
-    assert not optim.stable_phase("wsd", 10, 8, 1.0)
-    assert not optim.stable_phase("cosine", 70, 10, 0.3)
-    monkeypatch.setitem(optim.SCHEDULES, "new", optim.SCHEDULES["wsd"])
-    assert not optim.stable_phase("new", 70, 10, 0.3), "a new schedule is never taken for wsd"
-
-
 def test_a_step_follows_the_schedule():
     """Multipliers have a learning rate of their own, which is the same at any size of the model."""
     model, extra = tiny_model(width_ratio=4.0, depth_ratio=2.0), parameter(3)

@@ -781,25 +781,24 @@ DECAY = dict(schedule="wsd_sqrt", decay_fraction=0.5)
 
 
 @pytest.mark.parametrize("flags, words", [
-    (DECAY, []), (dict(schedule="constant"), ["--schedule=wsd_sqrt", "--decay_fraction=0.5"])])
+    (DECAY, []), (dict(schedule="constant"), ["--schedule=wsd_sqrt"])])
 def test_a_decay_branches_off_and_is_the_run_planned_to_that_length(flags, words, tiny, tmp_path):
     """From step 5 of a long run, with a decay of half of the steps: the run of 10 steps."""
     trunk = stop_at(tiny(**flags, steps=40, out_dir="trunk"), 5)
     kept = Path(trunk).read_bytes()
     planned = t.train(tiny(**DECAY, out_dir="planned"))
-    for steps, more in ((5, []), (20, ["--steps=25"])):
-        branch = t.parse_flags([f"--resume={trunk}", "--decay_now", *words, *more,
+    for steps in (5, 20):
+        branch = t.parse_flags([f"--resume={trunk}", *words, f"--steps={5 + steps}",
+                                f"--decay_fraction={steps / (5 + steps)}",
                                 f"--out_dir={tmp_path}/{steps}"])
         lr = [h["lr"] for h in t.train(branch)["history"] if "lr" in h]
         assert lr == pytest.approx([0.006 * (1 - (i / steps) ** 0.5) for i in range(steps)])
     assert same(state(planned["checkpoint"]), state(tmp_path / "5" / "ckpt.pt"))
     assert Path(trunk).read_bytes() == kept
-    again = t.parse_flags([f"--resume={tmp_path}/5/ckpt.pt"])
-    assert not again.decay_now, "a branch is resumed as any run"
 
 
 @pytest.mark.parametrize("words, last", [
-    (["--decay_now", "--decay_fraction=0.5"], 8), (["--steps=60"], 8),
+    (["--steps=10"], 8), (["--steps=60"], 8),
     (["--steps=60", "--let_stop=0.2"], 12)])
 def test_a_teacher_stops_where_it_did_in_a_branch_and_in_a_longer_run(words, last, tiny, tmp_path):
     flags = {**LET, "let_stop": 0.2, "decay_fraction": 0.5}
@@ -1015,7 +1014,7 @@ REFUSED = """
     --block_size=0 | --batch_tokens=0 | --micro_batch=0 | --eval_tokens=0 | --n_layer=0
     --n_embd=0 | --n_head=0 | --steps=0 | --eval_every=0 | --log_every=0 | --save_every=0
     --embedding_lr=0.0 | --lr=0.0 | --beta1=1.0 | --beta2=1.0 | --momentum=1.0 | --mlp=relu
-    --seed=18446744073709551616 | --decay_now | (--mixer=mamba2) --n_experts=4
+    --seed=18446744073709551616 | (--mixer=mamba2) --n_experts=4
     --n_layers | --Steps | -steps | steps | --resume=auto | --steps | --qk_norm=maybe
     --batch_tokens=100 (--block_size=32) | --micro_batch=3 | --n_head=3 | --n_embd=6 | --mixer=MMA
     --n_kv_head=4 | --mixer=MAX | (--mixer=mamba2) --qk_norm=True | --device=tpu | --d_state=32
@@ -1045,9 +1044,7 @@ REFUSED = """
     --resume=AT/run/ckpt.pt --steps=9 | --resume=AT/bare.pt | RUN --optimizer=adamw
     RUN --n_layer=3 | RUN --mlp=gelu | RUN --block_size=16 | RUN --tie_embeddings=True
     (--steps=12 --vocab_size=300) --resume=AT/run/ckpt.pt --tokenizer=bpe
-    (--out_dir=AT/new) --decay_now --resume=AT/run/step-0000005.pt
-    (--out_dir=AT/new --schedule=wsd) --decay_now --resume=AT/cosine/ckpt.pt | --resume=AT/odd.pt
-    --resume=AT/negative.pt | --resume=AT/word.pt | --resume=AT/nothing.pt
+    --resume=AT/odd.pt | --resume=AT/negative.pt | --resume=AT/word.pt | --resume=AT/nothing.pt
     --resume=AT/part.pt | --resume=AT/nan.pt
     --resume=AT/five.pt | --resume=AT/half.pt | --resume=AT/maybe.pt | --resume=AT/list.pt
 """.strip().replace("\n", "|").split("|")
