@@ -544,7 +544,7 @@ def refuse_others(c, needed: dict, where: str):
     """Raises BadInput if a flag's value is not the needed one."""
     for name, value in needed.items():
         if getattr(c, name) != value:
-            raise BadInput(f"{where} --{name}={getattr(c, name)}: the model has {value}")
+            raise BadInput(f"{where} --{name}={getattr(c, name)}: {value!r} is needed")
 
 
 def load_run(path: str) -> dict:
@@ -1213,8 +1213,8 @@ def load_records(c) -> Data:
 
 def flag(default, help, choices=None, least=None, most=None, needs=None):
     """A flag of Config. choices, least, most: the allowed values. needs: a Python expression of
-    flags, attention_blocks and mamba2_blocks (whether the model has such blocks). Unless it holds,
-    the flag has no effect, and only its default is accepted."""
+    flags and of `blocks`, the set of the mixers in the model ("attention", "mamba2"). Unless it
+    holds, the flag has no effect, and only its default is accepted."""
     return field(default=default, metadata={"help": help, "choices": choices, "least": least,
                                             "most": most, "needs": needs})
 
@@ -1250,18 +1250,18 @@ class Config:
     n_embd: int = flag(ModelConfig.n_embd, "width of the residual stream", least=2, most=2**20)
     n_head: int = flag(ModelConfig.n_head, "query heads", least=1, most=2**16)
     n_kv_head: int = flag(ModelConfig.n_kv_head, "key and value heads, a divisor of n_head; 0: "
-                          "n_head", least=0, needs="attention_blocks")
+                          "n_head", least=0, needs="'attention' in blocks")
     mlp: str = flag(ModelConfig.mlp, "kind of MLP", ("swiglu", "relu2", "gelu"),
-                    needs="attention_blocks")
+                    needs="'attention' in blocks")
     qk_norm: bool = flag(ModelConfig.qk_norm, "RMSNorm on queries and keys",
-                         needs="attention_blocks")
+                         needs="'attention' in blocks")
     tie_embeddings: bool = flag(ModelConfig.tie_embeddings, "one matrix for embedding and head")
     d_state: int = flag(ModelConfig.d_state, "Mamba-2: state size per channel (N)", least=1,
-                        most=2**16, needs="mamba2_blocks")
+                        most=2**16, needs="'mamba2' in blocks")
     ssm_head_dim: int = flag(ModelConfig.ssm_head_dim, "Mamba-2: channels of a head (P)", least=1,
-                             needs="mamba2_blocks")
+                             needs="'mamba2' in blocks")
     n_experts: int = flag(ModelConfig.n_experts, "experts in place of each MLP; 0: a dense MLP",
-                          least=0, most=2**16, needs="attention_blocks")
+                          least=0, most=2**16, needs="'attention' in blocks")
     experts_per_token: int = flag(ModelConfig.experts_per_token, "experts that each token goes to",
                                   least=1, needs="n_experts > 0")
     param: str = flag("standard", "how initialization, learning rate, weight decay and multipliers "
@@ -1420,13 +1420,15 @@ def check_needs(c):
     if not c.init_from:  # otherwise start_from checks the architecture
         model_config(c, 1)  # raises BadInput
     kinds = {*MIXERS.get(c.mixer, c.mixer)}
-    values = {**vars(c), "attention_blocks": kinds & {*"AH"}, "mamba2_blocks": kinds & {*"MH"}}
+    blocks = {mixer for mixer, letters in (("attention", "AH"), ("mamba2", "MH"))
+              if kinds & {*letters}}
     for name, f in FLAGS.items():
         needs = f.metadata["needs"]
         # (with --init_from, FIXED flags have the values of that model, used or not)
         if needs and getattr(c, name) != f.default and not (c.init_from and name in FIXED):
             others = [n for n in FLAGS if n != name and re.search(rf"\b{n}\b", needs)]
-            yield eval(needs, values), " ".join([name, *others]), f"has no effect unless {needs}"
+            holds = eval(needs, {**vars(c), "blocks": blocks})
+            yield holds, " ".join([name, *others]), f"has no effect unless {needs}"
     if c.module_lr or c.multipliers != "none":
         check_modules(c, kinds)
 
