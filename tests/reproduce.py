@@ -536,8 +536,8 @@ def list_claims(root: Path) -> str:
 
 
 def brief(test: dict) -> str:
-    """A rule's number with its interval, to three digits, and the number of seeds."""
-    return f"{test['mean']:.3g} [{test['low']:.3g}, {test['high']:.3g}], n = {test['n']}"
+    """A rule's number with its interval, to two digits, and the number of seeds."""
+    return f"{test['mean']:.2g} [{test['low']:.2g}, {test['high']:.2g}], n = {test['n']}"
 
 
 def claims_table() -> str:
