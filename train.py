@@ -145,7 +145,7 @@ def make_terms(c, model: GPT, teacher=None) -> list:
     stop = teacher_stop(c)
     if learns_rationales(c):
         share = recipe_of(c).weight
-        terms = [Task(0, 1 - share), Task(1, share)]
+        terms = [Task("label", 1 - share), Task("rationale", share)]
     elif teacher is not None and c.distill != "let":
         distill = Distill(teacher, recipe_of(c), stop, seed=c.seed,
                           sampling_flops=model.flops_per_token(backward=False))

@@ -508,7 +508,7 @@ CLAIMS["let-own"] = Claim(
 CLAIMS["let-pairs"] = Claim(
     "Which pair of layers is best? The teacher's letter comes first: Late, Middle, Early.",
     "LET, arXiv 2602.05393: L2E has the lowest perplexity of the six; every M2* is worse than L2*",
-    {"plain": DEEP, "teacher": GOOD,  # by teacher.pair_layers of 6 and 12 blocks
+    {"plain": DEEP, "teacher": GOOD,  # early: an eighth of the blocks, rounded up; middle: half
      **{name: PAIR % layers for name, layers in {
          "L2E": (6, 2), "L2M": (6, 6), "L2L": (6, 12), "M2E": (3, 2), "M2M": (3, 6),
          "M2L": (3, 12)}.items()},

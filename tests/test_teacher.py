@@ -52,25 +52,24 @@ def plain_cosine(student, teacher):
                 for s, h in pairs) / len(pairs)
 
 
-def plain_logsum(student, teacher, power=4.0, eps=1e-5):
-    """log of the mean of |difference|^power, each feature first brought to mean 0 and variance 1
+def plain_logsum(student, teacher):
+    """log of the mean of |difference|^4, each feature first brought to mean 0 and variance 1
     over all tokens."""
     def normed(h):
         centered = h - h.mean((0, 1))
-        return centered / ((centered * centered).mean((0, 1)) + eps).sqrt()
+        return centered / ((centered * centered).mean((0, 1)) + 1e-5).sqrt()
 
-    return torch.log(((normed(student) - normed(teacher)).abs() ** power).mean())
+    return torch.log(((normed(student) - normed(teacher)).abs() ** 4).mean())
 
 
 @pytest.mark.exercise("cosine_loss")
 def test_lets_loss_is_minus_the_mean_cosine_over_tokens_in_float32():
     student, teacher = (randn(2, 5, 7, seed=seed).bfloat16() for seed in range(2))
     exact = student.double().requires_grad_()
-    value, cosine = th.cosine_loss(student.requires_grad_(), teacher)
+    value = th.cosine_loss(student.requires_grad_(), teacher)
     expected = plain_cosine(exact, teacher.double())
-    assert value.shape == cosine.shape == () and value.dtype == torch.float32
+    assert value.shape == () and value.dtype == torch.float32
     assert value.item() == pytest.approx(expected.item(), abs=1e-6)
-    assert cosine.item() == pytest.approx(-expected.item(), abs=1e-6)
     gradient, = torch.autograd.grad(value, student)
     torch.testing.assert_close(gradient.double(), torch.autograd.grad(expected, exact)[0],
                                atol=1e-4, rtol=0.01)
@@ -104,29 +103,19 @@ def test_let_weight_by_hand(step, weight, stop, expected):
     assert th.let_weight(step, weight, stop) == pytest.approx(expected, rel=1e-12, abs=0)
 
 
-@pytest.mark.exercise("pair_layers")
-def test_pairs_of_layers_by_hand():
-    assert th.pair_layers("L2E", 30, 72) == (30, 9) and th.pair_layers("M2L", 30, 24) == (15, 24)
-    expected = {"L2E": (12, 1), "L2M": (12, 4), "L2L": (12, 8),
-                "M2E": (6, 1), "M2M": (6, 4), "M2L": (6, 8)}
-    for name, pair in expected.items():
-        assert th.pair_layers(name, 12, 8) == pair and th.pair_layers(name, 1, 1) == (1, 1)
-
-
 # LET: the term
 @pytest.mark.parametrize("loss, plain", [("cosine", plain_cosine), ("logsum", plain_logsum)])
-@pytest.mark.parametrize("side", ["teacher", "student"])
 @pytest.mark.parametrize("resize", ["interpolate", "project"])
-def test_let_equals_its_formula_and_trains_the_student_alone(resize, side, loss, plain):
+def test_let_equals_its_formula_and_trains_the_student_alone(resize, loss, plain):
     """The teacher is not even frozen here: the term alone must keep gradients from it."""
     student, teacher, idx = gpt(), small_teacher(), random_tokens(2, 12)
-    let = th.LET(teacher, 32, student_layer=1, loss=loss, resize=resize, side=side)
+    let = th.LET(teacher, 32, student_layer=1, loss=loss, resize=resize)
     assert let.hidden == (1,)
     p = forward(student, idx, hidden=let.hidden)
     p.states[1].retain_grad()
     value, named = let(p)
 
-    matrix = interpolation_matrix(24, 32) if side == "teacher" else interpolation_matrix(32, 24)
+    matrix = interpolation_matrix(24, 32)
     if resize == "project":
         weight, = let.parameters()
         assert weight.shape == matrix.shape and weight.requires_grad
@@ -138,13 +127,13 @@ def test_let_equals_its_formula_and_trains_the_student_alone(resize, side, loss,
         assert let.parameters() == [] and let.state_dict() == {}
     h_T = teacher.norm(teacher.trunk(idx)[0]).detach().double()
     matrix, h_M = matrix.requires_grad_(), p.states[1].detach().double().requires_grad_()
-    pair = (h_M, h_T @ matrix.T) if side == "teacher" else (h_M @ matrix.T, h_T)
-    expected = plain(*pair)
+    resized = h_T @ matrix.T
+    expected = plain(h_M, resized)
     assert named.keys() == {"let_loss", "let_cosine"}
     assert not any(v.requires_grad for v in named.values())
     assert value.item() == named["let_loss"].item()
     assert value.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
-    assert named["let_cosine"].item() == pytest.approx(-plain_cosine(*pair).item(), abs=1e-5)
+    assert named["let_cosine"].item() == pytest.approx(-plain_cosine(h_M, resized).item(), abs=1e-5)
 
     value.backward()
     expected.backward()
@@ -176,7 +165,6 @@ def test_only_the_teachers_last_state_goes_through_its_final_norm_and_later_bloc
         expected = expected / expected.square().mean(-1, keepdim=True).add(1e-6).sqrt()
         expected = expected * teacher.norm.weight
     torch.testing.assert_close(state, expected)
-    assert torch.equal(th.teacher_state(teacher, idx, block, norm=False), states[block])
 
 
 # Distillation: divergences
@@ -357,7 +345,7 @@ def test_share_of_on_policy_steps(share):
 def test_the_two_tasks_of_step_by_step_are_each_averaged_over_their_own_tokens():
     student, idx, targets = gpt(), random_tokens(6, 12), random_tokens(6, 12, seed=2)
     targets[0::2, 4:] = IGNORE  # labels are short
-    terms = [th.Task(0, 0.7), th.Task(1, 0.3)]
+    terms = [th.Task("label", 0.7), th.Task("rationale", 0.3)]
     loss, named = total(terms, forward(student, idx, targets, rows=2))
     losses = [F.cross_entropy(student.logits(student(idx[row::2])[0]).flatten(0, 1),
                               targets[row::2].flatten(), ignore_index=IGNORE) for row in (0, 1)]
