@@ -816,7 +816,9 @@ CLAIMS["distilbert"] = Claim(
      "the hard loss lowers it": "loss: no_hard - full > 0",
      "distillation ends lower than labels with the same start": "loss: full - labels < 0",
      "95 % of the teacher's score on the pairs is kept": "kept: full > 95"},
-    ONE | {"python": python, "kept": over_teacher("python"), "speed": over_teacher("speed")})
+    ONE | {"python": python, "kept": over_teacher("python"), "speed": over_teacher("speed")},
+    note="A student that starts from the teacher's blocks inherits its 800 steps and takes 300 "
+    "more. It can therefore end lower than its teacher.")
 CLAIMS["kd-family"] = Claim(
     "Which divergence from a teacher that is better than its student?",
     "GKD, arXiv 2306.13649: 1.7 to 2.1 times the gain of KD; MiniLLM, arXiv 2306.08543: reverse KL "
