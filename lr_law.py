@@ -1,4 +1,24 @@
-"""lr_law.py: the optimum learning rate as a function of model size and training tokens.
+"""lr_law.py: the best learning rate as a function of model size and training tokens.
+
+The method is that of Zhou et al. 2026 (arXiv 2601.05049), three fits by least squares:
+    L(lr) = L_min + C (ln lr - ln lr*)^2     a parabola, at one N and one D            (their eq. 2)
+    L(D)  = L_0 + A D^-gamma                 the horizon, at one N and one lr          (their eq. 4)
+    lr*   = exp(a) N^b D^c                   the law, over the lr* of all parabolas    (their eq. 6)
+The paper itself was not available to us, only summaries of it. Docstrings say what they leave open.
+
+    L        loss in nats per token
+    N        parameters without the embedding
+    D        training tokens, the horizon
+    lr       peak learning rate; lr* is the one with the lowest loss
+    L_min, C, L_0, A, gamma, a, b, c    the constants that are fitted
+
+    run      a training by train.py. Its loss is read at one or several horizons
+    point    a dict of N, D, lr, loss and group: one row of a table
+    group    other settings that tell points apart, as text, such as the batch size
+    slice    the points of one (N, D, group), which differ in lr (and seed) alone
+    optimum  an (N, D) and its lr*, mostly from the parabola of a slice
+
+Commands, in the order of use:
 
     python lr_law.py plan --sizes=2x64,2x128,4x128 --lrs=1e-3:3e-2:5 --tokens=2e5,4e5,8e5
     python lr_law.py sweep --sizes=2x64,2x128,4x128 --lrs=1e-3:3e-2:5 --tokens=2e5,4e5,8e5 runs.csv
@@ -6,27 +26,11 @@
     python lr_law.py fit runs.csv -o law.json --extrapolate=1.6e6
     python lr_law.py predict --law=law.json --n_params=4e9 --tokens=1.2e11
     python lr_law.py predict --law=step --n_params=4e9 --tokens=1.2e11       # a published law
-    python lr_law.py transfer runs.csv --proxy=2x64 --target=8x256           # muTransfer
-    python lr_law.py coordcheck
+    python lr_law.py transfer runs.csv --proxy=2x64 --target=8x256           # muTransfer, the rival
+    python lr_law.py coordcheck                                              # a test of its rules
 
-Flags of train.py follow after `--`, for example `sweep ... runs.csv -- --vocab_size=1024`.
-
-The method is that of Zhou et al. 2026 (arXiv 2601.05049), in three fits:
-    L(lr) = L_min + C (ln lr - ln lr*)^2     at one size N and one horizon D       (their eq. 2)
-    L(D)  = L_0 + A D^-gamma                 at one size and one learning rate     (their eq. 4)
-    lr*   = exp(a) N^b D^c                   over all sizes and horizons           (their eq. 6)
-The paper itself was not available to us, only summaries of it. Docstrings say what they leave open.
-
-Symbols
-    N        parameters without the embedding
-    D        training tokens, the horizon
-    lr       peak learning rate; lr* is the one with the lowest loss
-    L        loss in nats per token
-    group    other settings that tell runs apart, such as the batch size
-    run      a dict of N, D, lr, loss and group: one point of the data, a row of a table
-    slice    the runs of one (N, D, group), which differ in lr alone
-    optimum  an (N, D) and its lr*, most often of the parabola through a slice
-    a        in a law, its constant; in a command, its flags as argparse returns them
+Flags of train.py follow after `--`, for example `sweep ... runs.csv -- --vocab_size=1024`. A law
+holds for the optimizer, schedule and data of its runs, and law.json does not name them.
 """
 import csv
 import functools
@@ -37,8 +41,7 @@ import math
 import operator
 import os
 import shlex
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import defaultdict
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,19 +69,20 @@ from model import (
 
 
 def r_squared(y, fitted) -> float:
-    """The share of the variance of y that the fitted values explain."""
+    """The share of the variance of y that the fitted values explain. Both: (n,). 1.0 if all of y is
+    equal."""
     total = ((y - y.mean()) ** 2).sum()
     return float(1 - ((y - fitted) ** 2).sum() / total) if total > 0 else 1.0
 
 
 def fit_parabola(lr, loss) -> dict:
-    """Fits L = L_min + C (ln lr - ln lr*)^2 by least squares (eq. 2). lr, loss: (n,), 3 or more.
+    """Fits L = L_min + C (ln lr - ln lr*)^2 (eq. 2). lr, loss: (n,), with 3 or more different lr.
 
-    Returns a dict of floats: lr, that of the vertex (ln lr is held within -700 and 700; nan if C is
-    0), L_min, C and r2, see r_squared. The vertex is a minimum if C > 0. The base of the paper's
-    logarithm is unknown; it rescales C alone."""
+    Returns a dict of floats: lr, the lr* of the vertex; L_min; C; r2, see r_squared. The vertex is
+    a minimum if C > 0. ln lr* is clipped to [-700, 700], so that lr* is a float; it is nan if C is
+    0. The base of the paper's logarithm is unknown. Another base changes C alone."""
     x, y = np.log(lr), np.asarray(loss, float)
-    z = x - x.mean()
+    z = x - x.mean()  # centered, for precision
     c2, c1, c0 = np.polyfit(z, y, 2)
     vertex = -c1 / (2 * c2) if c2 else math.nan
     return {"lr": float(np.exp(np.clip(x.mean() + vertex, -700, 700))),
@@ -87,27 +91,29 @@ def fit_parabola(lr, loss) -> dict:
 
 
 def basin(loss, tolerance: float = 0.05) -> slice:
-    """The points around the lowest loss that a parabola can describe. loss is in order of lr.
+    """The points near the minimum, which a parabola can describe. loss: (n,), in order of lr.
 
-    They are the unbroken stretch around the lowest with loss <= (1 + tolerance) times the lowest,
-    and at least one neighbor on each side of the lowest. Further out, runs begin to diverge."""
-    first = best = int(np.argmin(loss))
-    end, limit = best + 1, (1 + tolerance) * loss[best]
+    Returns their Python slice: the unbroken stretch around the lowest loss where loss is at most
+    (1 + tolerance) times the lowest, and at least one neighbor on each side of the lowest, if there
+    is one. Further out, runs begin to diverge."""
+    first = end = best = int(np.argmin(loss))
+    limit = (1 + tolerance) * loss[best]
     while first > 0 and loss[first - 1] <= limit:
         first -= 1
     while end < len(loss) and loss[end] <= limit:
         end += 1
-    return slice(min(first, max(best - 1, 0)), max(end, min(best + 2, len(loss))))
+    return slice(max(min(first, best - 1), 0), max(end, best + 2))
 
 
-def fit_horizon(D, loss, gammas=(0.01, 3.0)) -> dict:
-    """Fits L(D) = L_0 + A D^-gamma by least squares, L_0 >= 0, A >= 0, gamma in `gammas` (eq. 4).
+def fit_horizon(D, loss) -> dict:
+    """Fits L(D) = L_0 + A D^-gamma with L_0 >= 0, A >= 0 and 0.01 <= gamma <= 3 (eq. 4).
 
-    D, loss: (n,), 3 or more. For a given gamma, L_0 and A are a linear problem (linear_horizon).
-    gamma comes from 6 grid searches: the first over `gammas`, each of the others between the
-    neighbors of the best point before. Returns a dict of floats: L_0, A, gamma."""
+    D, loss: (n,), with 3 or more different D. For a given gamma, L_0 and A are a linear problem,
+    see linear_horizon. gamma comes from 6 grid searches. The first spans all of its range, each
+    later one the two neighbors of the best gamma before. Returns a dict of floats: L_0, A, gamma.
+    """
     D, y = np.asarray(D, float), np.asarray(loss, float)
-    low, high = gammas
+    low, high = 0.01, 3.0
     for _ in range(6):
         grid = np.geomspace(low, high, 101)
         best = int(np.argmin([linear_horizon(D**-gamma, y)[2] for gamma in grid]))
@@ -117,10 +123,11 @@ def fit_horizon(D, loss, gammas=(0.01, 3.0)) -> dict:
 
 
 def linear_horizon(p, y) -> tuple[float, float, float]:
-    """L_0, A >= 0 that minimize the sum of (y - L_0 - A p)^2, and that sum. p = D^-gamma; y > 0.
+    """Fits y = L_0 + A p with L_0 >= 0 and A >= 0. p = D^-gamma and y > 0, the losses: (n,).
 
-    The sum is convex. If a constant comes out negative, it is 0 at the constrained minimum and the
-    other one is fitted alone. They cannot both be negative."""
+    Returns L_0, A and the sum of squared residuals. That sum is convex: if a constant would be
+    negative, it is 0 at the constrained minimum, and the other one is fitted alone. They cannot
+    both be negative, as y is positive."""
     A = ((p - p.mean()) @ y) / ((p - p.mean()) @ p)
     L_0 = y.mean() - A * p.mean()
     if A < 0:
@@ -131,23 +138,25 @@ def linear_horizon(p, y) -> tuple[float, float, float]:
 
 
 def fit_law(N, D, lr) -> dict:
-    """Fits ln lr* = a + b ln N + c ln D by least squares (eq. 6). N, D, lr: (n,); n may be 0.
+    """Fits ln lr* = a + b ln N + c ln D to n optima (eq. 6). N, D, lr: (n,); n may be 0.
 
-    X has a row (1, ln N, ln D) for each optimum. Where all N (or all D) are equal, b (or c) cannot
-    be known: it is None, and its column of X is 0. Returns a dict: a, b, c; their "covariance",
-    lists (3, 3); dof, n minus the number of columns that are not 0; r2 of ln lr*, see r_squared; n;
-    "N" and "D", the [least, most] of the data. The covariance is s^2 (X^T X)^-1 over the columns
-    that are not 0, and 0 elsewhere. s^2 is the sum of squared residuals over dof.
+    Returns a dict:
+        a, b, c     where all N are equal, b cannot be known: it is None; likewise c and D
+        covariance  of (a, b, c), lists (3, 3): s^2 (X^T X)^-1, and 0 for an exponent that is None
+        dof         n minus the number of constants that are not None
+        n, r2       the number of optima; r_squared of ln lr*
+        N, D        the [least, most] of the data
+    X, (n, 3), has a row (1, ln N, ln D) for each optimum, and a column of zeros for an exponent
+    that is None. s^2 is the sum of squared residuals over dof.
     Raises BadInput, with n in the message, if dof is below 1 or the columns are not independent."""
     y = np.log(lr)
     X = np.stack([np.ones_like(y), np.log(N), np.log(D)], 1)
-    known = (abs(X - X[:1]) > 1e-9).any(0)
-    known[0] = True
+    known = np.array([True, len(set(N)) > 1, len(set(D)) > 1])
     X = X * known
     dof = len(y) - sum(known)
     if dof < 1 or np.linalg.matrix_rank(X) < sum(known):
-        raise BadInput(f"{len(y)} optima inside the swept rates are too few, or all on one line, "
-                       f"for a law with {sum(known)} constants; a wider sweep finds more")
+        raise BadInput(f"{len(y)} optima inside the swept learning rates are too few, or all on "
+                       f"one line, for a law with {sum(known)} constants; a wider sweep finds more")
     inverse = np.linalg.pinv(X)  # (X^T X)^-1 X^T; rows of zeros for columns of zeros
     beta = inverse @ y
     variance = ((y - X @ beta) ** 2).sum() / dof
@@ -169,30 +178,32 @@ def student_t(level: float, dof: int) -> float:
     return math.sqrt(dof) * math.tan(np.interp(level * mass[-1], mass, theta))
 
 
-def half_width(law: dict, x, level: float = 0.9) -> float:
-    """Half the width of the t-interval of x . (a, b, c), whose variance is x^T covariance x."""
+def half_width(law: dict, x) -> float:
+    """Half the width of the 90 % t-interval of x . (a, b, c), whose variance is x^T covariance x.
+    x: (3,)."""
     variance = x @ np.array(law["covariance"]) @ x
-    return student_t(level, law["dof"]) * math.sqrt(max(variance, 0.0))
+    return student_t(0.9, law["dof"]) * math.sqrt(max(variance, 0.0))  # rounding can make it < 0
 
 
 def law_rate(law: dict, N: float, D: float) -> float:
-    """lr* = exp(a) N^b D^c for N parameters without the embedding and D tokens."""
+    """lr* = exp(a) N^b D^c. An exponent that is None counts as 0."""
     return math.exp(law["a"]) * N ** (law["b"] or 0.0) * D ** (law["c"] or 0.0)
 
 
-def predict_law(law: dict, N: float, D: float, level: float = 0.9) -> dict:
-    """lr* at (N, D), its interval, and the distance of (N, D) from the data in decades.
+def predict_law(law: dict, N: float, D: float) -> dict:
+    """lr* at (N, D), its interval, and how far (N, D) is from the data. law: from fit_law.
 
-    law: from fit_law. Returns a dict:
+    Returns a dict:
         lr        see law_rate
-        interval  [low, high] of the value of the law at this level: ln lr minus and plus the
+        interval  [low, high], the 90 % interval of the law's value: ln lr minus and plus the
                   half_width at x = (1, ln N, ln D). Single optima scatter more widely
         decades   log10 of the factor by which N or D is outside the range in the law, the larger
                   of the two; 0 inside
         unknown   a list of those of "N" and "D" whose exponent is None and whose value here is not
                   within 1 % of that of the data"""
-    lr, decades, unknown = law_rate(law, N, D), 0.0, []
-    factor = math.exp(half_width(law, np.array([1.0, math.log(N), math.log(D)]), level))
+    lr = law_rate(law, N, D)
+    factor = math.exp(half_width(law, np.array([1.0, math.log(N), math.log(D)])))
+    decades, unknown = 0.0, []
     for name, exponent, value in (("N", "b", N), ("D", "c", D)):
         low, high = law[name]
         decades = max(decades, math.log10(value / high), math.log10(low / value))
@@ -245,166 +256,175 @@ LAWS = {
 def published(name: str, N: float, D: float, anchor=None) -> float:
     """The learning rate of a published law at (N, D), at the law's own batch size.
 
-    anchor = (N, D, lr): a known optimum; the law then gives the ratio to it."""
+    anchor = (N, D, lr), a known optimum: the result is its lr times the ratio of the law's value
+    at (N, D) to that at the anchor. Raises BadInput if a value of the law is not positive."""
     _, law = LAWS[name]
     if name == "zhou" and not anchor:
         raise BadInput(f"--law={name}: its units are unknown, so --anchor=N,D,LR is needed")
-    lr = anchor[2] * law(N, D) / law(*anchor[:2]) if anchor else law(N, D)
-    if min(lr, law(N, D)) <= 0:
+    here = law(N, D)
+    anchor_N, anchor_D, anchor_lr = anchor or (N, D, here)
+    there = law(anchor_N, anchor_D)
+    if min(here, there) <= 0:
         raise BadInput(f"--law={name} --n_params={N:g}: the law gives no positive learning rate "
                        "here or at the anchor, far outside the range that it was fitted on")
-    return lr
+    return anchor_lr * here / there
 
 
 # --------------------------------------------------------------------------------------------------
-# From a table of runs to optima
+# From the points of a table to optima
 
 
-def slices_of(runs) -> dict[tuple, tuple[np.ndarray, np.ndarray]]:
-    """(N, D, group) -> (learning rates in order, their losses). Losses are means over seeds."""
-    slices = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        slices[run["N"], run["D"], run["group"]][run["lr"]].append(run["loss"])
-    return {key: (np.array(sorted(rates)), np.array([np.mean(rates[lr]) for lr in sorted(rates)]))
-            for key, rates in sorted(slices.items())}
+def slices_of(points) -> dict[tuple, tuple[np.ndarray, np.ndarray]]:
+    """(N, D, group) -> (learning rates in order, their losses), both (n,), in order of the keys. A
+    loss is the mean over the points of one learning rate, which are its seeds."""
+    losses, slices = defaultdict(lambda: defaultdict(list)), {}
+    for point in points:
+        losses[point["N"], point["D"], point["group"]][point["lr"]].append(point["loss"])
+    for key, by_lr in sorted(losses.items()):
+        lrs = sorted(by_lr)
+        slices[key] = np.array(lrs), np.array([np.mean(by_lr[lr]) for lr in lrs])
+    return slices
 
 
-def fit_slices(runs, tolerance: float = 0.05) -> list[SimpleNamespace]:
+def fit_slices(points, tolerance: float = 0.05) -> list[SimpleNamespace]:
     """Fits a parabola to every slice with at least 3 learning rates in its basin.
 
-    Each result has N, D, group; lr, L_min, C and r2 of fit_parabola; rates and losses, the whole
-    slice; near, the basin as a Python slice; n, the number of points in it; and inside: whether the
-    parabola has a minimum, within the learning rates of the basin."""
+    Each result has
+        N, D, group       those of the slice
+        lr, L_min, C, r2  see fit_parabola
+        lrs, losses       the whole slice, in order of lr
+        near, n           the basin, as a Python slice of lrs; the number of points in it
+        inside            whether the vertex is a minimum within the learning rates of the basin"""
     fitted = []
-    for (N, D, group), (rates, losses) in slices_of(runs).items():
+    for (N, D, group), (lrs, losses) in slices_of(points).items():
         near = basin(losses, tolerance)
-        x = rates[near]
+        x = lrs[near]
         if len(x) >= 3:
             fit = fit_parabola(x, losses[near])
-            fitted.append(SimpleNamespace(
-                N=N, D=D, group=group, **fit, rates=rates, losses=losses, near=near, n=len(x),
-                inside=bool(fit["C"] > 0 and x[0] <= fit["lr"] <= x[-1])))
+            inside = fit["C"] > 0 and x[0] <= fit["lr"] <= x[-1]
+            fitted.append(SimpleNamespace(N=N, D=D, group=group, **fit, lrs=lrs, losses=losses,
+                                          near=near, n=len(x), inside=bool(inside)))
     return fitted
 
 
-def extrapolate(runs, D: float) -> list[dict]:
-    """Predicts runs at a horizon D from the losses of shorter ones, by fit_horizon.
+def extrapolate(points, D: float) -> list[dict]:
+    """Predicts points at a horizon D from those at shorter horizons, by fit_horizon.
 
-    One for each size, group and learning rate with at least 3 horizons below D. Learning rates less
-    than 1 % apart count as one, since tables round them. It is unknown whether the paper reads its
-    horizons at a constant learning rate or after a decay; tables of both kinds can be used."""
+    There is one for each size, group and learning rate with at least 3 horizons below D. Learning
+    rates less than 1 % apart count as one, since tables round them. It is unknown whether the paper
+    reads its horizons at a constant learning rate or after a decay; both kinds of tables can be
+    used."""
     by_size, predicted = defaultdict(list), []
-    for (N, horizon, group), (rates, losses) in slices_of(runs).items():
+    for (N, horizon, group), (lrs, losses) in slices_of(points).items():
         if horizon < D:
-            by_size[N, group] += [(lr, horizon, loss) for lr, loss in zip(rates, losses)]
-    for (N, group), points in by_size.items():
-        points.sort()
-        while points:
-            lr = points[0][0]
-            curve = [point for point in points if point[0] <= 1.01 * lr]
-            points = points[len(curve):]
-            _, horizons, losses = np.array(curve).T
-            if len(np.unique(horizons)) >= 3:
+            by_size[N, group] += [(lr, horizon, loss) for lr, loss in zip(lrs, losses)]
+    for (N, group), rows in by_size.items():
+        rows = np.array(sorted(rows))
+        starts = np.flatnonzero(rows[1:, 0] > 1.01 * rows[:-1, 0]) + 1  # of the next learning rate
+        for curve in np.split(rows, starts):
+            lrs, horizons, losses = curve.T
+            if len(set(horizons)) >= 3:
                 fit = fit_horizon(horizons, losses)
                 loss = fit["L_0"] + fit["A"] * D ** -fit["gamma"]
-                predicted.append({"N": N, "D": D, "lr": lr, "loss": loss, "group": group})
+                predicted.append({"N": N, "D": D, "lr": lrs[0], "loss": loss, "group": group})
     return predicted
 
 
-def near_optima(runs) -> list[SimpleNamespace]:
-    """Optima over all groups together, for the joint fit of learning rate and batch size: for each
-    (N, D), the mean ln lr of the runs whose loss is within 0.25 % of the lowest, as DeepSeek LLM
-    has it."""
-    optima, runs_at = [], defaultdict(list)
-    for run in runs:
-        runs_at[run["N"], run["D"]].append(run)
-    for (N, D), found in sorted(runs_at.items()):
-        lowest = min(run["loss"] for run in found)
-        good = [math.log(run["lr"]) for run in found if run["loss"] <= 1.0025 * lowest]
+def near_optima(points) -> list[SimpleNamespace]:
+    """Optima over all groups together, for a joint fit of learning rate and batch size. Each has N,
+    D and lr: the geometric mean of lr over the points of this (N, D) whose loss is within 0.25 % of
+    the lowest. DeepSeek LLM (arXiv 2401.02954) calls such points near-optimal."""
+    optima, points_at = [], defaultdict(list)
+    for point in points:
+        points_at[point["N"], point["D"]].append(point)
+    for (N, D), found in sorted(points_at.items()):
+        limit = 1.0025 * min(point["loss"] for point in found)
+        good = [math.log(point["lr"]) for point in found if point["loss"] <= limit]
         optima.append(SimpleNamespace(N=N, D=D, lr=math.exp(np.mean(good))))
     return optima
 
 
 def law_of(optima) -> dict:
-    """fit_law of the N, D and lr of these optima."""
+    """fit_law of these optima. Raises BadInput."""
     return fit_law([o.N for o in optima], [o.D for o in optima], [o.lr for o in optima])
 
 
-def group_laws(optima, everywhere: dict) -> dict[str, dict]:
-    """The law of each group. Left out are groups whose optima are too few, or do not determine an
-    exponent that `everywhere`, a law of all groups together, has."""
+def group_laws(optima, joint: dict) -> dict[str, dict]:
+    """The law of each group by itself. joint: a law of all groups. Groups whose optima are too few,
+    or do not determine an exponent that `joint` has, are left out."""
     laws = {}
-    for group in sorted({o.group for o in optima}, key=lambda g: (len(g), g)):
+    for group in sorted({o.group for o in optima}, key=lambda name: (len(name), name)):
         try:
             law = law_of([o for o in optima if o.group == group])
         except BadInput:
             continue
-        if all(law[k] is not None or everywhere[k] is None for k in "bc"):
+        if all(law[k] is not None or joint[k] is None for k in "bc"):
             laws[group] = law
     return laws
 
 
-def group_rate(optima) -> Callable:
-    """A function of a slice: its learning rate by the law of its group, or of all groups together
-    where its group has none."""
-    everywhere = law_of(optima)
-    laws = group_laws(optima, everywhere)
-    return lambda f: law_rate(laws.get(f.group, everywhere), f.N, f.D)
+def by_group(optima):
+    """A function of a slice: the learning rate by the law of its group, or by that of all groups
+    if its group has none."""
+    joint = law_of(optima)
+    laws = group_laws(optima, joint)
+    return lambda f: law_rate(laws.get(f.group, joint), f.N, f.D)
 
 
 # --------------------------------------------------------------------------------------------------
-# What a fit costs on runs that it has not seen
+# What a law costs on slices that it was not fitted to
 
 
-def costs(held, rest, others: dict) -> dict[str, np.ndarray]:
-    """The costs of several ways of choosing the learning rate, on the slices `held`. The cost of a
-    way, (slices,), is in nats above the lowest loss of each slice, by the slice's parabola.
+def costs(held, optima, others: dict) -> dict[str, np.ndarray]:
+    """The costs of several choices of the learning rate on the slices `held`. A cost, (slices,), is
+    in nats above the lowest loss of each slice, by the slice's parabola.
 
-    The ways: the law of a slice's group, and one learning rate for all, both fitted to the optima
-    `rest`; Step Law as published; and `others`, functions of a slice by their names. The one
-    learning rate is the one with the lowest total cost on `rest`."""
-    constant = math.exp(np.average([math.log(f.lr) for f in rest], weights=[f.C for f in rest]))
-    rates = {"its group's law": group_rate(rest), **others,
-             "Step Law, published": lambda f: published("step", f.N, f.D),
-             f"always {constant:.3g}": lambda f: constant}
-    return {name: np.array([f.C * math.log(rate(f) / f.lr) ** 2 for f in held])
-            for name, rate in rates.items()}
+    The choices: the law of a slice's group, and one learning rate for all slices, both from
+    `optima`, which are of other slices; Step Law as published; and `others`, {name: function of a
+    slice that gives lr}. The one learning rate is the one with the lowest total cost on `optima`.
+    """
+    same = math.exp(np.average([math.log(f.lr) for f in optima], weights=[f.C for f in optima]))
+    choices = {"its group's law": by_group(optima), **others,
+               "Step Law, published": lambda f: published("step", f.N, f.D),
+               f"always {same:.3g}": lambda f: same}
+    return {name: np.array([f.C * math.log(choose(f) / f.lr) ** 2 for f in held])
+            for name, choose in choices.items()}
 
 
-def hold_out(runs, tolerance: float = 0.05) -> dict[str, np.ndarray]:
+def hold_out(points, tolerance: float = 0.05) -> dict[str, np.ndarray]:
     """The costs at the largest N of laws that are fitted without it; with several groups also that
-    of the joint law. Raises BadInput if there are too few optima for a law."""
-    largest = max(run["N"] for run in runs)
-    fitted = [f for f in fit_slices(runs, tolerance) if f.inside]
-    held = [f for f in fitted if f.N == largest]
-    rest = [f for f in fitted if f.N != largest]
+    of the joint law, see near_optima. Raises BadInput if there are too few optima for a law."""
+    largest = max(point["N"] for point in points)
+    optima = [f for f in fit_slices(points, tolerance) if f.inside]
+    held = [f for f in optima if f.N == largest]
+    rest = [f for f in optima if f.N != largest]
     if not held or len({f.N for f in rest}) < 2:
         raise BadInput(f"slices with their optimum inside are needed at N = {largest:g} and at two "
                        "smaller sizes")
     others = {}
-    if len({f.group for f in fitted}) > 1:
-        joint = law_of(near_optima([run for run in runs if run["N"] != largest]))
+    if len({f.group for f in optima}) > 1:
+        joint = law_of(near_optima([point for point in points if point["N"] != largest]))
         others["the joint law"] = lambda f: law_rate(joint, f.N, f.D)
     return costs(held, rest, others)
 
 
-def check_horizon(fitted, runs, D: float, tolerance: float) -> dict[str, np.ndarray]:
-    """Checks `extrapolate` where the table has real runs at its horizon D: the costs there of
-    learning rates that are chosen by shorter runs only. Empty without such runs, or if the shorter
-    ones have too few optima for a law. fitted: slices of the shorter runs and of the predicted
-    losses; runs: the table."""
-    inside = [f for f in fitted if f.inside]
-    shorter = [f for f in inside if f.D < D]
-    longest = {(f.N, f.group): f.lr for f in shorter}  # the last one: slices are in order of D
-    predicted = {(f.N, f.group): f.lr for f in inside if f.D == D}
-    real = fit_slices([run for run in runs if run["D"] == D], tolerance)
+def check_horizon(optima, points, D: float, tolerance: float) -> dict[str, np.ndarray]:
+    """Checks `extrapolate` against real runs at its horizon D: the costs there of learning rates
+    that are chosen by shorter runs only.
+
+    optima: those of the shorter runs and of the predicted losses, in order of D. points: the table.
+    Empty if the table has no optima at D, or the shorter runs have too few for a law."""
+    shorter = [f for f in optima if f.D < D]
+    longest = {(f.N, f.group): f.lr for f in shorter}  # a longer horizon replaces a shorter one
+    predicted = {(f.N, f.group): f.lr for f in optima if f.D == D}
+    real = fit_slices([point for point in points if point["D"] == D], tolerance)
     sizes = predicted.keys() & longest.keys()
     held = [f for f in real if f.inside and (f.N, f.group) in sizes]
     if not held:
         return {}
     try:
         return costs(held, shorter, {
-            "that law with predictions": group_rate(inside),
+            "that law with predictions": by_group(optima),
             "the predicted losses": lambda f: predicted[f.N, f.group],
             "the longest run's lr*": lambda f: longest[f.N, f.group]})
     except BadInput:
@@ -412,75 +432,80 @@ def check_horizon(fitted, runs, D: float, tolerance: float) -> dict[str, np.ndar
 
 
 # --------------------------------------------------------------------------------------------------
-# Plan and sweep: the runs that make such a table
+# Plan and sweep: the runs that make a table of points
 
 
 def planned_runs(sizes, lrs, tokens, seeds: int, flags: list[str]) -> list[SimpleNamespace]:
-    """The runs of train.py that a sweep needs, cheapest first: one for each size (blocks, width),
-    learning rate and seed. flags: of train.py.
+    """The runs of a sweep, cheapest first: one for each size (blocks, width), learning rate and
+    seed. tokens: the horizons; flags: of train.py.
 
-    Each has c, its train.Config; N; flops; and steps, those at which its loss is read. The learning
-    rate is constant after warm-up, so one run gives a row of the table for each horizon in
-    `tokens`. This is the paper's saving: a full grid has a run for each horizon."""
+    Each has c, its train.Config; N; steps, a list of those at which its loss is read; and flops, of
+    all of its training. The learning rate is constant after warm-up, so that a run up to the
+    longest horizon gives the points of all shorter ones too. That the paper reads its horizons in
+    this way is an inference from its summaries."""
     import train
     base, runs = train_config(flags), []
     if base.teacher == "auto":
         raise BadInput("--teacher=auto: depends on the length of a run, and these are read at "
                        "several; name a checkpoint")
-    V = base.vocab_size
-    if base.tokenizer != "bpe":  # a bpe tokenizer, trained or not yet, has --vocab_size tokens
-        V = tokenizer_from_dict(train.make_tokenizer_for(base, ())).n_vocab
+    vocab_size = base.vocab_size  # of a bpe tokenizer, trained or not yet
+    if base.tokenizer != "bpe":
+        vocab_size = tokenizer_from_dict(train.make_tokenizer_for(base, ())).n_vocab
     steps = sorted({max(1, round(D / base.batch_tokens)) for D in tokens})
-    for (n_layer, n_embd), lr, seed in itertools.product(dict.fromkeys(sizes), lrs, range(seeds)):
+    grid = itertools.product(dict.fromkeys(sizes), dict.fromkeys(lrs), range(seeds))
+    for (n_layer, n_embd), lr, seed in grid:
         c = replace(base, n_layer=n_layer, n_embd=n_embd, lr=lr, seed=seed, steps=steps[-1],
                     warmup_steps=min(base.warmup_steps, steps[0]), sample_tokens=0,
                     schedule="constant")
         train.check(c)
-        c = train.with_stop_in_steps(c)
-        with torch.device("meta"):
-            model = GPT(train.model_config(c, V))
+        c = train.with_stop_in_steps(c)  # a share of all steps would change from horizon to horizon
+        with torch.device("meta"):  # shapes alone, no memory
+            model = GPT(train.model_config(c, vocab_size))
         runs.append(SimpleNamespace(
             c=c, N=model.num_params() - model.embed.weight.numel(), steps=steps,
             flops=model.flops_per_token() * steps[-1] * c.batch_tokens))
-    return sorted(runs, key=lambda run: (run.flops, run.c.seed, run.c.lr))
+    return sorted(runs, key=lambda run: (run.flops, run.N, run.c.seed, run.c.lr))
 
 
-def plan_command(a) -> str:
-    """What a sweep costs, and what a full grid does, which has a run for each horizon."""
-    runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, a.flags)
-    sizes = Counter((run.N, f"{run.c.n_layer} x {run.c.n_embd}", run.flops) for run in runs)
+def plan_command(args) -> str:
+    """What a sweep costs, beside a full grid, which has a run for each horizon."""
+    runs = planned_runs(args.sizes, args.lrs, args.tokens, args.seeds, args.flags)
     steps, batch = runs[0].steps, runs[0].c.batch_tokens  # the same for all runs
     horizons = ", ".join(f"{step * batch:,}" for step in steps)
-    lines = [f"  N {N:>12,} ({size})  {n} runs, read at {horizons} tokens: {n * flops:.3g} FLOPs"
-             for (N, size, flops), n in sorted(sizes.items())]
-    total, points = sum(run.flops for run in runs), len(runs) * len(steps)
-    speed = a.flops_per_second
+    each = len(runs) // len(set(args.sizes))  # the runs of one size, which follow each other
+    lines = [f"  N {run.N:>12,} ({run.c.n_layer} x {run.c.n_embd})  {each} runs, read at "
+             f"{horizons} tokens: {each * run.flops:.3g} FLOPs" for run in runs[::each]]
+    points, total = len(runs) * len(steps), sum(run.flops for run in runs)
     full = total * sum(steps) / steps[-1]
+    speed = args.flops_per_second
     return "\n".join([*lines, f"{len(runs)} runs, {points} points, {total:.3g} FLOPs, "
                       f"{total / speed / 3600:.2f} hours at {speed:.3g} FLOP/s; the full grid: "
                       f"{points} runs, {full:.3g} FLOPs, {full / speed / 3600:.2f} hours"])
 
 
-def sweep_command(a) -> str:
-    """Trains the runs of a sweep, and appends a row to a CSV at each reading.
+def sweep_command(args) -> str:
+    """Trains the runs of a sweep, and appends a point to a CSV at each horizon.
 
-    Runs of another shard and rows that the table has are left out. The runs of a table NAME.csv
+    Points that the table has and runs of another shard are left out. The runs of a table NAME.csv
     have their folders in NAME."""
-    runs = planned_runs(a.sizes, a.lrs, a.tokens, a.seeds, a.flags)
-    rows = open_table(a.csv)
+    runs = planned_runs(args.sizes, args.lrs, args.tokens, args.seeds, args.flags)
+    if not os.access(Path(args.csv).parent, os.W_OK):
+        raise BadInput(f"{args.csv}: cannot be written")
+    rows = sweep_rows(args.csv) if os.path.exists(args.csv) else {}
     for stored in rows.values():
-        refuse_settings(a.csv, stored, runs[0].c)
-    for run in runs[a.shard]:
-        run_one(run, a.csv, rows)
-    return f"written to {a.csv}"
+        refuse_settings(args.csv, stored, runs[0].c)
+    for run in runs[args.shard]:
+        train_run(run, args.csv, rows)
+    return f"written to {args.csv}"
 
 
 DIVERGED = {"val_loss": math.inf, "flops": 0, "seconds": 0}
 
 
-def run_one(run, path, rows):
-    """Trains one of the planned runs from reading to reading, and appends a row at each that is not
-    among `rows`. A run that diverges has the loss inf there and at all later readings."""
+def train_run(run, path, rows):
+    """Trains one of the planned runs from horizon to horizon, and appends a row to the table `path`
+    at each that is not in `rows`, see sweep_rows. The loss of a run that diverges is inf at this
+    horizon and at all later ones."""
     c, result = run.c, None
     folder = Path(path).with_suffix("") / f"{c.n_layer}x{c.n_embd}-{c.lr:.3e}-{c.seed}"
     for steps in run.steps:
@@ -514,17 +539,19 @@ def train_until(c, steps: int, folder: Path) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
-# muTransfer: tune a small proxy, and carry its learning rate over by rules (model.PARAM_RULES)
+# muTransfer: tune a small proxy, and carry its learning rate over by rules (model.PARAM_RULES). The
+# paper compares its law with such rules. Its own rules are unknown, so these are our baseline.
 
 
 def target_flags(c, lr: float, ratio: float) -> dict:
-    """The flags of c that change with the number of steps. lr: the proxy's; ratio: the target's
-    optimizer steps over the proxy's.
+    """The flags of c that change with the number of steps, as {name: value}. lr: the proxy's lr*;
+    ratio: the target's optimizer steps over the proxy's.
 
     lr and weight decay are proportional to ratio^-1/2, 1 - beta to 1 / ratio (Complete(d)P, arXiv
     2512.22382, as summaries give it; eps, proportional to ratio^1/2, has no flag). A batch k times
-    as large at the same tokens has ratio = 1 / k, so lr grows with sqrt(k). Muon's momentum changes
-    as AdamW's betas do, since it too averages gradients."""
+    as large at the same tokens has ratio = 1 / k, so lr grows with sqrt(k); for the betas then, the
+    summaries give no rule. Muon's momentum changes as AdamW's betas do: it too averages gradients.
+    """
     flags = {"lr": lr, "weight_decay": c.weight_decay}
     if c.multipliers != "none":
         flags["multiplier_lr"] = c.multiplier_lr
@@ -536,7 +563,8 @@ def target_flags(c, lr: float, ratio: float) -> dict:
 
 
 def at_size(c, param: str, size: tuple[int, int], base: tuple[int, int]):
-    """c with this parametrization, and with this size and base size, both (blocks, width)."""
+    """c with the parametrization `param`, and with this size and base size, both (blocks, width).
+    Raises BadInput."""
     import train
     flags = {"param": param, "n_layer": size[0], "n_embd": size[1]}
     if param != "standard":
@@ -549,45 +577,46 @@ def at_size(c, param: str, size: tuple[int, int], base: tuple[int, int]):
 
 
 def proxy_optimum(path, size: tuple[int, int], c) -> SimpleNamespace:
-    """The parabola of the proxy's runs at their longest horizon. size: (blocks, width)."""
-    for stored in {*read_table(path, ["flags"], operator.itemgetter("flags"))}:
+    """The parabola of the proxy at its longest horizon, see fit_slices. path: a table of `sweep`;
+    size: (blocks, width); c: the Config whose settings its runs must have. Raises BadInput."""
+    for stored in set(sweep_rows(path).values()):
         refuse_settings(path, stored, c,  # a sweep shortens warm-ups, and counts stops in steps
                         ignored=("--warmup_steps", "--let_stop", "--distill_stop"))
-    table, _ = read_runs(path, group="n_layer,n_embd")
-    runs = [run for run in table if run["group"] == "{},{}".format(*size)]
-    proxy = "--proxy={}x{}".format(*size)
-    if not runs:
-        raise BadInput(f"{path}: no runs of {proxy} in it")
-    D = max(run["D"] for run in runs)
-    found = fit_slices([run for run in runs if run["D"] == D])
+    n_layer, n_embd = size
+    table, _ = read_points(path, group="n_layer,n_embd")
+    points = [point for point in table if point["group"] == f"{n_layer},{n_embd}"]
+    if not points:
+        raise BadInput(f"{path}: no runs of --proxy={n_layer}x{n_embd} in it")
+    D = max(point["D"] for point in points)
+    found = fit_slices([point for point in points if point["D"] == D])
     if not found or not found[0].inside:
-        raise BadInput(f"{path}: at {D:,.0f} tokens the best learning rate of {proxy} is not "
-                       "inside the swept ones; at least 3 around it are needed")
+        raise BadInput(f"{path}: at {D:,.0f} tokens the best learning rate of --proxy={n_layer}x"
+                       f"{n_embd} is not inside the swept ones; at least 3 around it are needed")
     return found[0]
 
 
-def transfer_command(a) -> str:
+def transfer_command(args) -> str:
     """muTransfer: the best learning rate of a proxy, and what the rules make of it at the target.
 
     The proxy has the base size, where every parametrization is the standard model."""
     import train
-    c = train_config(a.flags)
+    c = train_config(args.flags)
     if c.param != "standard":
         raise BadInput(f"--param={c.param}: goes before the --, as the proxy is the standard model")
-    best = proxy_optimum(a.csv, a.proxy, c)
-    tokens, batch = a.target_tokens or best.D, a.target_batch_tokens or c.batch_tokens
+    best = proxy_optimum(args.csv, args.proxy, c)
+    tokens, batch = args.target_tokens or best.D, args.target_batch_tokens or c.batch_tokens
     if tokens < batch:
         raise BadInput(f"--target_tokens={tokens:g} --target_batch_tokens={batch}: at least one "
                        "step is needed")
     ratio = tokens / best.D * c.batch_tokens / batch
     target = replace(c, batch_tokens=batch, steps=round(tokens / batch),
                      **target_flags(c, best.lr, ratio))
-    target = at_size(target, a.param, a.target, a.proxy)
+    target = at_size(target, args.param, args.target, args.proxy)
     config = train.model_config(target, target.vocab_size)
     return "\n".join([
         f"proxy, {best.D:,.0f} tokens: lr* {best.lr:.4g}, loss {best.L_min:.4f}, R^2 {best.r2:.3f} "
         f"of {best.n} points",
-        f"target, {tokens:,.0f} tokens, {ratio:.3g} times the steps: {a.param} with m_N "
+        f"target, {tokens:,.0f} tokens, {ratio:.3g} times the steps: {args.param} with m_N "
         f"{config.width_ratio:g}, m_L {config.depth_ratio:g}, m_D {config.head_ratio:g}",
         f"python train.py {settings(target, ignored=())}"])
 
@@ -595,17 +624,18 @@ def transfer_command(a) -> str:
 # --------------------------------------------------------------------------------------------------
 # Coordinate check: do activations move as much at every size?
 
-ACTIVATIONS = ("embed", "attention", "ssm", "router", "mlp")  # the names of their modules
+ACTIVATIONS = ("embed", "attention", "ssm", "router", "mlp")  # names of modules
 
 
 def activations(model: GPT, idx) -> dict[str, list[torch.Tensor]]:
-    """The outputs of the modules of each kind for idx (B, T), one tensor a block; "stream": the
-    residual stream after the last block; "logits"."""
+    """The outputs for idx, (B, T), of all modules with a name in ACTIVATIONS, by that name, one
+    tensor a block; "stream": the residual stream after the last block; "logits"."""
     seen, hooks = defaultdict(list), []
-    for name, module in model.named_modules():
-        if (kind := name.rpartition(".")[2]) in ACTIVATIONS:
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        if name in ACTIVATIONS:
             hooks.append(module.register_forward_hook(
-                lambda module, inputs, output, kind=kind: seen[kind].append(output)))
+                lambda module, inputs, output, name=name: seen[name].append(output)))
     with torch.no_grad():
         x, (stream,) = model(idx, hidden=(len(model.blocks),))
         logits = model.logits(x)
@@ -615,12 +645,12 @@ def activations(model: GPT, idx) -> dict[str, list[torch.Tensor]]:
 
 
 def coordinate_check(c, steps: int = 5, seeds: int = 1) -> dict[str, float]:
-    """RMS over all elements of the change of each kind of activation after `steps` steps at the
-    constant learning rate c.lr, mean over seeds.
+    """How far each kind of activation moves in `steps` steps at the constant learning rate c.lr:
+    the RMS of its change over all elements and blocks, mean over seeds.
 
     Under a parametrization that transfers it is the same at every size (Yang et al. 2022, appendix
     D.1). The text is 4 sequences of 32 random tokens out of 256, the same at every step and size.
-    Matrices that write into the stream start at 0: all of the model moves from step 3 on."""
+    Matrices that write into the stream start at 0, so the whole model moves only from step 3 on."""
     import train
     c = replace(c, block_size=32, schedule="constant", warmup_steps=0)
     moved = defaultdict(float)
@@ -637,34 +667,36 @@ def coordinate_check(c, steps: int = 5, seeds: int = 1) -> dict[str, float]:
             optimizers.clip(0.0)
             optimizers.step(step)
         for kind, after in activations(model, idx).items():
-            squares = [(a - b).square().mean() for a, b in zip(after, before[kind], strict=True)]
-            moved[kind] += torch.stack(squares).mean().sqrt().item() / seeds
+            change = torch.stack(after) - torch.stack(before[kind])
+            moved[kind] += change.square().mean().sqrt().item() / seeds
     return dict(moved)
 
 
 def slope(sizes, values) -> float:
-    """The exponent k of values ~ sizes^k by least squares in the logarithms."""
+    """The exponent k of values ~ sizes^k by least squares in the logarithms; nan if a value is 0.
+    Both: (n,)."""
     if min(values) <= 0:
         return math.nan
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def coordcheck_command(a) -> str:
+def coordcheck_command(args) -> str:
     """How far activations move over widths and over depths (coordinate_check)."""
-    c = train_config(a.flags)
-    if a.steps < 3 or min(len(a.widths), len(a.depths)) < 2:
-        raise BadInput(f"--widths={a.widths} --depths={a.depths} --steps={a.steps}: two widths, "
-                       "two depths and 3 steps are needed at least")
-    depth, width = base = a.depths[0], a.widths[0]
-    tables = {f"over width ({depth} blocks)": {n: (depth, n) for n in a.widths},
-              f"over depth (width {width})": {n: (n, width) for n in a.depths}}
-    configs = {(param, size): at_size(c, param, size, base) for param in a.params
+    c = train_config(args.flags)
+    if args.steps < 3 or min(len(args.widths), len(args.depths)) < 2:
+        raise BadInput(f"--widths={args.widths} --depths={args.depths} --steps={args.steps}: two "
+                       "widths, two depths and 3 steps are needed at least")
+    depth, width = base = args.depths[0], args.widths[0]
+    tables = {f"over width ({depth} blocks)": {n: (depth, n) for n in args.widths},
+              f"over depth (width {width})": {n: (n, width) for n in args.depths}}
+    configs = {(param, size): at_size(c, param, size, base) for param in args.params
                for sizes in tables.values() for size in sizes.values()}
-    moved = {key: coordinate_check(config, a.steps, a.seeds) for key, config in configs.items()}
-    lines = [f"RMS of the change after {a.steps} steps with {c.optimizer} at lr {c.lr:g}"]
+    moved = {key: coordinate_check(config, args.steps, args.seeds)
+             for key, config in configs.items()}
+    lines = [f"RMS of the change after {args.steps} steps with {c.optimizer} at lr {c.lr:g}"]
     for title, sizes in tables.items():
         lines.append(f"{title:<23}" + "".join(f"{n:>10}" for n in sizes) + "     slope")
-        for param, kind in itertools.product(a.params, moved[a.params[0], base]):
+        for param, kind in itertools.product(args.params, moved[args.params[0], base]):
             values = [moved[param, size][kind] for size in sizes.values()]
             lines.append(f"  {param:<10} {kind:<10}" + "".join(f"{v:>10.3g}" for v in values)
                          + f"{slope([*sizes], values):>+10.2f}")
@@ -681,16 +713,16 @@ NOT_SETTINGS = {"n_layer", "n_embd", "lr", "seed", "steps", "schedule", "micro_b
 
 
 def settings(c, ignored=NOT_SETTINGS) -> str:
-    """The flags that are not at train.py's defaults, as on a command line. Rows of a table state
-    them. What is not UTF-8 in them, as in names of files, is escaped."""
+    """The flags of the Config c that are not at their defaults, as on a command line. They are the
+    column "flags" of a table. What is not UTF-8 in them, as in names of files, is escaped."""
     text = shlex.join(f"--{f.name}={getattr(c, f.name)}" for f in fields(c)
                       if f.name not in ignored and getattr(c, f.name) != f.default)
     return text.encode(errors="backslashreplace").decode()
 
 
 def refuse_settings(where: str, stored: str, c, ignored=()):
-    """Raises BadInput, with the flags that differ, if stored settings are not those of c. ignored:
-    flags that may differ, such as "--warmup_steps"."""
+    """Raises BadInput, with the flags that differ, if `stored` is not settings(c). where: the table
+    or folder that holds it; ignored: flags that may differ, such as "--warmup_steps"."""
     differ = {*shlex.split(stored)} ^ {*shlex.split(settings(c))}
     differ = sorted(flag for flag in differ if flag.partition("=")[0] not in ignored)
     if differ:
@@ -699,8 +731,8 @@ def refuse_settings(where: str, stored: str, c, ignored=()):
 
 
 def train_config(flags: list[str]):
-    """train.Config from flags. Those that cannot be used here are refused. Those that a command
-    sets itself for each run, such as --n_layer, have no effect."""
+    """The train.Config of these flags. Raises BadInput for flags that cannot be used here. Flags
+    that a command sets for each run, such as --n_layer, have no effect."""
     import train
     c = train.parse_flags(flags)
     for name in ("lr_law", "resume", "decay_fraction", "dry_run", "schedule", "out_dir"):
@@ -729,45 +761,42 @@ def read_table(path, needed, read) -> list:
     return found
 
 
-def read_runs(path, names=("N", "D", "lr", "loss"), group="") -> tuple[list[dict], int]:
-    """Reads runs from a CSV with a header. names: those of the columns of N, D, lr and loss; group:
-    names of columns that make up the group, separated by commas.
+def read_points(path, names=("N", "D", "lr", "loss"), group="") -> tuple[list[dict], int]:
+    """Reads points from a CSV with a header. names: the columns of N, D, lr and loss; group: names
+    of the columns that make up the group, separated by commas.
 
-    Returns the runs, and how many are left out: those that diverged (their loss is inf, nan or an
-    empty cell), and the other seeds of such a setting, whose mean would hide that it diverges."""
+    Returns the points, and how many are left out: those that diverged (their loss is inf, nan or an
+    empty cell), and other seeds of the same N, D, lr and group, whose mean would hide that it can
+    diverge. Raises BadInput."""
     groups = group.split(",") if group else []
 
-    def read(row):
+    def point(row):
         N, D, lr, loss = (float(row[name] or "nan") for name in names)  # empty: it diverged
         if not all(0 < value < math.inf for value in (N, D, lr)) or loss <= 0:
             raise BadInput("N, D, lr and loss must be positive")
         return {"N": N, "D": D, "lr": lr, "loss": loss, "flags": row.get("flags"),
                 "group": ",".join(row[name] for name in groups)}
 
-    runs = read_table(path, [*names, *groups], read)
-    flags = {run.pop("flags") for run in runs}
+    points = read_table(path, [*names, *groups], point)
+    flags = {point.pop("flags") for point in points}
     if len(flags) > 1 and "flags" not in groups:
         raise BadInput(f"{path}: runs with different flags, which do not compare; --group=flags "
                        "keeps them apart")
     setting = operator.itemgetter("N", "D", "lr", "group")
-    diverged = {setting(run) for run in runs if not math.isfinite(run["loss"])}
-    kept = [run for run in runs if setting(run) not in diverged]
-    return kept, len(runs) - len(kept)
+    diverged = {setting(point) for point in points if not math.isfinite(point["loss"])}
+    kept = [point for point in points if setting(point) not in diverged]
+    return kept, len(points) - len(kept)
 
 
 COLUMNS = ("N", "D", "lr", "loss", "seed", "n_layer", "n_embd", "flops", "seconds", "flags")
 
 
-def open_table(path) -> dict[tuple, str]:
-    """Opens or begins a table of `sweep`. Returns (N, D, lr, seed) -> flags of each row. Several
-    processes may begin a table at once: the one that locks the file first writes the header."""
-    header = ",".join(COLUMNS)
-    with open(path, "a") as file:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if file.seek(0, os.SEEK_END) == 0:  # empty now, not when it was opened
-            file.write(header + "\n")
-    text = read_text(path)
+def sweep_rows(path) -> dict[tuple, str]:
+    """Reads a table of `sweep`: (N, D, lr, seed) -> flags of each row; nothing of an empty file.
+    Raises BadInput."""
+    text, header = read_text(path), ",".join(COLUMNS)
+    if not text:
+        return {}
     if not text.startswith(header) or not text.endswith("\n"):  # rows are appended
         raise BadInput(f"{path}: not a table of `sweep`: columns {header}, and a line end after "
                        "each row, are needed")
@@ -776,9 +805,15 @@ def open_table(path) -> dict[tuple, str]:
 
 
 def append_row(path, row: dict):
-    """Appends one row in a single write, so that several processes can append to one table."""
+    """Appends a row to a table of `sweep`, and first the header if the file is new. Several
+    processes can append to one table: the file is locked, and written to once."""
     with open(path, "a", encoding="utf-8") as file:
-        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if file.seek(0, os.SEEK_END) == 0:  # still empty now that it is locked
+            writer.writeheader()
+        writer.writerow(row)
         file.flush()
         os.fsync(file.fileno())
 
@@ -787,16 +822,16 @@ LAW_VERSION = "nanolet-law-2"  # of the file's format
 
 
 def load_law(path, flag: str) -> dict:
-    """Reads a law that `fit` wrote. Raises BadInput unless it gives finite learning rates and
-    intervals at the sizes and horizons of its own data."""
+    """Reads a law that `fit` wrote. flag: what names the file on the command line. Raises BadInput
+    unless the law gives finite intervals at the least and the greatest N and D of its data."""
+    text = read_text(path, f"{flag}=")
     with reading(f"{flag}={path}"):
-        law = json.loads(read_text(path))
-        if law["version"] != LAW_VERSION:
-            raise ValueError(f"{LAW_VERSION} is needed")
-        found = [predict_law(law, N, D) for N, D in itertools.product(law["N"], law["D"])]
-        values = [[at["lr"], *at["interval"]] for at in found]
-        if law["dof"] < 1 or not values or not np.isfinite(values).all():
-            raise ValueError("no finite learning rate at the N and D of its data")
+        law = json.loads(text)
+        if law["version"] != LAW_VERSION or law["dof"] < 1:
+            raise ValueError(f"{LAW_VERSION} is needed, with at least one degree of freedom")
+        for i in (0, 1):
+            if not np.isfinite(predict_law(law, law["N"][i], law["D"][i])["interval"]).all():
+                raise ValueError("no finite learning rate at the N and D of its data")
     return law
 
 
@@ -804,12 +839,12 @@ def load_law(path, flag: str) -> dict:
 # Fit and predict: reports and the plot
 
 
-def report(law: dict, fitted: list[SimpleNamespace], diverged: int) -> list[str]:
-    """What a fit found: its slices (if there are few), the law, and that of each group alone.
-    diverged: how many runs read_runs has left out."""
+def report(law: dict, fitted: list[SimpleNamespace], left_out: int) -> list[str]:
+    """The lines that say what a fit found: the slices (if they are few), the law, and the law of
+    each group by itself. fitted: see fit_slices; left_out: see read_points."""
     inside = [f for f in fitted if f.inside]
     lines = [f"{len(fitted)} slices with a parabola, {len(inside)} with the optimum inside the "
-             f"swept rates; {diverged} diverged runs left out"]
+             f"swept learning rates; {left_out} diverged runs left out"]
     if fitted:
         lines.append(f"R^2 of the parabolas: median {np.median([f.r2 for f in fitted]):.3f}")
     for f in fitted if len(fitted) <= 40 else []:
@@ -834,7 +869,7 @@ def report(law: dict, fitted: list[SimpleNamespace], diverged: int) -> list[str]
 
 
 def cost_lines(title: str, found: dict) -> list[str]:
-    """What `costs` found, as a table."""
+    """A table, as lines, of what `costs` returned."""
     slices = len(next(iter(found.values())))
     lines = [f"{title}: nats above the lowest loss of {slices} slices, by their parabolas",
              f"{'':<26}{'median':>9}{'max':>9}"]
@@ -848,20 +883,20 @@ def plot_fit(fitted, law, path):
     from probes import plotting, save_figure
     figure, (left, right) = plotting(path).subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     D = np.geomspace(law["D"][0], 3 * law["D"][1], 30)
-    colors = {N: f"C{i}" for i, N in enumerate(sorted({f.N for f in fitted}))}
-    for f in fitted:
-        lr = f.rates[f.near]
-        left.semilogx(lr, f.losses[f.near], ".", color=colors[f.N])
-        lr = np.geomspace(lr[0], lr[-1], 50)
-        left.semilogx(lr, f.L_min + f.C * np.log(lr / f.lr) ** 2, color=colors[f.N], linewidth=0.8)
-        if f.inside:
-            right.loglog(f.D, f.lr, "o", color=colors[f.N])
-    for N, color in colors.items():
-        found = [predict_law(law, N, d) for d in D]
-        right.loglog(D, [p["lr"] for p in found], color=color, label=f"N = {N:.3g}")
-        right.fill_between(D, *zip(*[p["interval"] for p in found]), color=color, alpha=0.15)
-    rates, horizons = {lr for f in fitted for lr in f.rates}, {f.D for f in fitted}
-    for axis, ticks in ((left, sorted(rates)), (right, sorted(horizons))):
+    for i, N in enumerate(sorted({f.N for f in fitted})):
+        color = f"C{i}"
+        for f in [f for f in fitted if f.N == N]:
+            lr = f.lrs[f.near]
+            left.semilogx(lr, f.losses[f.near], ".", color=color)
+            lr = np.geomspace(lr[0], lr[-1], 50)
+            left.semilogx(lr, f.L_min + f.C * np.log(lr / f.lr) ** 2, color=color, linewidth=0.8)
+            if f.inside:
+                right.loglog(f.D, f.lr, "o", color=color)
+        right.loglog(D, law_rate(law, N, D), color=color, label=f"N = {N:.3g}")
+        low, high = np.transpose([predict_law(law, N, horizon)["interval"] for horizon in D])
+        right.fill_between(D, low, high, color=color, alpha=0.15)
+    lrs, horizons = {lr for f in fitted for lr in f.lrs}, {f.D for f in fitted}
+    for axis, ticks in ((left, sorted(lrs)), (right, sorted(horizons))):
         axis.set_xticks(ticks, [f"{value:.3g}" for value in ticks], rotation=45)
         axis.set_xticks([], minor=True)
     left.set(xlabel="learning rate", ylabel="loss, nats", title="slices and their parabolas")
@@ -870,40 +905,42 @@ def plot_fit(fitted, law, path):
     save_figure(figure, path)
 
 
-def fit_command(a) -> str:
+def fit_command(args) -> str:
     """Parabolas and the law from a table of runs."""
-    table, diverged = read_runs(a.runs, (a.N, a.D, a.lr, a.loss), a.group)
-    runs = table
-    if a.extrapolate:
-        runs = [run for run in table if run["D"] < a.extrapolate]
-        predicted = extrapolate(table, a.extrapolate)
-        runs += predicted
-    fitted = fit_slices(runs, a.basin)
-    with reading(a.runs):
-        law = law_of(near_optima(runs) if a.joint else [f for f in fitted if f.inside])
-    lines = report(law, fitted, diverged)
-    if a.extrapolate:
-        lines.append(f"{len(predicted)} losses at D = {a.extrapolate:g} are predicted by L(D)")
-        if found := check_horizon(fitted, table, a.extrapolate, a.basin):
-            lines += cost_lines(f"real runs at D = {a.extrapolate:g}", found)
-    if a.hold_out:
-        with reading(f"{a.runs} --hold_out"):
-            lines += cost_lines("held out, the largest N", hold_out(table, a.basin))
-    if a.plot:
-        plot_fit(fitted, law, a.plot)
-    if a.output:
-        if Path(a.output).exists():
-            load_law(a.output, "--output")  # refuses to overwrite what is not a law
-        with written_whole(a.output) as new:
+    D, columns = args.extrapolate, (args.N, args.D, args.lr, args.loss)
+    table, left_out = read_points(args.runs, columns, args.group)
+    points = table
+    if D:
+        predicted = extrapolate(table, D)
+        points = [point for point in table if point["D"] < D] + predicted
+    fitted = fit_slices(points, args.basin)
+    optima = [f for f in fitted if f.inside]
+    with reading(args.runs):
+        law = law_of(near_optima(points) if args.joint else optima)
+    lines = report(law, fitted, left_out)
+    if D:
+        lines.append(f"{len(predicted)} losses at D = {D:g} are predicted by L(D)")
+        if found := check_horizon(optima, table, D, args.basin):
+            lines += cost_lines(f"real runs at D = {D:g}", found)
+    if args.hold_out:
+        with reading(f"{args.runs} --hold_out"):
+            lines += cost_lines("held out, the largest N", hold_out(table, args.basin))
+    if args.plot:
+        plot_fit(fitted, law, args.plot)
+    if args.output:
+        if Path(args.output).exists():
+            load_law(args.output, "--output")  # refuses to overwrite what is not a law
+        with written_whole(args.output) as new:
             new.write_text(json.dumps(
                 {"version": LAW_VERSION, "units": "parameters, tokens", **law}, indent=1))
-        lines.append(f"written to {a.output}")
+        lines.append(f"written to {args.output}")
     return "\n".join(lines)
 
 
 def describe_prediction(at: dict) -> str:
     """What predict_law returned, as text."""
-    text = "lr {:.4g}   90 % interval {:.4g} to {:.4g}".format(at["lr"], *at["interval"])
+    low, high = at["interval"]
+    text = f"lr {at['lr']:.4g}   90 % interval {low:.4g} to {high:.4g}"
     if at["decades"] > 0:
         far = ": do not trust it far" if at["decades"] > 1 else ""
         text += f"\n{at['decades']:.2f} decades beyond the data{far}"
@@ -912,15 +949,16 @@ def describe_prediction(at: dict) -> str:
     return text
 
 
-def predict_command(a) -> str:
+def predict_command(args) -> str:
     """The learning rate at a size and a horizon."""
-    N, D = a.n_params, a.tokens
-    if a.law in LAWS:
-        ratio = "; as a ratio to the anchor" if a.anchor else ""
-        return f"lr {published(a.law, N, D, a.anchor):.4g}   ({a.law}: {LAWS[a.law][0]}{ratio})"
-    if a.anchor:
-        raise BadInput(f"--law={a.law} --anchor: only published laws take an anchor")
-    return describe_prediction(predict_law(load_law(a.law, "--law"), N, D))
+    N, D = args.n_params, args.tokens
+    if args.law in LAWS:
+        lr = published(args.law, N, D, args.anchor)
+        ratio = "; as a ratio to the anchor" if args.anchor else ""
+        return f"lr {lr:.4g}   ({args.law}: {LAWS[args.law][0]}{ratio})"
+    if args.anchor:
+        raise BadInput(f"--law={args.law} --anchor: only published laws take an anchor")
+    return describe_prediction(predict_law(load_law(args.law, "--law"), N, D))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -928,16 +966,15 @@ def predict_command(a) -> str:
 
 
 def numbers(text: str) -> list[float]:
-    """Positive numbers from "1,2,3", or from "low:high:count", evenly spaced in the logarithm. This
-    and the next two are types of flags: a ValueError is reported with the flag and its value."""
-    if ":" in text:
-        low, high, count = text.split(":")
-        values = np.geomspace(float(low), float(high), min(int(count), 10_000)).tolist()
-    else:
-        values = [float(value) for value in text.split(",")]
-    if not values or not all(0 < value < math.inf for value in values):
-        raise ValueError
-    return list(dict.fromkeys(values))
+    """Positive numbers of "1,2,3", or of "LOW:HIGH:COUNT", evenly spaced in the logarithm.
+
+    This function and the next two are types for argparse: it reports a ValueError with the flag and
+    the value."""
+    if ":" not in text:
+        return listed(positive(1.0))(text)
+    low, high, count = text.split(":")
+    low, high, count = positive(1.0)(low), positive(1.0)(high), positive(1)(count)
+    return np.geomspace(low, high, count).tolist()
 
 
 def layers_x_width(text: str) -> tuple[int, int]:
@@ -947,15 +984,15 @@ def layers_x_width(text: str) -> tuple[int, int]:
 
 
 def shard(text: str) -> slice:
-    """The runs that "I/N" stands for: every N-th from the I-th."""
+    """The Python slice that "I/N" stands for: every N-th from the I-th, counted from 1."""
     i, n = map(int, text.split("/"))
     if not 1 <= i <= n:
         raise ValueError
     return slice(i - 1, None, n)
 
 
-# {flag: (default, help, type)}. The type can be left out: numbers are then of the type of the
-# default and positive. A default of None: the flag is needed. A default of False: it has no value.
+# {flag: (default, help, type)}. A flag without a type takes text, or a positive number if its
+# default is a number. A default of None: the flag is required. False: the flag takes no value.
 GRID = {
     "--sizes": (None, "LAYERSxWIDTH, separated by commas", listed(layers_x_width)),
     "--lrs": (None, "1e-3,3e-3 or LOW:HIGH:COUNT", numbers),
@@ -964,7 +1001,8 @@ GRID = {
 COMMANDS = {
     fit_command: {
         "runs": (None, "a CSV with a header"),
-        **{f"--{name}": (name, "name of the column") for name in ("N", "D", "lr", "loss")},
+        "--N": ("N", "name of the column"), "--D": ("D", "name of the column"),
+        "--lr": ("lr", "name of the column"), "--loss": ("loss", "name of the column"),
         "--group": ("", "names of columns that tell runs apart, such as the batch size"),
         "--basin": (0.05, "losses above (1 + this) times the lowest are left out, except the "
                     "neighbors of the lowest"),
@@ -1000,7 +1038,8 @@ WITHOUT_TRAIN_FLAGS = (fit_command, predict_command)
 
 
 def add_flag(parser, names: str, default, text: str, kind=str):
-    """Adds an entry of COMMANDS to an argparse parser. names: such as "-o --output"."""
+    """Adds an entry of COMMANDS to an argparse parser. names: such as "-o --output"; default, text
+    and kind: the entry's default, help and type."""
     options = {"help": text, "default": default, "type": kind}
     if default is False:
         options = {"help": text, "action": "store_true"}
@@ -1022,12 +1061,12 @@ def main(argv):
             one.epilog = "flags of train.py follow after --"
         for names, options in flags.items():
             add_flag(one, names, *options)
-    at = argv.index("--") if "--" in argv else len(argv)
-    a = parser.parse_args(argv[:at])
-    a.flags = argv[at + 1:]  # of train.py
-    if a.flags and a.function in WITHOUT_TRAIN_FLAGS:
-        raise BadInput(f"{argv[0]} takes no flags of train.py after --: {a.flags}")
-    print(a.function(a))
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:end])
+    args.flags = argv[end + 1:]  # of train.py
+    if args.flags and args.function in WITHOUT_TRAIN_FLAGS:
+        raise BadInput(f"{argv[0]} takes no flags of train.py after --: {args.flags}")
+    print(args.function(args))
 
 
 if __name__ == "__main__":

@@ -276,7 +276,7 @@ def law_numbers(results, sizes, seed, held_out, active=False):
              "parabola_r2": statistics.median([f.r2 for f in fitted if f.n > 3] or [math.nan]),
              "cost": statistics.mean(costs) if costs else math.nan}
     if not isinstance(held_out, str):  # eq. 4: the loss at the longest horizon, from shorter ones
-        real = {(f.N, lr): loss for f in held for lr, loss in zip(f.rates, f.losses)}
+        real = {(f.N, lr): loss for f in held for lr, loss in zip(f.lrs, f.losses)}
         predicted = lr_law.extrapolate(table, held_out)
         errors = [abs(p["loss"] - real[p["N"], p["lr"]]) for p in predicted
                   if (p["N"], p["lr"]) in real]

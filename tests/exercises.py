@@ -395,7 +395,6 @@ EQUIVALENT = {
     ("fit_horizon", "geomspace(high"): "the grid in falling order",
     ("fit_horizon", "best - 2"): "a wider search",
     ("fit_horizon", "best + 2"): "a wider search",
-    ("fit_law", "e-09"): "a threshold of rounding",
     ("fit_law", "(X @ beta - y)"): "its square is the same",
     ("predict_law", "0.99 <"): "concerns two numbers at the edge",
     ("train_bpe", "difference >= 0"): "looks at more words than needed",
