@@ -3,13 +3,13 @@
     python model.py runs/1/ckpt.pt --prompt "def " --tokens 200
 
 The model is a decoder-only transformer in the style of Llama and Qwen3: RMSNorm before each branch,
-rotary positions, grouped-query attention, an MLP (squared ReLU, gated or GELU). Only Mamba-2 and
-AffineBlock have biases. Mamba-2 can take the place of attention or stand beside it (`mixer`), a
-mixture of experts can take the place of the MLP (`n_experts`).
+rotary positions, grouped-query attention, an MLP (squared ReLU, gated or GELU), no biases. Mamba-2
+can take the place of attention or stand beside it (`mixer`). A mixture of experts can take the
+place of the MLP (`n_experts`).
 
 The file in order: attention, MLP, block, GPT; Mamba-2; experts; initialization and muP; the loss
-over the vocabulary; the terms of a training loss; scoring and sampling; tokenizers, checkpoints and
-the command line.
+over the vocabulary; the terms of a training loss; scoring and sampling; then what all files of the
+project share: tokenizers, checkpoints, errors, files and the command line.
 
 Names and symbols
     B, T, C     sequences in a batch, tokens in a sequence, width of the residual stream (n_embd;
@@ -18,7 +18,10 @@ Names and symbols
     mixer       the part of a block that moves information between tokens: attention, Mamba-2, or
                 both side by side
     E, k        experts, and experts that each token goes to (experts_per_token)
-    P, N, G, Q  Mamba-2: channels of a head, state size per channel, groups, tokens of a chunk
+    P, N, G, Q  Mamba-2: channels of a head, state size per channel, groups, tokens of a chunk. The
+                code of Mamba-2 writes b for the batch, as B and C are the paper's B_t and C_t there
+    m_N, m_L, m_D  width, blocks and channels of a head over those of a base model (muP), see
+                PARAM_RULES
     V, V_pad    vocabulary size, and V rounded up to a multiple of 64, for faster products on GPUs
     x           the residual stream, (B, T, C)
     state k     x after block k; blocks are numbered from 1, state 0 is the output of the embedding
@@ -39,7 +42,7 @@ import signal
 import sys
 import time
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
@@ -49,28 +52,11 @@ import torch.nn.functional as F
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:  # Windows has no such locks
     fcntl = None
 
-END_OF_TEXT = "<|endoftext|>"
 IGNORE = -100  # a target with this value is not counted in the loss
 MIXERS = {"attention": "A", "mamba2": "M", "hybrid": "H"}  # the letter of each kind of block
-
-
-class BadInput(ValueError):
-    """The user gave a wrong value. Commands print the message and exit with code 2."""
-
-
-class Failed(RuntimeError):
-    """The input was right and the work failed. Commands print the message and exit with code 1."""
-
-
-def need(holds: bool, settings, names: str, why: str):
-    """Raises BadInput unless the condition holds. names: the settings to show, such as "n_embd
-    n_head"; each is an attribute of `settings`."""
-    if not holds:
-        values = " ".join(f"--{name}={getattr(settings, name)}" for name in names.split())
-        raise BadInput(f"{values}: {why}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -79,7 +65,8 @@ def need(holds: bool, settings, names: str, why: str):
 
 @dataclass
 class ModelConfig:
-    """The shapes and the function of a GPT. Every default of the architecture stands here.
+    """All that defines a GPT but its weights, with every default of the architecture. Raises
+    BadInput (by `need`) for values that do not fit together.
 
     A new field that users set is also a flag of the same name in train.Config. If it changes what
     the model computes, an export must refuse it (teacher.hf_kind) or express it
@@ -93,7 +80,7 @@ class ModelConfig:
     n_kv_head: int = 0  # key/value heads, each for n_head / n_kv_head query heads; 0: n_head
     head_dim: int = 0  # channels of one head; 0: C / H
     mlp: str = "relu2"  # swiglu | relu2 | gelu
-    mlp_hidden: int = 0  # width inside the MLP; 0: 4 C, or for swiglu about 8/3 C: the same size
+    mlp_hidden: int = 0  # width inside the MLP; 0: 4 C, for swiglu 8/3 C: as many parameters
     qk_norm: bool = False  # RMSNorm on queries and keys, per head, as in Qwen3
     tie_embeddings: bool = False
     rope_base: float = 10_000.0
@@ -125,13 +112,11 @@ class ModelConfig:
             self.mlp_hidden = swiglu if self.mlp == "swiglu" else 4 * self.n_embd
         if self.expert_hidden == 0:
             self.expert_hidden = max(1, self.mlp_hidden // self.experts_per_token)
-        kinds = {*self.kinds()}
-        if kinds & {*"AH"}:
-            need(self.n_head % self.n_kv_head == 0, self, "n_head n_kv_head",
-                 "the first must be a multiple of the second")
-            need(self.n_experts == 0 or self.experts_per_token <= self.n_experts, self,
-                 "experts_per_token n_experts", "a token goes to more experts than there are")
-        if kinds & {*"MH"}:
+        need(self.n_head % self.n_kv_head == 0, self, "n_head n_kv_head",
+             "the first must be a multiple of the second")
+        need(self.n_experts == 0 or self.experts_per_token <= self.n_experts, self,
+             "experts_per_token n_experts", "a token goes to more experts than there are")
+        if {"M", "H"} & {*self.kinds()}:
             need(self.expand * self.n_embd % (self.ssm_head_dim * self.n_groups) == 0, self,
                  "n_embd ssm_head_dim", f"{self.expand} * n_embd must be a multiple of "
                  f"{self.n_groups} * ssm_head_dim")
@@ -149,7 +134,7 @@ class ModelConfig:
 
 class RMSNorm(nn.Module):
     """x / rms(x) * gain over the last axis, in the dtype of x (Zhang & Sennrich 2019, arXiv
-    1910.07467). scale: a constant factor on the gain."""
+    1910.07467), where rms(x) = sqrt(mean(x^2) + eps). scale: a constant factor on the gain."""
 
     def __init__(self, dim: int, eps: float, scale: float = 1.0):
         super().__init__()
@@ -158,16 +143,16 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         gain = self.weight if self.scale == 1 else self.weight * self.scale
-        by_hand = x.device.type == "cpu" and x.dtype == gain.dtype
-        if by_hand and not torch.compiler.is_compiling():
-            return RMSNormOnCPU.apply(x, gain, self.eps)
+        on_cpu = x.device.type == "cpu" and x.dtype == gain.dtype
+        if on_cpu and not torch.compiler.is_compiling():
+            return RMSNormOnCPU.apply(x, gain, self.eps)  # at the end of this section
         return F.rms_norm(x, x.shape[-1:], gain.to(x.dtype), self.eps)
 
 
 class Fused(nn.Linear):
-    """Several matrices on the same input, stored as one: `Fused(C, q=512, k=128, v=128)(x)` gives
-    q, k and v. One large product is faster than three small ones. The optimizer treats the pieces
-    (`self.pieces`) as separate matrices."""
+    """Several matrices on the same input, stored as one: `Fused(C, q=512, k=128, v=128)(x)` returns
+    the tuple (q, k, v). One large product is faster than three small ones. The optimizer treats the
+    pieces (`self.pieces`, {name: rows}) as separate matrices."""
 
     def __init__(self, d_in: int, **pieces: int):
         super().__init__(d_in, sum(pieces.values()), bias=False)
@@ -180,8 +165,8 @@ class Fused(nn.Linear):
 def rope_tables(length: int, head_dim: int, base: float):
     """Tables for `rotate`, two of (length, 1, D) in float32: cos and sin of the angle
     t * base^(-2j/D) of position t and pair j. Rotary position embedding, Su et al. 2021, arXiv
-    2104.09864. Each cosine stands twice; the sines of the first half of the channels are negated.
-    """
+    2104.09864. Channels j and j + D/2 form pair j: both have its cosine; channel j has its sine
+    negated, as `rotate` needs it."""
     frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.arange(length, dtype=torch.float32)[:, None, None] * frequency  # (length, 1, D/2)
     cos, sin = angle.cos(), angle.sin()
@@ -189,15 +174,15 @@ def rope_tables(length: int, head_dim: int, base: float):
 
 
 def rotate(x, cos, sin):
-    """Rotate each pair (a, b) = (x_j, x_{j+D/2}), paired as in Llama, by the angle of its position:
-    (a cos - b sin, b cos + a sin), in the dtype of x. x: (B, T, heads, D); cos, sin: (T, 1, D) from
-    rope_tables, whose sin is negated in the first half of the channels."""
+    """Rotates each pair (a, b) = (x_j, x_{j+D/2}), paired as in Llama, by the angle of its position
+    to (a cos - b sin, b cos + a sin), in the dtype of x. x: (B, T, heads, D); cos, sin: (T, 1, D)
+    from rope_tables, whose sin is negated in the first half of the channels."""
     return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention: softmax(q k^T / sqrt(D)) v, each query head with the k and v
-    of its group. Under muP the scores are also divided by sqrt(m_D), see PARAM_RULES."""
+    """Causal grouped-query attention: softmax(q k^T / sqrt(D m_D)) v, each query head with the k
+    and v of its group. m_D is 1 without muP, see PARAM_RULES."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -219,11 +204,10 @@ class Attention(nn.Module):
         of all tokens so far. The queries are then those of the last T tokens."""
         B, T, _ = x.shape
         q, k, v = self.qkv(x)
-        q = self.q_norm(q.view(B, T, self.n_head, self.head_dim))
-        k = self.k_norm(k.view(B, T, self.n_kv_head, self.head_dim))
-        q = rotate(q, cos, sin).transpose(1, 2)  # (B, H, T, D)
-        k = rotate(k, cos, sin).transpose(1, 2)  # (B, H_kv, T, D)
-        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        heads = B, T, -1, self.head_dim
+        q = rotate(self.q_norm(q.view(heads)), cos, sin).transpose(1, 2)  # (B, H, T, D)
+        k = rotate(self.k_norm(k.view(heads)), cos, sin).transpose(1, 2)  # (B, H_kv, T, D)
+        v = v.view(heads).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
         # The queries are the last T of T_all positions. T = T_all is the plain causal mask, a
@@ -233,16 +217,24 @@ class Attention(nn.Module):
         if T not in (1, T_all):
             mask = torch.ones(T, T_all, dtype=torch.bool, device=x.device).tril(T_all - T)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=T == T_all and T > 1, scale=self.scale,
+            q, k, v, attn_mask=mask, is_causal=T == T_all, scale=self.scale,
             enable_gqa=self.n_kv_head != self.n_head)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
 
 def activation(kind: str, h):
-    """silu(gate) * up of h = (gate, up) for swiglu; relu(up)^2 for relu2; gelu(up) for gelu."""
+    """swiglu: silu(gate) * up of h = (gate, up). relu2: relu(up)^2, gelu: gelu(up) of h = (up,).
+    Each is elementwise."""
     if kind == "swiglu":
-        return F.silu(h[0]) * h[1]
+        gate, up = h
+        return F.silu(gate) * up
     return F.relu(h[0]).square() if kind == "relu2" else F.gelu(h[0])
+
+
+def up_pieces(kind: str, hidden: int) -> dict[str, int]:
+    """{name: rows} of the matrices before the activation: `up`, and for swiglu `gate` before it."""
+    names = ["gate", "up"] if kind == "swiglu" else ["up"]
+    return dict.fromkeys(names, hidden)
 
 
 class MLP(nn.Module):
@@ -251,8 +243,7 @@ class MLP(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.kind = c.mlp
-        gate = {"gate": c.mlp_hidden} if c.mlp == "swiglu" else {}
-        self.up = Fused(c.n_embd, **gate, up=c.mlp_hidden)
+        self.up = Fused(c.n_embd, **up_pieces(c.mlp, c.mlp_hidden))
         self.down = nn.Linear(c.mlp_hidden, c.n_embd, bias=False)
 
     def forward(self, x):
@@ -261,10 +252,12 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)): the mixer moves information between tokens, the
-    MLP acts on each token by itself. kind is a letter of ModelConfig.kinds(): A, attention; M,
-    Mamba-2, which has a gate of its own and no MLP after it; H, the sum of both mixers on the same
-    input. Attention is `self.attention`, Mamba-2 is `self.ssm`, and what a block lacks is None.
-    Each branch is multiplied by 1 / m_L, see PARAM_RULES."""
+    MLP acts on each token by itself.
+
+    kind: A, the mixer is attention; M, it is Mamba-2, which has a gate of its own and no MLP after
+    it; H, it is the sum of both on the same input. Attention is `self.attention`, Mamba-2 is
+    `self.ssm`, and what a block lacks is None. Each branch has the factor 1 / m_L, see PARAM_RULES.
+    """
 
     def __init__(self, c: ModelConfig, kind: str):
         super().__init__()
@@ -287,10 +280,11 @@ class Block(nn.Module):
 
 
 class AffineBlock(nn.Module):
-    """x + (W x + b) / m_L for each token by itself. `probes.py prune` puts it in a block's place.
-    It starts at W = 0 and b = 0, the identity, and weight decay pulls W back there."""
+    """x + (W x + b) / m_L for each token by itself: a linear block, kind L. `probes.py prune` puts
+    it in the place of a block that is nearly linear. It starts at W = 0 and b = 0, the identity,
+    and weight decay pulls W back there."""
 
-    attention = ssm = mlp = None  # the parts of a Block, of which it has none
+    attention = ssm = mlp = None  # as a Block that has none of them
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -302,14 +296,17 @@ class AffineBlock(nn.Module):
 
 
 class GPT(nn.Module):
-    """Embedding, blocks, final norm, and the head that turns the stream into logits."""
+    """Embedding, blocks, final norm, and the head that turns the residual stream into logits.
+
+    `forward` stops before the head: the loss forms the logits in chunks (see chunked_loss), and
+    sampling needs those of the last token alone."""
 
     compiled = False  # whether compile() was called
 
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.config = c
-        V_pad = -(-c.vocab_size // 64) * 64
+        V_pad = math.ceil(c.vocab_size / 64) * 64
         self.embed = nn.Embedding(V_pad, c.n_embd)
         self.blocks = nn.ModuleList(
             AffineBlock(c) if kind == "L" else Block(c, kind) for kind in c.kinds())
@@ -323,28 +320,29 @@ class GPT(nn.Module):
         init_weights(self)
 
     @property
-    def has_attention(self) -> bool:
-        """Without attention any length will do, and `block_size` is no limit."""
-        return any(block.attention is not None for block in self.blocks)
+    def context_limit(self):
+        """The longest context, in tokens: block_size, or infinity where no block has attention."""
+        attends = any(block.attention is not None for block in self.blocks)
+        return self.config.block_size if attends else math.inf
 
     def trunk(self, idx, hidden=(), caches=None, blocks=None):
         """Embedding and blocks, without the final norm.
 
         idx: (B, T) token ids. hidden: numbers of the states to return. caches: one Cache per block,
         which holds the tokens before idx and is extended in place. blocks: run only this many
-        blocks, the first ones. Returns (x (B, T, C), states): states has one (B, T, C) for each
-        number in `hidden`."""
-        past = 0 if caches is None else caches[0].length
+        blocks, the first ones. Returns (x (B, T, C), states): states is a tuple with one (B, T, C)
+        for each number in `hidden`. Raises ValueError for a context longer than block_size."""
+        past = caches[0].length if caches else 0  # tokens before idx
         T = idx.shape[1]
-        if past + T > self.config.block_size and self.has_attention:
+        if past + T > self.context_limit:
             raise ValueError(f"{past + T} tokens, but block_size is {self.config.block_size}")
         cos, sin = self.cos[past:past + T], self.sin[past:past + T]  # (T, 1, D)
         x = self.embed(idx)
         states = {0: x}
         for k, block in enumerate(self.blocks[:blocks], start=1):
-            cache = None if caches is None else caches[k - 1]
+            cache = caches[k - 1] if caches else None
             x = block(x, cos, sin, cache)
-            if cache is not None:
+            if cache:
                 cache.length += T
             states[k] = x
         return x, tuple(states[k] for k in hidden)
@@ -359,18 +357,18 @@ class GPT(nn.Module):
         """x (..., C) after the final norm -> logits (..., V), without the padding."""
         return self.head(x)[..., :self.config.vocab_size]
 
-    def loss(self, x, targets):
-        """Mean next-token loss in nats over the counted targets (B, T), 0-d. x: (B, T, C) from
-        forward."""
-        return self.summed_loss(x, targets) / (targets != IGNORE).sum().clamp(min=1)
+    def loss(self, x, targets, divisor=None):
+        """The next-token loss in nats, 0-d: the sum over the counted targets (B, T) by `divisor`,
+        which is their number by default. x: (B, T, C) from forward.
 
-    def summed_loss(self, x, targets):
-        """The same as a sum. Its gradient cannot be differentiated again; where a second derivative
-        is needed, take `next_token_loss` of `logits(x)`."""
+        Its gradient cannot be differentiated again. Where a second derivative is needed, take
+        `next_token_loss` of `logits(x)`."""
         summed, _ = chunked_loss(next_token_loss, x.flatten(0, 1), self.head.weight,
                                  targets.flatten(), vocab_size=self.config.vocab_size,
                                  compiled=self.compiled)
-        return summed
+        if divisor is None:
+            divisor = (targets != IGNORE).sum().clamp(min=1)
+        return summed / divisor
 
     def compile(self, *args, **kw):
         """Compile the forward pass in place, and the loss on logits with it. The loop over experts
@@ -381,6 +379,7 @@ class GPT(nn.Module):
         super().compile(*args, **kw)
 
     def moes(self) -> list["MoE"]:
+        """The mixtures of experts, one for each block that has one."""
         return [b.mlp for b in self.blocks if isinstance(b.mlp, MoE)]
 
     def num_params(self, active=False) -> int:
@@ -392,14 +391,16 @@ class GPT(nn.Module):
         return total
 
     def flops_per_token(self, backward=True, head=True, blocks=None, length=None) -> int:
-        """Floating-point operations per token in sequences of `length` (default block_size).
+        """Floating-point operations (FLOPs) per token, in sequences of `length` tokens (default
+        block_size). backward: of the backward pass too; head: of the head too; blocks: of the first
+        blocks alone.
 
         Each weight in a matrix product counts 2. Each block with attention counts 4 T H D (the full
         T x T square, as nanoGPT and PaLM count it), and each with Mamba-2 its convolution and scan
         (see ssd). Of the experts, those that a token goes to count. The embedding is a look-up and
-        costs nothing. The backward pass costs twice the forward pass. With attention in L blocks
-        this gives 6 N + 12 L C T, where N leaves out the embedding. head, blocks: without the head,
-        or of the first blocks alone."""
+        costs nothing. The backward pass costs twice the forward pass. With attention in n_layer
+        blocks and H D = C this gives 6 N + 12 n_layer C T, where N is the number of parameters
+        without the embedding."""
         c = self.config
         forward = 2 * self.head.weight.numel() if head else 0
         for b in self.blocks[:blocks]:
@@ -414,7 +415,7 @@ class GPT(nn.Module):
 
 
 def logical_pieces(model: nn.Module) -> dict[str, list[tuple[str, int]]]:
-    """(piece, rows) of each logical matrix that a weight holds, by the weight's name:
+    """The logical matrices that each weight holds, as {name of the weight: [(piece, rows)]}:
     {"blocks.0.attention.qkv.weight": [("q", 64), ("k", 32), ("v", 32)],
      "blocks.0.attention.o.weight": [("o", 64)], ...}. A stack of experts lists the pieces of
     expert 0, then those of expert 1, ... A tied head is listed as the embedding alone."""
@@ -426,12 +427,12 @@ def logical_pieces(model: nn.Module) -> dict[str, list[tuple[str, int]]]:
             pieces[f"{name}.weight"] = [(name.rpartition(".")[2], m.out_features)]
         elif isinstance(m, MoE):
             for weight, rows in m.pieces.items():
-                pieces[f"{name}.{weight}"] = [*rows.items()] * len(m.load)
+                pieces[f"{name}.{weight}"] = [*rows.items()] * len(m.up)
     return pieces
 
 
 def inverse_rms(x, eps: float):
-    """1 / rms(x) over the last axis, which is kept."""
+    """1 / rms(x) over the last axis, which is kept with length 1."""
     squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
     return (squares / x.shape[-1] + eps).rsqrt()
 
@@ -467,10 +468,12 @@ class RMSNormOnCPU(torch.autograd.Function):
 #
 #     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,    y_t = h_t C_t + D x_t,
 #
-# where x_t (P,), B_t (N,), C_t (N,) and dt_t > 0 come from the token and A < 0 is learned. As one
-# linear map from all x to all y this is y = (L o C B^T) (dt x): attention without softmax, under a
-# mask of decays L_ts = exp(sum of dt A from s + 1 to t). State-space duality uses the second form,
-# matrix products, within chunks of Q tokens, and the first form between chunks.
+# where x_t (P,), B_t (N,), C_t (N,) and dt_t > 0 come from the token, and A < 0 and D are learned.
+# As one linear map from all x to all y, without D, this is y = (L o C B^T) (dt x), with o the
+# elementwise product: attention without softmax, under a mask of decays L_ts = exp(sum of dt A from
+# s + 1 to t) for s <= t, else 0. The first form takes one step after the other; the second is large
+# products of matrices, whose work grows with T^2. State-space duality uses the second within chunks
+# of Q tokens, and the first between chunks.
 
 
 def ssd_recurrence(x, dt, A, B, C, state=None):
@@ -483,7 +486,8 @@ def ssd_recurrence(x, dt, A, B, C, state=None):
     dtype of x, h after the last token in the dtype of dt)."""
     heads = x.shape[2] // B.shape[2]
     B, C = (t.repeat_interleave(heads, dim=2).to(dt.dtype) for t in (B, C))  # (b, T, H, N)
-    h, ys = 0.0 if state is None else state, []
+    h = 0.0 if state is None else state
+    ys = []
     for t in range(x.shape[1]):
         decay = (dt[:, t] * A).exp()[..., None, None]
         h = decay * h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
@@ -496,23 +500,26 @@ def ssd(x, dt, A, B, C, chunk: int, state=None):
     D x. Any length.
 
     Within a chunk of Q tokens y = (L o C B^T)(dt x), with the decays L_ts = exp(sum of dt A from
-    s + 1 to t) for s <= t, else 0. Each chunk adds to the state at its end; a loop over the chunks
-    carries the state, which adds C_t h, decayed from the chunk's start to t, to y_t.
+    s + 1 to t) for s <= t, else 0. Each chunk adds to the state at its end. A loop over the chunks
+    carries the state h from chunk to chunk; h C_t, decayed from the chunk's start to t, is added to
+    y_t.
 
     x: (b, T, H, P); dt: (b, T, H), positive; A: (H,), negative; B, C: (b, T, G, N), H a multiple of
     G; state: (b, H, P, N) before the first token, None for 0. Returns (y (b, T, H, P), the state
     after the last token). Decays are formed in the dtype of dt, which should be float32; the
-    products run in the dtype of x or under autocast. b T (2 Q N G + 2 Q P H + 4 P N H) FLOPs."""
+    products run in the dtype of x or under autocast. FLOPs: b T (2 Q N G + 2 Q P H + 4 P N H)."""
     b, T, H, P = x.shape
     G, N = B.shape[2:]
-    Q, R = min(chunk, T), H // G
+    R = H // G  # heads of a group
+    Q = min(chunk, T)
     K = -(-T // Q)  # chunks; the last one is filled up with tokens of dt = 0, which change no state
     if K * Q > T:
         x, dt, B, C = (F.pad(t, (0, 0) * (t.ndim - 2) + (0, K * Q - T)) for t in (x, dt, B, C))
     x, dt = x.view(b, K, Q, G, R, P), dt.view(b, K, Q, G, R)
     B, C = (t.view(b, K, Q, G, N).transpose(2, 3) for t in (B, C))  # (b, K, G, Q, N)
     a = (dt * A.view(G, R)).cumsum(2)  # (b, K, Q, G, R): log of the decay since the chunk's start
-    w = dt.clamp_min(torch.finfo(dt.dtype).tiny).log() - a  # exp(a_t + w_s) = L_ts dt_s
+    # exp(a_t + w_s) = L_ts dt_s. The clamp keeps the gradient of the logarithm at dt = 0 finite
+    w = dt.clamp_min(torch.finfo(dt.dtype).tiny).log() - a
 
     # Within a chunk: scores C B^T once a group, times each head's mask of decays, times x
     future = torch.full((Q, Q), -math.inf, dtype=a.dtype, device=x.device).triu(1)
@@ -526,7 +533,8 @@ def ssd(x, dt, A, B, C, chunk: int, state=None):
     added = (x * to_end).transpose(2, 3).flatten(4).mT @ B  # (b, K, G, R P, N)
     added = added.view(b, K, G, R, P, N).to(a.dtype)
     h = a.new_zeros(b, G, R, P, N) if state is None else state.view(b, G, R, P, N)
-    decay, before = a[:, :, -1].exp()[..., None, None], []
+    decay = a[:, :, -1].exp()[..., None, None]  # over a whole chunk, (b, K, G, R, 1, 1)
+    before = []
     # unbind has one gradient in all, where indexing would have one of full size for each chunk
     for one_decay, one_added in zip(decay.unbind(1), added.unbind(1), strict=True):
         before.append(h)
@@ -540,9 +548,10 @@ def ssd(x, dt, A, B, C, chunk: int, state=None):
 
 
 class CausalConv(nn.Module):
-    """Depthwise convolution over time: y_t = bias + sum_j w_j x_{t - d_conv + 1 + j}, per channel.
-    past: the d_conv - 1 inputs before the first, (B, d_conv - 1, channels); None for 0. Returns
-    (y, the last d_conv - 1 inputs)."""
+    """Depthwise convolution over time: y_t = bias + sum_j w_j x_{t - width + 1 + j}, per channel,
+    j from 0 to width - 1. x: (B, T, channels). past: the width - 1 inputs before the first,
+    (B, width - 1, channels); None for 0. Returns (y (B, T, channels), the last width - 1 inputs).
+    """
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -559,7 +568,8 @@ class CausalConv(nn.Module):
 
 class Mamba2(nn.Module):
     """z, x, B, C, dt = in_proj(u); x, B, C = silu(conv(x, B, C)); y = ssd(x, ...) + D x; the output
-    is out(norm(y silu(z)))."""
+    is out(norm(y silu(z))). From u (B, T, C) to (B, T, C); inside, the width is expand * C. The
+    norm divides by the rms over the channels of a group, and has a gain for each channel."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -569,9 +579,10 @@ class Mamba2(nn.Module):
         self.sizes = inner, BC, BC  # channels of x, B, C
         self.in_proj = Fused(c.n_embd, z=inner, x=inner, B=BC, C=BC, dt=self.heads)
         self.conv = CausalConv(sum(self.sizes), c.d_conv)
-        self.A_log, self.D, self.dt_bias = (
-            nn.Parameter(torch.empty(self.heads)) for _ in range(3))
-        self.norm = RMSNorm(inner, c.norm_eps) if c.ssm_norm else None  # over each group
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.D = nn.Parameter(torch.empty(self.heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.norm = RMSNorm(inner, c.norm_eps) if c.ssm_norm else None
         self.out = nn.Linear(inner, c.n_embd, bias=False)
 
     def forward(self, u, cache=None):
@@ -582,7 +593,7 @@ class Mamba2(nn.Module):
         x, B, C = F.silu(xBC).split(self.sizes, dim=-1)
         x = x.view(b, T, self.heads, -1)
         B, C = (t.view(b, T, self.groups, -1) for t in (B, C))
-        full = torch.promote_types(self.A_log.dtype, torch.float32)  # decays need it in any case
+        full = torch.promote_types(self.A_log.dtype, torch.float32)  # bf16 is too coarse for decays
         dt = F.softplus(dt.to(full) + self.dt_bias.to(full))  # (b, T, H)
         A = -self.A_log.to(full).exp()
         if cache.state is not None and T == 1:
@@ -597,7 +608,7 @@ class Mamba2(nn.Module):
         return self.out(y)
 
     def flops_per_token(self) -> int:
-        """FLOPs per token of the forward pass through the convolution and the scan (see ssd)."""
+        """FLOPs per token of the forward pass in the convolution and the scan (see ssd)."""
         Q, P, H, GN = self.chunk, self.head_dim, self.heads, self.sizes[1]
         scan = 2 * Q * GN + 2 * Q * P * H + 4 * P * H * (GN // self.groups)
         return scan + 2 * self.conv.weight.numel()
@@ -612,22 +623,22 @@ class MoE(nn.Module):
     the largest router probabilities.
 
     As in Qwen3-MoE: p = softmax(router x) in float32, w the k largest p over their sum, no shared
-    expert, and no token is dropped. A forward pass leaves the load-balancing loss and the router
-    z-loss in `losses` and the number of tokens of each expert in `counts`. `load` is each expert's
-    share of the tokens of the last step, over all devices (class Router sets it). The balance is
-    therefore that of a whole batch, not of a micro-batch, and no device waits for another."""
+    expert, and no token is dropped. A forward pass leaves `balance_loss`, `z_loss` (the mean of
+    logsumexp(router x)^2, which keeps the router's logits small) and `counts`, the number of tokens
+    of each expert, (E,). `load` is each expert's share of the tokens of the last step, over all
+    devices (class Router sets it). So the balance is that of a whole batch, not of a micro-batch,
+    and no device waits for another."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.kind, self.k = c.mlp, c.experts_per_token
         self.router = nn.Linear(c.n_embd, c.n_experts, bias=False)
-        gate = {"gate": c.expert_hidden} if c.mlp == "swiglu" else {}
-        rows = {**gate, "up": c.expert_hidden}
+        rows = up_pieces(c.mlp, c.expert_hidden)
         self.pieces = {"up": rows, "down": {"down": c.n_embd}}  # rows of one expert's matrices
         self.up = nn.Parameter(torch.empty(c.n_experts, sum(rows.values()), c.n_embd))
         self.down = nn.Parameter(torch.empty(c.n_experts, c.n_embd, c.expert_hidden))
         self.register_buffer("load", torch.full((c.n_experts,), 1 / c.n_experts))
-        self.losses = self.counts = None
+        self.balance_loss = self.z_loss = self.counts = None
         self.loop = expert_loop
 
     def forward(self, x):
@@ -638,14 +649,16 @@ class MoE(nn.Module):
         w, chosen = p.topk(self.k, dim=-1)  # (tokens, k)
         w = w / w.sum(-1, keepdim=True)
         chosen = chosen.flatten()  # the experts of all (token, choice) pairs
+        # As chosen.bincount(minlength=E), whose result the compiler cannot know the size of
         self.counts = torch.zeros_like(self.load, dtype=torch.int64).scatter_add_(
             0, chosen, torch.ones_like(chosen))
-        self.losses = load_balancing_loss(p, self.load), logits.logsumexp(-1).square().mean()
+        self.balance_loss = load_balancing_loss(p, self.load)
+        self.z_loss = logits.logsumexp(-1).square().mean()
         order = chosen.argsort(stable=True)  # the pairs, sorted by expert
         token = order // self.k
         rows = x[token].to(product_dtype(x))
-        widths = *self.up.shape[1:], *self.down.shape[1:]
-        aligned = all(n % 8 == 0 for n in widths)  # the kernel needs rows of whole 16 bytes
+        width, hidden = self.down.shape[1:]
+        aligned = width % 8 == hidden % 8 == 0  # the kernel needs rows of whole 16 bytes
         grouped = x.is_cuda and rows.dtype == torch.bfloat16 and aligned
         products = grouped_products if grouped else self.loop
         h = products(rows, self.up, self.counts).chunk(len(self.pieces["up"]), dim=-1)
@@ -680,7 +693,7 @@ def grouped_products(x, weight, counts):
 
 
 def expert_loop(x, weight, counts):
-    """grouped_products by a loop over experts."""
+    """The same as grouped_products, by a loop over experts, for any device and dtype."""
     ys = []
     for part, w in zip(x.split(counts.tolist()), weight.to(x.dtype), strict=True):
         # Padded to a multiple of 128 rows: on a CPU the first product of each new shape is slow.
@@ -781,12 +794,13 @@ def next_token_loss(logits, targets):
 
 
 def loss_of_logits(loss, logits, vocab_size: int, dtype, per_token):
-    """(loss, {name: value}), all 0-d, of logits (n, V_pad). loss, per_token: see chunked_loss."""
+    """(sum, {name: sum}), all 0-d: what `loss` returns for logits (n, V_pad) without their padding,
+    in `dtype`. loss, per_token: see chunked_loss."""
     value = loss(logits[:, :vocab_size].to(dtype), *per_token)
     return value if isinstance(value, tuple) else (value, {})
 
 
-@functools.cache
+@functools.cache  # made at its first use: the compiler takes seconds to import
 def compiled_loss_of_logits():
     return torch.compile(loss_of_logits, dynamic=False)
 
@@ -861,19 +875,21 @@ def chunked_loss(loss, x, weight, *per_token, vocab_size: int, chunk: int = 1024
 
 @dataclass
 class Pass:
-    """One forward pass, as the terms of the loss see it.
+    """One forward pass, as the terms of the loss see it. A step has several, over micro-batches and
+    ranks, and averages their losses.
 
-    `counted` is the number of counted targets in a pass, as the mean over all passes of the step,
-    on all ranks. The passes may have different numbers. Where each divides its summed loss by this
-    mean, the average over the passes is the loss per counted token of the step. The list has one
-    entry for ordinary data, and one for each sequence of a record (see teacher.Records)."""
+    `counted` is by what a term divides its sum over the counted targets of this pass. It is the
+    mean number of them in the passes of the step, and not this pass's own number: the average over
+    the passes is then the loss per counted token of the step, although passes differ in their
+    number. The list has one entry for ordinary data. Where records of several sequences are read
+    (see teacher.Records), it has one for each sequence of a record."""
 
     model: nn.Module
     idx: torch.Tensor  # (B, T)
     targets: torch.Tensor  # (B, T), IGNORE where not counted
     x: torch.Tensor  # (B, T, C), after the final norm
     states: dict  # {number: (B, T, C)}, the residual states that the terms need
-    counted: list  # counted targets in a mean pass
+    counted: list  # the mean number of counted targets in a pass
     step: int  # optimizer steps taken so far
 
 
@@ -881,10 +897,9 @@ class Term:
     """A term of the loss. A new term sets `name`, `hidden` if it reads residual states, and
     `__call__`, and overrides what else differs.
 
-    A term on targets sums over the counted targets of a pass and divides by sum(p.counted); a term
-    on one sequence of each record divides by that sequence's entry of p.counted. The loss of a step
-    is then the mean over its counted tokens, for any division into passes. A term on states alone
-    takes the mean over all tokens: passes are equally large."""
+    A term on targets sums over the counted targets of a pass and divides by sum(p.counted), see
+    Pass; a term on one sequence of each record divides by that sequence's entry of p.counted. A
+    term on states alone takes the mean over all tokens: passes are equally large."""
 
     name = ""
     hidden = ()  # numbers of the residual states that it needs
@@ -898,13 +913,13 @@ class Term:
         return False
 
     def batch(self, model, idx, targets, step: int, first: int):
-        """The (idx, targets) to train on in place of these. first: number of their first sequence
-        in the order of training."""
+        """The (idx, targets), (B, T) each, to train on in place of these. first: number of their
+        first sequence in the order of training."""
         return idx, targets
 
     def __call__(self, p: Pass):
-        """(loss, {name: value}), all 0-d. The values go into metrics.jsonl, averaged over the
-        passes of a step."""
+        """(loss, {name: value}), all 0-d tensors. The values go into metrics.jsonl, averaged over
+        the passes of a step."""
         raise NotImplementedError
 
     def after_step(self):
@@ -933,8 +948,8 @@ class Term:
 
 
 class NextToken(Term):
-    """The next-token loss. Before step `begins` its weight is 0, as a distillation term contains
-    it."""
+    """The next-token loss. Its weight is 0 before step `begins`, while a distillation term, which
+    contains it, takes its place."""
 
     name = "next_token"
 
@@ -945,7 +960,7 @@ class NextToken(Term):
         return 1.0 if step >= self.begins else 0.0
 
     def __call__(self, p):
-        loss = p.model.summed_loss(p.x, p.targets) / sum(p.counted)
+        loss = p.model.loss(p.x, p.targets, sum(p.counted))
         return loss, {"train_loss": loss.detach()}
 
 
@@ -961,8 +976,8 @@ class Router(Term):
         self.counts = 0  # tokens of each expert so far in this step, (blocks, E)
 
     def __call__(self, p):
-        balance = torch.stack([m.losses[0] for m in self.moes]).mean()
-        z = torch.stack([m.losses[1] for m in self.moes]).mean()
+        balance = torch.stack([m.balance_loss for m in self.moes]).mean()
+        z = torch.stack([m.z_loss for m in self.moes]).mean()
         self.counts = self.counts + torch.stack([m.counts for m in self.moes])
         loss = self.balance * balance + self.z * z
         return loss, {"balance_loss": balance.detach(), "router_z": z.detach()}
@@ -981,11 +996,11 @@ class Router(Term):
 
 
 def total(terms, p: Pass):
-    """(the sum of weight(step) * term(p), all named values) over the terms of weight other than 0.
-    """
+    """(the sum of weight(step) * term(p), all named values). A term of weight 0 is not computed."""
     loss, named = 0.0, {}
     for term in terms:
-        if weight := term.weight(p.step):
+        weight = term.weight(p.step)
+        if weight:
             value, values = term(p)
             loss = loss + weight * value
             named |= values
@@ -999,19 +1014,22 @@ def total(terms, p: Pass):
 @torch.no_grad()
 def log_likelihoods(model, sequences, at_once: int = 1 << 25) -> list[tuple[float, int]]:
     """(sum of log p of the counted targets in nats, their number) of each sequence (ids, targets),
-    two lists of equal length. at_once: about how many logits one forward pass may make. Sequences
-    of similar length share a pass. The head runs only where a target counts."""
+    two lists of equal length.
+
+    Sequences of similar length share a forward pass, of at most at_once / V tokens: all its logits
+    would be `at_once` numbers. The head runs only where a target counts."""
     found = {}
-    max_tokens = at_once // model.config.vocab_size
     device = model.head.weight.device
-    pad = nn.utils.rnn.pad_sequence
+    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]), reverse=True)
     while order:
-        n = max(1, max_tokens // len(sequences[order[0]][0]))
+        longest = len(sequences[order[0]][0])
+        n = max(1, at_once // model.config.vocab_size // longest)
         batch, order = order[:n], order[n:]
-        ids, targets = ([torch.tensor(sequences[i][side]) for i in batch] for side in (0, 1))
-        targets = pad(targets, batch_first=True, padding_value=IGNORE).to(device)
-        x, _ = model.forward(pad(ids, batch_first=True).to(device))
+        idx = pad([torch.tensor(sequences[i][0]) for i in batch]).to(device)
+        targets = [torch.tensor(sequences[i][1]) for i in batch]
+        targets = pad(targets, padding_value=IGNORE).to(device)
+        x, _ = model.forward(idx)
         counted = targets != IGNORE
         nats = F.cross_entropy(model.logits(x[counted]).float(), targets[counted], reduction="none")
         for i, own in zip(batch, nats.cpu().double().split(counted.sum(1).tolist()), strict=True):
@@ -1040,13 +1058,13 @@ class Cache:
 
 
 def pick(logits, temperature: float, top_k: int, top_p: float, uniform):
-    """Sample one token per row. logits: (B, V); uniform: (B, 1), random numbers in [0, 1). Returns
-    (B, 1). Logits are divided by the temperature; 0 takes the likeliest. top_k keeps the k
-    likeliest; 0: all. top_p keeps the fewest of the likeliest whose probabilities add up to p
-    (nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751).
+    """Samples one token per row. logits: (B, V); uniform: (B, 1), random numbers in [0, 1). Returns
+    (B, 1). Logits are divided by the temperature; below 0.001 the likeliest token is taken. top_k
+    keeps the k likeliest; 0: all. top_p keeps the fewest of the likeliest whose probabilities add
+    up to p (nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751).
 
     The token is found by inversion: the first whose cumulated probability exceeds `uniform`."""
-    if temperature == 0:
+    if temperature < 1e-3:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -1062,23 +1080,24 @@ def pick(logits, temperature: float, top_k: int, top_p: float, uniform):
 @torch.no_grad()
 def generate(model, idx, n_tokens: int, temperature=1.0, top_k=0, top_p=1.0, seed=0,
              use_cache=True):
-    """Append n_tokens sampled tokens to each row of idx (B, T). Returns (B, T + n_tokens).
+    """Appends n_tokens sampled tokens to each row of idx (B, T). Returns (B, T + n_tokens).
+    temperature, top_k, top_p: see pick.
 
     seed: a list with a seed for each row, or the first row's seed, to which the others add 1, 2,
     ... A row depends on its own prompt and seed, not on the rows beside it.
 
-    When attention has filled its context, the context starts anew with its last half: one long
-    forward pass every block_size / 2 tokens. With and without the cache the same tokens come out;
+    When the context has reached the model's limit, it starts anew with its last half: one long
+    forward pass every limit / 2 tokens. With and without the cache the same tokens come out;
     without it, each of them costs a forward pass over the whole context."""
     seeds = range(seed, seed + len(idx)) if isinstance(seed, int) else seed
     uniform = torch.stack([torch.rand(n_tokens, 1, generator=torch.Generator().manual_seed(own))
                            for own in seeds], dim=1).to(idx.device)  # (n_tokens, B, 1)
-    block_size = model.config.block_size if model.has_attention else math.inf
-    start = max(0, idx.shape[1] - block_size)  # the context is idx[:, start:]
+    limit = model.context_limit
+    start = max(0, idx.shape[1] - limit)  # the context is idx[:, start:]
     caches = None
     for numbers in uniform:
-        if idx.shape[1] - start > block_size:
-            start = idx.shape[1] - max(1, block_size // 2)
+        if idx.shape[1] - start > limit:
+            start = idx.shape[1] - max(1, limit // 2)
             caches = None
         new = idx[:, -1:]
         if caches is None or not use_cache:
@@ -1094,11 +1113,16 @@ def generate(model, idx, n_tokens: int, temperature=1.0, top_k=0, top_p=1.0, see
 # Tokenizers
 
 
+END_OF_TEXT = "<|endoftext|>"
+
+
 def tokenizer_to_dict(enc: tiktoken.Encoding) -> dict:
-    """What defines an encoding, in plain types: a checkpoint holds it and needs no other file. The
-    ids that some encodings leave out, which a model can sample, become special tokens. A tokenizer
-    of Hugging Face has the text of its tokenizer.json under `json`, and its pattern and ranks are
-    empty, see teacher.py."""
+    """What defines an encoding, in plain types: {name, pattern, special, ranks}. Every checkpoint
+    holds such a dict, and needs no other file. ranks: {token in hex: id}. special: {text: id}; the
+    ids that an encoding leaves out are added to it, because a model can sample them.
+
+    A tokenizer of Hugging Face has the text of its tokenizer.json under `json` too, and an empty
+    pattern and empty ranks (teacher.tokenizer_from_hf)."""
     ranks, special = enc._mergeable_ranks, enc._special_tokens
     left_out = {*range(enc.n_vocab)} - {*ranks.values(), *special.values()}
     return {"name": enc.name, "pattern": enc._pat_str,
@@ -1127,24 +1151,31 @@ UNBROKEN = re.compile(r"\s*|\w*|[^\s\w]*")  # blanks, letters and digits, or sig
 
 
 def cut_text(text: str, width: int = 128) -> list[str]:
-    """Cuts a text for a tokenizer, whose time grows with the square of the longest word: at the
-    multiples of `width` where the last `width` characters are one run of blanks, of letters and
-    digits, or of signs. Ordinary text stays whole. A lone surrogate, which stands for no character,
-    becomes a question mark."""
+    """Cuts a text into pieces for a tokenizer, whose time grows with the square of the longest
+    word. It is cut at each multiple of `width` before which `width` characters are all blanks, all
+    letters and digits, or all signs. Ordinary text stays whole. A lone surrogate, which stands for
+    no character, becomes a question mark."""
     text = text.encode(errors="replace").decode()
-    cuts = [end for end in range(width, len(text), width)
-            if UNBROKEN.fullmatch(text, end - width, end)]
-    return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])]
+    pieces = []
+    start = 0
+    for end in range(width, len(text), width):
+        if UNBROKEN.fullmatch(text, end - width, end):
+            pieces.append(text[start:end])
+            start = end
+    return [*pieces, text[start:]]
 
 
 def encode(enc, text: str) -> list[int]:
     """The token ids of a text. Special tokens in it are encoded as any other text."""
-    return [i for piece in cut_text(text) for i in enc.encode_ordinary(piece)]
+    ids = []
+    for piece in cut_text(text):
+        ids += enc.encode_ordinary(piece)
+    return ids
 
 
 class HFEncoding:
     """The tokenizer of a pretrained model, run by Hugging Face's `tokenizers`, with the part of
-    tiktoken.Encoding's interface that is used here."""
+    tiktoken.Encoding's interface that is used here. d: see tokenizer_to_dict."""
 
     def __init__(self, d: dict):
         try:
@@ -1155,11 +1186,12 @@ class HFEncoding:
         self._special_tokens = d["special"]
         self.eot_token = d["special"][END_OF_TEXT]
         self.tokenizer = Tokenizer.from_str(d["json"])
-        self.tokenizer.encode_special_tokens = True  # as any other text
+        self.tokenizer.encode_special_tokens = True  # in a text they are read as any other text
         self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
 
     def lengths(self):
-        """(token id, bytes of text that it stands for) of all tokens but the special ones."""
+        """Yields (token id, bytes of text that it stands for); the bytes are 0 for special tokens.
+        """
         added = self.tokenizer.get_added_tokens_decoder()  # these are not in a byte-level spelling
         byte_level = "ByteLevel" in repr(self.tokenizer.decoder)
         for token, i in self.tokenizer.get_vocab().items():
@@ -1198,14 +1230,86 @@ def checkpoint_file(name) -> str:
     return str(inside if inside.is_file() else name)
 
 
+def load_checkpoint(path, flag="") -> dict:
+    """Reads a checkpoint that train.py wrote. Raises BadInput with the file's name if the file is
+    damaged, if a weight is not finite, or if weights, settings and tokenizer do not fit together.
+    flag: what the user wrote before the name, such as `--resume=`."""
+    with reading(f"{flag}{path}"):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load does not look at the checksums
+                raise ValueError("a checksum is wrong")
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        if ckpt.get("format") != CHECKPOINT_FORMAT:
+            raise BadInput("not a checkpoint of this version of nanolet")
+        weights, settings = ckpt["model"], ckpt["model_config"]
+        with torch.device("meta"):  # compares names and shapes, and needs no memory
+            # (a copy: torch would remember `assign` for the next load of the same dict)
+            GPT(ModelConfig(**settings)).load_state_dict({**weights}, assign=True)
+        if not all(w.isfinite().all() for w in weights.values()):
+            raise ValueError("weights that are not finite")
+        enc = tokenizer_from_dict(ckpt["tokenizer"])
+        if not enc.eot_token < enc.n_vocab <= settings["vocab_size"]:
+            raise ValueError(f"a tokenizer of {enc.n_vocab} tokens does not fit the model")
+    return ckpt
+
+
+def model_from_checkpoint(ckpt: dict) -> GPT:
+    """The model of a checkpoint from load_checkpoint, with its weights."""
+    model = GPT(ModelConfig(**ckpt["model_config"]))
+    model.load_state_dict(ckpt["model"])
+    return model
+
+
+def save_checkpoint(path, state: dict):
+    """Writes a checkpoint, whole or not at all. state: model, model_config and tokenizer, which
+    load_checkpoint checks, and what else a run needs. Raises OSError, for example when the disk is
+    full."""
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
+        except RuntimeError as e:  # of torch, which could not close its archive after an OSError
+            raise e.__context__ or e from None
+
+
+# --------------------------------------------------------------------------------------------------
+# Errors
+
+
+class BadInput(ValueError):
+    """The user gave a wrong value. Commands print the message and exit with code 2."""
+
+
+class Failed(RuntimeError):
+    """The input was right and the work failed. Commands print the message and exit with code 1."""
+
+
+def need(holds: bool, settings, names: str, why: str):
+    """Raises BadInput unless the condition holds. names: the settings to show, such as "n_embd
+    n_head"; each is an attribute of `settings`."""
+    if not holds:
+        values = " ".join(f"--{name}={getattr(settings, name)}" for name in names.split())
+        raise BadInput(f"{values}: {why}")
+
+
 def one_line(e: Exception) -> str:
     """The kind and the message of an error, at most 200 characters in one line."""
     return " ".join(f"{type(e).__name__}: {e}".split())[:200]
 
 
+def out_of_memory(e: Exception) -> bool:
+    """Whether an error means that no memory is left; on a CPU torch raises RuntimeError."""
+    return (isinstance(e, (MemoryError, torch.OutOfMemoryError))
+            or "DefaultCPUAllocator" in str(e))
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
 @contextlib.contextmanager
 def reading(where: str):
-    """Turns each error of reading a file into BadInput. where: the flag and the file."""
+    """Turns any error inside its `with` into BadInput. where: the flag and the file that are read,
+    which the message names."""
     try:
         yield
     except BadInput as e:
@@ -1239,57 +1343,6 @@ def read_json_lines(path, read, flag="", cut=False) -> list:
     return found
 
 
-def load_checkpoint(path, flag="") -> dict:
-    """Read a checkpoint that train.py wrote. Raises BadInput with the file's name if it is damaged,
-    or if its weights are not finite, or if weights, settings and tokenizer do not fit each other.
-    flag: what the user wrote before the name, such as `--resume=`."""
-    with reading(f"{flag}{path}"):
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load does not look at the checksums
-                raise ValueError("a checksum is wrong")
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(ckpt, dict) or ckpt.get("format") != CHECKPOINT_FORMAT:
-            raise BadInput("not a checkpoint of this version of nanolet")
-        weights, settings, tokenizer = ckpt["model"], ckpt["model_config"], ckpt["tokenizer"]
-        blocks = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-        if blocks != settings["n_layer"] or settings["block_size"] > 2**24:  # before memory is used
-            raise ValueError(f"weights of {blocks} blocks, or a block_size above 2^24")
-        for f in fields(ModelConfig):
-            if f.type is not str and not 0 <= settings.get(f.name, 0) < math.inf:
-                raise ValueError(f"{f.name}={settings[f.name]}")
-        with torch.device("meta"):  # needs no memory, and refuses other names and shapes
-            # (a copy: torch would remember `assign` for the next load of the same dict)
-            GPT(ModelConfig(**settings)).load_state_dict({**weights}, assign=True)
-        if not all(w.isfinite().all() for w in weights.values()):
-            raise ValueError("weights that are not finite")
-        ranks = tokenizer["ranks"]
-        lacking = {f"{byte:02x}" for byte in range(256)} - ranks.keys()
-        if ranks and (lacking or len({*ranks.values()}) < len(ranks)):  # tiktoken would panic
-            raise ValueError("the tokenizer lacks a byte, or has a number twice")
-        enc = tokenizer_from_dict(tokenizer)
-        end = enc.eot_token
-        if end in ranks.values() or not 0 <= end < enc.n_vocab <= settings["vocab_size"]:
-            raise ValueError(f"a tokenizer of {enc.n_vocab} tokens does not fit the model")
-    return ckpt
-
-
-def model_from_checkpoint(ckpt: dict) -> GPT:
-    """The model of a checkpoint from load_checkpoint, with its weights."""
-    model = GPT(ModelConfig(**ckpt["model_config"]))
-    model.load_state_dict(ckpt["model"])
-    return model
-
-
-def save_checkpoint(path, state: dict):
-    """Writes a checkpoint, whole or not at all. Raises OSError, for example when the disk is full.
-    """
-    with written_whole(path) as tmp, open(tmp, "wb") as file:
-        try:
-            torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
-        except RuntimeError as e:  # torch raises it in closing its archive, after the OSError
-            raise e.__context__ or e from None
-
-
 def new_folder(name, flag="") -> Path:
     """A path to write a folder to. Raises BadInput where there is something already."""
     folder = Path(name)
@@ -1298,16 +1351,18 @@ def new_folder(name, flag="") -> Path:
     return folder
 
 
-HELD = set()  # the folders that this process holds
+HELD = set()  # the folders that this process has locked
 
 
 @contextlib.contextmanager
 def locked(folder, wait=False, flag=""):
-    """Makes a folder if needed, holds it for this process alone, and removes the temporary files
+    """Makes a folder if needed, locks it for this process alone, and removes the temporary files
     that killed processes have left in it. The system releases the lock when the process ends in any
-    way. Raises BadInput if another process holds the folder, unless `wait`. A process may lock a
-    folder again that it holds. Without effect where the system or a network disk has no such locks.
-    """
+    way. A process may lock a folder again that it has locked. Where the system or the disk has no
+    locks, there is none.
+
+    If another process has locked the folder: waits for it if `wait`, else raises BadInput. flag:
+    what the user wrote before the name."""
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if not fcntl or folder in HELD:
@@ -1343,7 +1398,8 @@ def remove(path: Path):
 
 @contextlib.contextmanager
 def naming(path):
-    """Puts the file's name into an error of the disk: a full disk is reported without one."""
+    """Puts the file's name into an OSError inside its `with`: a full disk is reported without one.
+    """
     try:
         yield
     except OSError as e:
@@ -1353,24 +1409,20 @@ def naming(path):
 
 @contextlib.contextmanager
 def written_whole(path):
-    """Gives a temporary path beside `path` to write a file or a folder to. It is renamed to `path`
-    when it is complete and on the disk. A process that is killed leaves the old file as it was."""
+    """Yields a temporary path beside `path`, to write a file or a folder of files to. After the
+    `with` it is renamed to `path`, when all of it is on the disk. So a process that is killed, or a
+    computer that fails, leaves the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with naming(path):
             yield temporary
-            for part in temporary.iterdir() if temporary.is_dir() else [temporary]:
-                with open(part, "rb+") as f:
+            files = temporary.iterdir() if temporary.is_dir() else [temporary]
+            for file in files:
+                with open(file, "rb+") as f:
                     os.fsync(f.fileno())
-            if path.is_dir():  # an empty one
-                path.rmdir()
             os.replace(temporary, path)
-            if os.name == "posix":  # the new name itself
-                folder = os.open(path.parent, os.O_RDONLY)
-                os.fsync(folder)
-                os.close(folder)
     finally:
         remove(temporary)
 
@@ -1381,9 +1433,12 @@ def written_whole(path):
 
 def device_exists(name: str) -> bool:
     """Whether this machine has the device `name` (cpu, cuda, cuda:1, mps)."""
-    gpus = torch.cuda.device_count()
-    found = {"cpu": True, "cuda": gpus > 0, "mps": torch.backends.mps.is_available()}
-    return found.get(name, name in [f"cuda:{i}" for i in range(gpus)])
+    names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.cuda.is_available():
+        names.append("cuda")
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    return name in names
 
 
 class Parser(argparse.ArgumentParser):
@@ -1393,20 +1448,14 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message.removeprefix("argument "))
 
 
-def out_of_memory(e: Exception) -> bool:
-    """Whether an error means that no memory is left; on a CPU torch raises RuntimeError."""
-    return (isinstance(e, (MemoryError, torch.OutOfMemoryError))
-            or isinstance(e, RuntimeError) and "DefaultCPUAllocator" in str(e))
-
-
 WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES,
               errno.ENAMETOOLONG)
 
 
 def command(main):
-    """Run a command line. An error is printed as one line. The exit code is 2 for bad input and
-    wrong paths, 1 for a run that failed or an error of the disk, 130 after SIGINT and 143 after
-    SIGTERM.
+    """Runs main(arguments) as a command. An error is printed as one line. The exit code is 2 for
+    bad input and wrong paths, 1 for a run that failed or an error of the disk, 130 after SIGINT and
+    143 after SIGTERM. Other errors are bugs, and end with their traceback.
 
     Under torchrun, ranks other than 0 print their error after two seconds. If rank 0 has met the
     same error, it has printed it, and torchrun has ended the other ranks by then."""
@@ -1418,29 +1467,33 @@ def command(main):
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)
-    except (BadInput, OSError, MemoryError, RuntimeError) as e:  # Failed is a RuntimeError
-        message = str(e)
+    except Exception as e:
         if out_of_memory(e):
             message = f"out of memory; for training, try a lower --micro_batch ({one_line(e)})"
         elif isinstance(e, OSError):
             message = f"{e.filename or 'the disk'}: {e.strerror or e}"
-        elif not isinstance(e, (BadInput, Failed)):
+        elif isinstance(e, (BadInput, Failed)):
+            message = str(e)
+        else:
             raise
+        start = "error"
         if rank != "0":
             time.sleep(2)
+            start = f"error of rank {rank}"
         message = message.replace("\n", " ")  # in the name of a file
-        print(f"error{'' if rank == '0' else f' of rank {rank}'}: {message}", file=sys.stderr)
-        sys.exit(2 if isinstance(e, BadInput) or getattr(e, "errno", 0) in WRONG_PATH else 1)
+        print(f"{start}: {message}", file=sys.stderr)
+        wrong = isinstance(e, BadInput) or getattr(e, "errno", 0) in WRONG_PATH
+        sys.exit(2 if wrong else 1)
 
 
 def between(kind, least, most):
-    """A type for argparse: a number of this kind, from least to most."""
+    """A type for argparse: a number of this kind (int, float), from least to most."""
     def read(text):
         value = kind(text)
         if not least <= value <= most:
             raise ValueError
         return value
-    read.__name__ = f"{kind.__name__} from {least:,} to {most:,}"  # argparse shows it
+    read.__name__ = f"{kind.__name__} from {least:,} to {most:,}"  # shown for a wrong value
     return read
 
 
@@ -1452,15 +1505,16 @@ def positive(default):
 
 
 def listed(kind, count: int | None = None):
-    """For argparse: values of this kind, separated by commas; `count` of them, if it is given."""
-    def parse(text):
+    """A type for argparse: a list of values of this type, separated by commas; `count` of them, if
+    it is given."""
+    def read(text):
         values = [kind(value) for value in text.split(",")]
         if count and len(values) != count:
-            raise ValueError(text)
+            raise ValueError
         return values
 
-    parse.__name__ = f"list of {kind.__name__}"
-    return parse
+    read.__name__ = f"list of {kind.__name__}"
+    return read
 
 
 def main(argv):
@@ -1470,8 +1524,8 @@ def main(argv):
     add("checkpoint")
     add("--prompt", default="", help="text to continue; empty: start a new document")
     add("--tokens", type=between(int, 1, 10**6), default=200, help="tokens to sample")
-    add("--temperature", type=between(float, 0, 1e6), default=0.8, help="0 takes the likeliest "
-        "token; else at least 0.001")
+    add("--temperature", type=between(float, 0, 1e6), default=0.8, help="0: the likeliest "
+        "token")
     add("--top_k", type=between(int, 0, 10**9), default=0, help="keep the k likeliest tokens; 0: "
         "all")
     add("--top_p", type=between(float, 1e-9, 1), default=1.0, help="keep the likeliest up to this "
@@ -1481,7 +1535,6 @@ def main(argv):
     add("--samples", type=between(int, 1, 10**6), default=1, help="continuations of the prompt")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args(argv)
-    need(a.temperature == 0 or a.temperature >= 1e-3, a, "temperature", "0, or at least 0.001")
     need(device_exists(a.device), a, "device", "no such device here")
     ckpt = load_checkpoint(checkpoint_file(a.checkpoint))
     enc = tokenizer_from_dict(ckpt["tokenizer"])

@@ -478,7 +478,7 @@ def evaluate_task(model, enc, task, batch_tokens=1024) -> dict:
     characters (the harness's acc and acc_norm); sum_se, per_character_se: their standard errors;
     chance: accuracy of guessing; items: their number; cut: how many lost the beginning of a context
     to fit the model's; scores: each item's log-likelihoods in nats."""
-    limit = model.config.block_size + 1 if model.has_attention else math.inf
+    limit = model.context_limit + 1
     encoded = [[encode_pair(enc, context, choice) for choice in choices]
                for context, choices, _ in task]
     sequences = [scored(ids, start, limit) for pairs in encoded for ids, start in pairs]

@@ -486,7 +486,7 @@ class Task(Term):
     def __call__(self, p):
         row = TASKS.index(self.name)
         rows = slice(row, None, len(p.counted))  # the sequences of the two tasks alternate
-        loss = p.model.summed_loss(p.x[rows], p.targets[rows]) / p.counted[row]
+        loss = p.model.loss(p.x[rows], p.targets[rows], p.counted[row])
         name = "rationale_loss" if self.name == "rationale" else "train_loss"
         return self.share * loss, {name: loss.detach()}
 
@@ -695,7 +695,7 @@ def generate_command(a) -> str:
 
     folder = new_folder(a.folder)
     model, tokenizer = load_pretrained(a.teacher, a.device, flag="")
-    if model.has_attention and 1 + a.prompt_tokens + a.tokens > model.config.block_size:
+    if 1 + a.prompt_tokens + a.tokens > model.context_limit:
         raise BadInput(f"--prompt_tokens={a.prompt_tokens} --tokens={a.tokens}: longer, with the "
                        f"end of text, than the teacher's context of {model.config.block_size}")
     score = a.score if a.score in ("likelihood", "none") else load_score(a.score)
@@ -870,6 +870,7 @@ class HFModel(nn.Module):
         self.config = SimpleNamespace(n_layer=c.num_hidden_layers, n_embd=c.hidden_size,
                                       vocab_size=vocab_size, block_size=length)
         self.has_attention = hasattr(c, "num_attention_heads")
+        self.context_limit = length if self.has_attention else math.inf
         self.base = model.base_model
         self.head = model.get_output_embeddings()
         # The argument that carries keys and values. Its name differs between versions of
@@ -1081,7 +1082,7 @@ def load_teacher(path, tokenizer: dict, block_size: int, device="cpu", dtype=tor
         raise BadInput(f"--teacher={path}: its tokenizer ({teacher_tokenizer['name']}, {theirs}) "
                        f"is not the student's ({tokenizer['name']}, {ours}), and the two are "
                        "compared token by token. --tokenizer=teacher gives both the same")
-    if teacher.has_attention and teacher.config.block_size < block_size:
+    if teacher.context_limit < block_size:
         raise BadInput(f"--teacher={path}: its context of {teacher.config.block_size} tokens is "
                        f"shorter than the student's --block_size={block_size}")
     return teacher
@@ -1265,8 +1266,6 @@ def main(argv):
     if a.command == "export":
         print(export(a.checkpoint, a.folder, a.dtype))
         return
-    need(all(t == 0 or t >= 1e-3 for t in a.temperatures), a, "temperatures",
-         "each 0, or at least 0.001")
     need(a.best == 0 or a.score != "none", a, "best score", "without a score there is no best")
     need(device_exists(a.device), a, "device", "no such device here")
     print(generate_command(a))
