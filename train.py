@@ -2,21 +2,23 @@
 
     python train.py                                     # a small GPT on Python's standard library
     python train.py --teacher=auto --let_weight=3       # guided by a smaller teacher (LET)
-    torchrun --nproc_per_node=8 train.py --n_layer=12   # eight GPUs of one machine, or CPUs
     python train.py --resume=runs/1/ckpt.pt             # continue a run, bit for bit on a CPU
+    torchrun --nproc_per_node=8 train.py --n_layer=12   # eight GPUs of one machine, or CPUs
+
+    # Two machines, which share NANOLET_CACHE and the run's folder. The second has --node_rank=1
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 train.py
-                                                        # two machines that share NANOLET_CACHE and
-                                                        # the run's folder; the other is rank 1
 
 Read `loop` first: it is the training loop. The loss of a step is a sum of terms (`make_terms`).
 Each term is a small class in the file of its idea. After the loop come the parts of a run, then
-tokenizers, tokens, the flags and their checks, devices, files, and the command line. Parameters
-without a type: `c` is a Config (the flags of a run), and run, data, devices and batch are a Run, a
-Data, a Devices and a Batch.
+tokenizers, tokens, the flags and their checks, devices, files, and the command line.
+
+Parameters without a type: `c` is a Config (the flags of a run), `p` a model.Pass; run, data,
+devices and batch are a Run, a Data, a Devices and a Batch.
 
 Names and symbols
     step            optimizer steps taken so far
-    pass            one forward and backward pass on one device; a step has one or more
+    pass            one forward and backward pass on one device. A step has one or more passes on
+                    each device, as many as --micro_batch asks for
     block           here: block_size + 1 consecutive tokens, which are the inputs and, shifted by
                     one, the targets. (In model.py, a block is a layer of the model.)
     record          an item of the data: one block, or in step_by_step a question with its answers
@@ -24,9 +26,10 @@ Names and symbols
     rank, world     the number of this process, and the number of processes; each has its own device
     nats            unit of the loss, the mean negative log-likelihood per token. Bits per byte is
                     nats / ln 2 / (bytes per token); it can be compared between tokenizers
+    held out        text that is not trained on, for evaluation
     MFU             model FLOPs utilization: the model's FLOPs per second over the device's peak
     shard           a file of token ids
-    stop            the first step without the teacher
+    stop            the first step without the teacher; None: it teaches until the end
 """
 import argparse
 import contextlib
@@ -49,8 +52,6 @@ import sys
 import sysconfig
 import time
 import urllib.request
-import zipfile
-import zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -141,7 +142,9 @@ class State:
 
 def make_terms(c, model: GPT, teacher=None) -> list:
     """The terms of the loss. To add one, write its class and append it here. (A way to distill is
-    not a term, but one of teacher.RECIPES.)"""
+    not a term, but one of teacher.RECIPES.)
+
+    teacher: a frozen model, or None where no term calls one."""
     stop = teacher_stop(c)
     if learns_rationales(c):
         share = recipe_of(c).weight
@@ -149,7 +152,9 @@ def make_terms(c, model: GPT, teacher=None) -> list:
     elif teacher is not None and c.distill != "let":
         distill = Distill(teacher, recipe_of(c), stop, seed=c.seed,
                           sampling_flops=model.flops_per_token(backward=False))
-        terms = [distill, NextToken(begins=sys.maxsize if stop is None else stop)]
+        terms = [distill]  # has the next-token loss in it
+        if stop is not None:
+            terms.append(NextToken(begins=stop))
     else:
         terms = [NextToken()]
     if teacher is not None and c.distill == "let":
@@ -164,12 +169,12 @@ def make_terms(c, model: GPT, teacher=None) -> list:
 
 def loop(run, signals: set) -> dict:
     """Trains to --steps, or until a signal is received. signals: the set of those received so far,
-    see stop_signals. Returns the run's result."""
+    which stop_signals changes. Returns the run's result, see train."""
     c, state, optimizers = run.c, run.state, run.optimizers
     batches = run.batches()
     batch = next(batches)
     stopping = False
-    no_bar = True if run.devices.rank else None  # None: no bar unless stderr is a terminal
+    no_bar = True if run.devices.rank else None  # None: a bar if stderr is a terminal
     with tqdm(total=c.steps, initial=state.step, unit="step", disable=no_bar) as progress:
         while True:
             run.evaluate_and_save(stopping)  # only at some steps; does not count as training time
@@ -188,13 +193,13 @@ def loop(run, signals: set) -> dict:
                     named[name] += value
             norm = optimizers.clip(c.clip)
             means = {name: value / run.accumulation for name, value in named.items()}
-            means |= {"grad_norm": norm, "stop_asked": bool(signals)}
+            means |= {"grad_norm": norm, "stop_asked": bool(signals)}  # so all ranks stop together
             means = mean_over_ranks(run.devices, means)
             refuse_non_finite(run, means)
             optimizers.step(state.step)
             for term in run.terms:
                 term.after_step()
-            stopping = means.pop("stop_asked") > 0  # on any rank
+            stopping = means.pop("stop_asked") > 0  # on one rank or more
             run.advance()
             progress.update()
             progress.set_postfix_str(f"loss {means['loss']:.3f}", refresh=False)
@@ -205,15 +210,17 @@ def loop(run, signals: set) -> dict:
 
 def forward(run, batch, synchronize: bool) -> Pass:
     """The model's forward pass over a batch, with the residual states that the terms need.
-    synchronize: whether the backward pass averages gradients over the ranks."""
+    synchronize: whether the backward pass averages the gradients over the ranks; the last pass of a
+    step does it for all."""
     step = run.state.step
     idx, targets, counted = batch.idx, batch.targets, batch.counted
-    # In an autocast of its own: a term can sample without gradients, and autocast caches the
-    # weights that it has cast there. They must not come into the forward pass below.
+    # A term may replace the batch by text that it samples from the model. This has an autocast of
+    # its own: autocast keeps the weights that it has cast, and those cast without gradients must
+    # not be used in the forward pass below.
     with run.devices.autocast():
         for term in run.terms:
             idx, targets = term.batch(run.model, idx, targets, step, batch.first)
-    if targets is not batch.targets:  # a term has replaced them
+    if targets is not batch.targets:
         counted = [float((targets != IGNORE).sum())]
     if dist.is_initialized():
         run.net.require_backward_grad_sync = synchronize
@@ -257,7 +264,7 @@ def evaluate(run) -> tuple[float, float]:
     for first in range(devices.rank * per_pass, n, devices.world * per_pass):
         numbers = [min(i, n - 1) * len(held_out) // n for i in range(first, first + per_pass)]
         idx, targets = held_out.batch(numbers)
-        targets[n - first:] = IGNORE  # the last batch repeats a block to fill its shape
+        targets[n - first:] = IGNORE  # the last batch repeats block n - 1 to fill its shape
         counted = targets[targets != IGNORE]
         with devices.autocast():
             x, _ = run.model(idx.to(devices.device))
@@ -286,24 +293,22 @@ def train(c) -> dict:
     devices = set_up_devices(c)
     compare_ranks(c, devices)
     data = load_data(c)
-    with contextlib.ExitStack() as held:
-        if c.resume and c.out_dir and Path(c.out_dir, "ckpt.pt").exists() and not c.dry_run:
-            # Lock the folder before its checkpoint is read: no other process saves a later one then
-            on_rank_0(held.enter_context, locked(c.out_dir, flag="--out_dir="))
-        resumed, step, teacher = None, 0, None
-        if c.resume:
-            resumed = load_run(c.resume)
-            step = resumed["step"]
-            refuse_changes(c, resumed, data.tokenizer)
-        if needs_teacher(c, step):
-            teacher = open_teacher(c, data, devices)
-        if c.dry_run:
-            return print_plan(c, data, teacher)
-        run = Run(c, data, devices, teacher, resumed)
-        teacher = resumed = None  # frees the checkpoint, and lets the run free the teacher
+    resumed, step, teacher = None, 0, None
+    if c.resume:
+        resumed = load_run(c.resume)
+        step = resumed["step"]
+        refuse_changes(c, resumed, data.tokenizer)
+    if needs_teacher(c, step):
+        teacher = open_teacher(c, data, devices)
+    if c.dry_run:
+        return print_plan(c, data, teacher)
+    run = Run(c, data, devices, teacher, resumed)
+    teacher = resumed = None  # frees the checkpoint, and lets the run free the teacher
+    with contextlib.ExitStack() as held:  # rank 0 holds the folder until the run ends
         folder = on_rank_0(held.enter_context, run_folder(run.c, devices.world))
         run.begin(folder)
-        return loop(run, held.enter_context(stop_signals()))
+        with stop_signals() as signals:
+            return loop(run, signals)
 
 
 class Run:
@@ -334,7 +339,8 @@ class Run:
         self.optimizers = make_optimizers(c, self.model, self.terms, devices)
         if resumed is not None:
             self.load(resumed)
-        if c.compile == "true" or c.compile == "auto" and devices.device.type == "cuda":
+        automatic = c.compile == "auto" and devices.device.type == "cuda"
+        if c.compile == "true" or automatic:
             self.model.compile(dynamic=False)
             for term in self.terms:
                 term.compile()
@@ -373,6 +379,7 @@ class Run:
         self.state = checkpoint["state"]
 
     def save(self):
+        """Writes the checkpoint, and with --keep_checkpoints also a copy that stays."""
         checkpoint = {"model": self.model.state_dict(),
                       "model_config": asdict(self.model.config), "config": asdict(self.c),
                       "tokenizer": self.data.tokenizer, "optimizers": self.optimizers.state_dict(),
@@ -384,8 +391,9 @@ class Run:
             on_rank_0(save_checkpoint, kept, checkpoint)
 
     def batches(self):
-        """The endless stream of this rank's batches. The place in the data follows from the number
-        of tokens seen, so a run can be resumed with another batch size or number of ranks."""
+        """The endless stream of this rank's batches. The place in the order of the data follows
+        from the number of tokens seen, so a run can be resumed with another batch size or number of
+        ranks."""
         c, training, device = self.c, self.data.train, self.devices.device
         rank, world = self.devices.rank, self.devices.world
         records = self.records_per_rank * world  # of a step
@@ -421,6 +429,8 @@ class Run:
         state.seconds = time.perf_counter() - self.began
 
     def evaluate_and_save(self, stopping: bool):
+        """Evaluates every eval_every steps and saves every save_every steps, both at the last step
+        too. A run that is stopping is saved at any step."""
         c, state = self.c, self.state
         last = state.step == c.steps
         evaluates = state.step % c.eval_every == 0 or last
@@ -443,7 +453,7 @@ class Run:
     def log_step(self, means: dict):
         """Writes a line on the step that was just taken to metrics.jsonl."""
         state = self.state
-        seconds = max(state.seconds - self.logged.seconds, 1e-9)
+        seconds = state.seconds - self.logged.seconds
         speed = (state.tokens - self.logged.tokens) / seconds
         self.logged = replace(state)
         extra = {}
@@ -462,15 +472,16 @@ class Run:
         with naming(path), open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def mfu(self, tokens_per_second: float):
+    def mfu(self, tokens_per_second: float) -> float | None:
         """Model FLOPs utilization, or None on a device whose peak is not known."""
         peak = self.devices.peak_flops()
         return tokens_per_second * self.model.flops_per_token() / peak if peak else None
 
     def result(self, signals: set) -> dict:
+        """What train returns. Prints how the run has ended."""
         c, state, interrupted = self.c, self.state, 0
         if state.step < c.steps:
-            interrupted = int(min(signals, default=signal.SIGTERM))  # default: sent to another rank
+            interrupted = int(min(signals, default=signal.SIGTERM))  # none: sent to another rank
             say(f"stopped at step {state.step}; to continue: "
                 f"python train.py --resume={self.checkpoint}")
         else:
@@ -480,11 +491,12 @@ class Run:
 
     def say_done(self):
         c, state = self.c, self.state
-        speed = state.tokens / max(state.seconds, 1e-9)
+        speed = state.tokens / state.seconds
         mfu = self.mfu(speed)
+        mfu = "n/a" if mfu is None else f"{mfu:.1%}"
         say(f"done: held-out {state.val_loss:.4f} nats per token, {state.bits_per_byte:.4f} bits "
             f"per byte; {state.seconds:.0f} s, {state.tokens:,} tokens, {state.flops:.3g} FLOPs, "
-            f"{speed:,.0f} tokens/s, MFU {f'{mfu:.1%}' if mfu else 'n/a'}, "
+            f"{speed:,.0f} tokens/s, MFU {mfu}, "
             f"peak memory {self.devices.peak_memory() / 1e9:.2f} GB")
         if c.sample_tokens:
             prompt = "def " if c.data == "stdlib" else ""
@@ -528,8 +540,8 @@ def start_from(c, tokenizer: dict) -> GPT:
     if tokenizer_id(source_tokenizer) != tokenizer_id(tokenizer):
         raise BadInput(f"{where} --tokenizer={c.tokenizer}: the model has another tokenizer; "
                        "--tokenizer=teacher uses it")
-    # All architecture flags must agree but n_layer, which may be smaller
-    refuse_others(c, {**architecture_flags(source, where), "n_layer": c.n_layer}, where)
+    # n_layer may be smaller than the source's; all other architecture flags must agree
+    need_values(c, {**architecture_flags(source, where), "n_layer": c.n_layer}, where)
     return init_from(source, c.n_layer, c.block_size, where)
 
 
@@ -540,8 +552,8 @@ def architecture_flags(model, where: str) -> dict:
     return {name: getattr(model.config, name) for name in ARCHITECTURE}
 
 
-def refuse_others(c, needed: dict, where: str):
-    """Raises BadInput if a flag's value is not the needed one."""
+def need_values(c, needed: dict, where: str):
+    """Raises BadInput unless each of these flags has the needed value."""
     for name, value in needed.items():
         if getattr(c, name) != value:
             raise BadInput(f"{where} --{name}={getattr(c, name)}: {value!r} is needed")
@@ -561,8 +573,7 @@ def load_run(path: str) -> dict:
         state = State(**{f.name: f.type(str(checkpoint[f.name])) for f in fields(State)})
         if not min(state.seconds, state.step, state.tokens, state.flops) >= 0:  # nor nan seconds
             raise ValueError(f"negative progress, {state}")
-        for holds, name, why in check_ranges(c):
-            need(holds, c, name, why)
+        check_ranges(c)
         return {**checkpoint, "config": with_stop_in_steps(c), "state": state}
 
 
@@ -571,7 +582,7 @@ def refuse_changes(c, resumed: dict, tokenizer: dict):
     where = f"--resume={c.resume}"
     if resumed["step"] > c.steps:
         raise BadInput(f"{where} --steps={c.steps}: the checkpoint is at step {resumed['step']}")
-    refuse_others(c, {name: getattr(resumed["config"], name) for name in FIXED}, where)
+    need_values(c, {name: getattr(resumed["config"], name) for name in FIXED}, where)
     if tokenizer_id(resumed["tokenizer"]) != tokenizer_id(tokenizer):
         raise BadInput(f"{where} --tokenizer={c.tokenizer}: the run has another tokenizer")
 
@@ -597,10 +608,11 @@ def teacher_stop(c) -> int | None:
 
 def with_stop_in_steps(c) -> "Config":
     """c with its stop as a number of steps, so that a run of another length has the same stop."""
-    stop = teacher_stop(c) if c.teacher != "none" else None
-    if stop is None:
+    stop = teacher_stop(c)
+    if c.teacher == "none" or stop is None:
         return c
-    return replace(c, **{"let_stop" if c.distill == "let" else "distill_stop": float(max(1, stop))})
+    name = "let_stop" if c.distill == "let" else "distill_stop"
+    return replace(c, **{name: float(max(1, stop))})  # distill_stop=0 would be: never
 
 
 def needs_teacher(c, step: int) -> bool:
@@ -631,17 +643,18 @@ def automatic_teacher(c, data) -> "Config":
     any seed, optimizer and learning rate share one teacher. Its folder is in the cache, named by a
     hash of these flags and of the training data."""
     heads = max(1, c.n_head // 2)
+    multiple = 2 * heads  # rotary positions need an even number of channels in a head
     t = Config(data=c.data, tokenizer=c.tokenizer, vocab_size=c.vocab_size, block_size=c.block_size,
                batch_tokens=c.batch_tokens, n_layer=max(1, c.n_layer // 2), n_head=heads,
-               n_embd=max(2 * heads, c.n_embd // 2 // (2 * heads) * 2 * heads),
+               n_embd=max(multiple, c.n_embd // 2 // multiple * multiple),
                tie_embeddings=True, steps=math.ceil(1.25 * c.steps), seed=1_000_003,
                warmup_steps=min(c.steps // 10, Config.warmup_steps), sample_tokens=0)
     if c.distill == "let" and c.let_teacher_layer not in range(-t.n_layer - 1, t.n_layer + 1):
         raise BadInput(f"--let_teacher_layer={c.let_teacher_layer}: the automatic teacher has "
                        f"{t.n_layer} blocks")
-    folder = cache_dir() / "teachers" / key(asdict(t), tokenizer_id(data.tokenizer),
-                                            data.train.sample())
-    # These flags change rounding alone
+    folder = cache_dir() / "teachers" / cache_key(asdict(t), tokenizer_id(data.tokenizer),
+                                                  data.train.sample())
+    # These flags change rounding alone, so they are not in the key
     return replace(t, out_dir=str(folder), micro_batch=c.micro_batch, device=c.device,
                    dtype=c.dtype, compile=c.compile)
 
@@ -665,7 +678,7 @@ def train_teacher(t: "Config") -> str:
 
 def learning_rate_by_law(c, model: GPT) -> "Config":
     """c with --lr as --lr_law predicts it for this model's N parameters (without the embedding)
-    and the run's D tokens."""
+    and the run's D tokens. --lr_law is then empty, so that a resumed run keeps this --lr."""
     if not c.lr_law:
         return c
     N, D = model.num_params() - model.embed.weight.numel(), c.steps * c.batch_tokens
@@ -683,6 +696,7 @@ def freeze_gains(model: GPT, which: str):
 
 
 def make_optimizers(c, model: GPT, terms: list, devices) -> Optimizers:
+    """The optimizers of the model's parameters and of those of the terms, as the flags ask."""
     multipliers = None
     if c.multipliers != "none":
         multipliers = Multipliers(model, c.multipliers, c.multiplier_placement,
@@ -712,17 +726,17 @@ def print_plan(c, data, teacher) -> dict:
     learning_rate_by_law(c, model)  # says what it predicts
     n, tokens = model.num_params(), c.steps * c.batch_tokens
     matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim > 1)
-    memory = 4 * 4 * n  # fp32: weights, gradients and AdamW's two buffers
+    stored = 4 * n  # weights, gradients and AdamW's two buffers
     if c.optimizer == "muon":
-        memory -= 4 * matrices  # Muon has one buffer
+        stored -= matrices  # Muon has one buffer
     if c.multipliers != "none":
-        memory += 4 * (matrices + model.embed.weight.numel())  # W beside diag(r) W diag(c)
-    flops = model.flops_per_token() * tokens
-    taught = min(teacher_stop(c) or c.steps, c.steps)
-    for term in terms:
-        flops += term.flops_per_token(c.block_size, 0) * c.batch_tokens * taught
-    plan = {"parameters": n, "steps": c.steps, "tokens": tokens, "flops": flops,
-            "epochs": round(tokens / len(data.train) / c.block_size, 3), "memory_bytes": memory}
+        stored += matrices + model.embed.weight.numel()  # W beside diag(r) W diag(c)
+    taught = min(teacher_stop(c) or c.steps, c.steps) * c.batch_tokens  # tokens
+    of_terms = sum(term.flops_per_token(c.block_size, 0) for term in terms)
+    plan = {"parameters": n, "steps": c.steps, "tokens": tokens,
+            "flops": model.flops_per_token() * tokens + of_terms * taught,
+            "epochs": round(tokens / len(data.train) / c.block_size, 3),
+            "memory_bytes": 4 * stored}  # fp32
     for name, value in plan.items():
         say(f"{name:<12} {value:>30,}")
     return {**plan, "interrupted": 0}
@@ -753,12 +767,15 @@ def train_bpe(texts, vocab_size: int) -> dict[bytes, int]:
     merges a pair. Pairs are counted once, over the distinct words. A merge then updates the counts
     in the words that contain its pair. The heap can hold outdated counts: an entry that differs
     from `pairs` is replaced when it is popped."""
-    counts = Counter(itertools.chain.from_iterable(
-        re.findall(PATTERN, piece) for text in texts for piece in cut_text(text)))
+    distinct = Counter()  # word -> how often it occurs
+    for text in texts:
+        for piece in cut_text(text):
+            distinct.update(re.findall(PATTERN, piece))
     tokens = [bytes([i]) for i in range(256)]
-    words = [word.encode().decode("latin-1") for word in counts]
-    counts = [*counts.values()]
-    pairs, where = Counter(), defaultdict(set)  # pair of ids -> its count, indices of its words
+    words = [word.encode().decode("latin-1") for word in distinct]
+    counts = [*distinct.values()]
+    pairs = Counter()  # pair of ids -> how often it occurs
+    where = defaultdict(set)  # pair of ids -> the indices of the words that contain it
     for i, word in enumerate(words):
         for pair in neighbors(word):
             pairs[pair] += counts[i]
@@ -793,14 +810,15 @@ def neighbors(word: str):
     return map(operator.add, word, word[1:])
 
 
-def make_tokenizer(name: str, ranks: dict[bytes, int], pattern: str) -> dict:
+def tokenizer_from_ranks(name: str, ranks: dict[bytes, int], pattern: str) -> dict:
+    """The tokenizer with these tokens and one more, end of text."""
     return tokenizer_to_dict(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
                                                special_tokens={END_OF_TEXT: len(ranks)}))
 
 
 def make_tokenizer_for(c, texts) -> dict:
     """The tokenizer of --tokenizer as a dict (see model.tokenizer_to_dict). `bpe` is trained on the
-    texts."""
+    texts. Raises BadInput."""
     name = c.tokenizer
     if name == "bpe":
         texts = tqdm(texts, "reading words", unit="document", leave=False, disable=None)
@@ -808,11 +826,11 @@ def make_tokenizer_for(c, texts) -> dict:
         if len(ranks) < c.vocab_size - 1:
             raise BadInput(f"--vocab_size={c.vocab_size}: the text of --data={c.data} has pairs "
                            f"for {len(ranks) + 1} tokens only")
-        return make_tokenizer("bpe", ranks, PATTERN)
+        return tokenizer_from_ranks("bpe", ranks, PATTERN)
     if name == "teacher":
         return pretrained_tokenizer(c)
     if name == "bytes":
-        return make_tokenizer("bytes", {bytes([i]): i for i in range(256)}, BYTES_PATTERN)
+        return tokenizer_from_ranks("bytes", {bytes([i]): i for i in range(256)}, BYTES_PATTERN)
     try:
         return tokenizer_to_dict(tiktoken.get_encoding(name))
     except (ValueError, OSError) as e:  # no such name, or no network: requests' errors are OSErrors
@@ -848,6 +866,7 @@ def token_lengths(enc) -> np.ndarray:
 
 @functools.lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of the n blocks in this epoch: (n,), their numbers."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
@@ -880,7 +899,7 @@ class Blocks:
         views = np.searchsorted(self.starts, numbers, side="right") - 1
         blocks = [self.views[k][i - self.starts[k]] for k, i in zip(views, numbers)]
         blocks = torch.from_numpy(np.stack(blocks).astype(np.int64))
-        return blocks[:, :-1], blocks[:, 1:].clone()
+        return blocks[:, :-1], blocks[:, 1:].clone()  # a copy: evaluate writes to the targets
 
     def counted(self, numbers) -> list[int]:
         """The number of targets in these blocks, for each row of a record: here one number."""
@@ -894,6 +913,8 @@ class Blocks:
 
 @dataclass
 class Data:
+    """The data of a run, and its tokenizer as a dict (see model.tokenizer_to_dict)."""
+
     train: Blocks | Records
     val: Blocks | Records
     tokenizer: dict
@@ -903,10 +924,10 @@ def load_data(c) -> Data:
     """The tokens of --data. Rank 0 prepares them, and all ranks open them."""
     if c.distill == "step_by_step":
         return on_rank_0(load_records, c)
-    *parts, tokenizer = on_rank_0(prepare_shards, c)
+    train_paths, val_paths, tokenizer = on_rank_0(prepare_shards, c)
     n_vocab = tokenizer_from_dict(tokenizer).n_vocab
-    train, val = ([open_shard(path, n_vocab, f"--data={c.data}") for path in paths]
-                  for paths in parts)
+    train = [open_shard(path, n_vocab, f"--data={c.data}") for path in train_paths]
+    val = [open_shard(path, n_vocab, f"--data={c.data}") for path in val_paths]
     if not val:  # hold out the end of the only shard
         cut = int(len(train[0]) * (1 - HELD_OUT))
         train, val = [train[0][:cut]], [train[0][cut:]]
@@ -944,7 +965,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("NANOLET_CACHE") or Path(user) / "nanolet")
 
 
-def key(*parts) -> str:
+def cache_key(*parts) -> str:
     """The name of a cached folder: a hash of what its contents depend on."""
     return hashlib.sha256(json.dumps([CACHE_VERSION, *parts]).encode()).hexdigest()[:16]
 
@@ -977,8 +998,8 @@ NOT_READ = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__p
 
 
 def find_files(data: str) -> tuple[Path, list[Path]]:
-    """(folder, sorted files) of --data, without hidden ones. Names of documents are relative to the
-    folder."""
+    """(folder, sorted files) of --data, without hidden ones; names of documents are relative to the
+    folder. Links are followed. Of several links to a file the first by name is used."""
     if data in DOWNLOADS:
         files = download(data)
         return files[0].parent, files
@@ -987,13 +1008,14 @@ def find_files(data: str) -> tuple[Path, list[Path]]:
         files = [p for p in root.rglob("*.py") if not NOT_READ & {*p.relative_to(root).parts}]
         # (_sysconfigdata*.py are the settings that this Python was built with)
         return root, sorted(p for p in files if not p.name.startswith("_sysconfigdata"))
-    path, found = Path(data), [data]
+    path = Path(data)
     if path.is_dir():
-        found = files_below(path)
-    elif not path.exists():
-        found = glob.glob(data, recursive=True)  # without hidden files and folders
-    found = sorted(map(Path, found), reverse=True)  # of two links to a file, `once` has the first
-    once = {p.resolve(): p for p in found if p.is_file()}
+        found = glob.glob(f"{glob.escape(data)}/**", recursive=True)  # leaves out hidden files
+    elif path.exists():
+        found = [data]
+    else:
+        found = glob.glob(data, recursive=True)
+    once = {p.resolve(): p for p in sorted(map(Path, found), reverse=True) if p.is_file()}
     files = sorted(once.values())
     if not files:
         raise BadInput(f"--data={data}: no such file or glob, or no file in this folder")
@@ -1001,29 +1023,15 @@ def find_files(data: str) -> tuple[Path, list[Path]]:
     return root, files
 
 
-def files_below(folder: Path):
-    """The files of a folder and of those below, without hidden ones. Links are followed, and each
-    folder is read once."""
-    folders, seen = [folder], {folder.resolve()}
-    for here in folders:  # which grows
-        for path in sorted(here.iterdir()):
-            if path.name.startswith("."):
-                continue
-            if not path.is_dir():
-                yield path
-            elif path.resolve() not in seen:
-                seen.add(path.resolve())
-                folders.append(path)
-
-
 def read_documents(root: Path, files: list[Path], data: str) -> list[tuple[str, str]]:
-    """(name, text) of every document. A line with nothing but the end-of-text string separates
-    documents in a file; elsewhere the string is ordinary text."""
+    """(name, text) of every document in these files, which find_files has found. A line with
+    nothing but the end-of-text string separates documents in a file; elsewhere the string is
+    ordinary text. Raises BadInput."""
+    separator = re.compile(rf"\n?^{re.escape(END_OF_TEXT)}[ \t]*\r?$\n?", re.MULTILINE)
     documents = []
     for path in files:
         text = read_text(path, f"--data={data}: ")
-        separator = rf"\n?^{re.escape(END_OF_TEXT)}[ \t]*\r?$\n?"
-        parts = [part for part in re.split(separator, text, flags=re.M) if part.strip()]
+        parts = [part for part in separator.split(text) if part.strip()]
         name = path.relative_to(root).as_posix()
         documents += [(f"{name}#{i}", part) for i, part in enumerate(parts)]
     if not documents:
@@ -1057,48 +1065,29 @@ def tokenize_text(c, root: Path, files: list[Path]):
     name = c.tokenizer
     if name == "teacher":
         name = tokenizer_id(pretrained_tokenizer(c))
-    folder = cache_dir() / "tokens" / key(str(root.resolve()), stamp, name, c.vocab_size, PATTERN)
+    folder = cache_dir() / "tokens" / cache_key(str(root.resolve()), stamp, name, c.vocab_size,
+                                                PATTERN)
+    train, val, stored = (folder / file for file in ("train.bin", "val.bin", "tokenizer.json"))
     with locked(folder, wait=True):
-        if not is_whole(folder):
-            write_tokens(c, folder, read_documents(root, files, c.data))
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    return [folder / "train.bin"], [folder / "val.bin"], tokenizer
+        if not (train.exists() and val.exists() and stored.exists()):
+            say(f"{folder}: the tokens of --data={c.data}, made once")
+            parts = split_documents(read_documents(root, files, c.data))
+            tokenizer = make_tokenizer_for(c, (text for _, text in parts[0]))
+            for path, part in zip((train, val), parts):
+                with written_whole(path) as tmp:
+                    write_shard(tmp, part, tokenizer_from_dict(tokenizer))
+            write_json(stored, tokenizer)
+    with reading(f"--data={c.data}: {stored}"):
+        return [train], [val], json.loads(stored.read_text())
 
 
-def write_tokens(c, folder: Path, documents):
-    """Writes the files of CACHED, and last their checksums."""
-    why = "damaged or not complete, and made again" if any(folder.iterdir()) else "made once"
-    say(f"{folder}: the tokens of --data={c.data}, {why}")
-    train, held_out = split_documents(documents)
-    tokenizer = make_tokenizer_for(c, (text for _, text in train))
-    enc = tokenizer_from_dict(tokenizer)
-    for name, part in (("train.bin", train), ("val.bin", held_out)):
-        with written_whole(folder / name) as tmp:
-            write_shard(tmp, part, enc)
-    write_json(folder / "tokenizer.json", tokenizer)
-    write_json(folder / "checksums.json", checksums(folder))
-
-
-CACHED = ("train.bin", "val.bin", "tokenizer.json")
-
-
-def checksums(folder: Path) -> list[int]:
-    """The CRC-32 of each file of CACHED. It takes 0.1 s for 200 MB and finds all accidental damage.
-    """
-    return [zlib.crc32(np.memmap(folder / name, np.uint8, mode="r")) for name in CACHED]
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether the files in a folder of the cache are those that were written."""
-    try:
-        return json.loads((folder / "checksums.json").read_text()) == checksums(folder)
-    except Exception:  # a file is missing or empty, or is no JSON
-        return False
+SHARD_DTYPES = {20240520: np.uint16, 20240801: np.uint32}  # llm.c's magic number -> dtype
 
 
 def write_shard(path: Path, documents, enc):
-    """Writes the documents' tokens, with an end-of-text token before each document, in llm.c's
-    format (see open_shard). The tokenizer's threads share 512 pieces at a time."""
+    """Writes the tokens of the documents, which are (name, text), with an end-of-text token before
+    each document, in llm.c's format (see open_shard). 512 pieces of text at a time are shared among
+    the tokenizer's threads."""
     magic = 20240520 if enc.n_vocab <= 2**16 else 20240801
     count, parts, characters = 0, cut_documents(documents), sum(len(text) for _, text in documents)
     with open(path, "wb") as f, tqdm(total=characters, desc="tokenizing", unit="char",
@@ -1106,9 +1095,10 @@ def write_shard(path: Path, documents, enc):
         f.write(bytes(1024))  # the header, written at the end
         while texts := list(itertools.islice(parts, 512)):
             encoded = enc.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-            tokens = [i for text, ids in zip(texts, encoded)
-                      for i in (ids if text else [enc.eot_token])]
-            f.write(np.array(tokens, SHARD_DTYPES[magic]))  # (tofile does not say why it fails)
+            tokens = []
+            for text, ids in zip(texts, encoded):
+                tokens += ids if text else [enc.eot_token]  # cut_documents marks each start
+            f.write(np.array(tokens, SHARD_DTYPES[magic]))  # (tofile would not say why it fails)
             count += len(tokens)
             progress.update(sum(map(len, texts)))
         f.seek(0)
@@ -1116,8 +1106,8 @@ def write_shard(path: Path, documents, enc):
 
 
 def cut_documents(documents):
-    """Yields for each document an empty text, then its pieces: cut at line ends after 256 kB, and
-    as model.cut_text does."""
+    """Yields for each document an empty text, then its pieces: cut at the first line end after
+    256 kB, so that threads share a long document, and where model.cut_text cuts."""
     for _, text in documents:
         yield ""
         start = 0
@@ -1127,15 +1117,16 @@ def cut_documents(documents):
             start = end
 
 
-SHARD_DTYPES = {20240520: np.uint16, 20240801: np.uint32}  # llm.c's magic number -> dtype
-
-
 def open_shard(path: Path, n_vocab: int, flags="") -> np.ndarray:
-    """The tokens of a shard, memory-mapped: a .npy file; or a .bin file, with llm.c's header (256
-    uint32: magic number, version, tokens modulo 2^32), as in our cache; or of bare tokens, as of
-    nanoGPT. These are taken for uint32 if the first 2^18, read as uint32, are all below n_vocab,
-    which pairs of uint16 tokens hardly ever are. Otherwise they are uint16. n_vocab: of the
-    tokenizer that made them. flags: what the user wrote. Raises BadInput."""
+    """The tokens of a shard, a memory-mapped 1-D array of uint16 or uint32. Raises BadInput.
+
+    .npy            numpy's format
+    .bin of llm.c   a header of 256 uint32 (magic number, version, tokens modulo 2^32), then tokens;
+                    our cache has this format too
+    .bin of nanoGPT tokens alone. They are uint32 if the first 2^18, read as uint32, are all below
+                    n_vocab, which pairs of uint16 tokens hardly ever are; otherwise uint16
+
+    n_vocab: of the tokenizer that made them. flags: what the user wrote, for the message."""
     with reading(f"{flags}: {path}"):
         with open(path, "rb") as file:
             magic, _, count = np.frombuffer(file.read(12), np.uint32).tolist()
@@ -1146,9 +1137,6 @@ def open_shard(path: Path, n_vocab: int, flags="") -> np.ndarray:
             if len(array) % 2**32 != count:
                 raise BadInput(f"{len(array)} tokens, and {count} according to its header; "
                                "truncated?")
-        elif path.stat().st_size in (1024 + 2 * count, 1024 + 4 * count):
-            raise BadInput(f"the unknown magic number {magic} in its header; known: "
-                           f"{', '.join(map(str, SHARD_DTYPES))}")
         else:
             first = np.fromfile(path, np.uint32, 2**18)
             wide = (first < n_vocab).all()
@@ -1198,13 +1186,16 @@ def load_records(c) -> Data:
     records = read_records(c.data)
     tokenizer = make_tokenizer_for(c, (text for record in records for text in record))
     enc = tokenizer_from_dict(tokenizer)
-    order = sorted(range(len(records)),
-                   key=lambda i: hashlib.sha256(
-                       "".join(records[i]).encode(errors="surrogatepass")).digest())
-    cut = math.ceil(HELD_OUT * len(order))
-    train, held_out = ([records[i] for i in sorted(part)] for part in (order[cut:], order[:cut]))
+
+    def hashed(i):
+        return hashlib.sha256("".join(records[i]).encode(errors="surrogatepass")).digest()
+
+    numbers = range(len(records))
+    held_out = {*sorted(numbers, key=hashed)[:math.ceil(HELD_OUT * len(records))]}
+    train = [records[i] for i in numbers if i not in held_out]
+    val = [records[i] for i in numbers if i in held_out]
     return Data(Records(train, enc, c.block_size, learns_rationales(c)),
-                Records(held_out, enc, c.block_size, False), tokenizer)
+                Records(val, enc, c.block_size, False), tokenizer)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1393,42 +1384,49 @@ HEADINGS = {"data": "data", "mixer": "model", "optimizer": "optimizer",  # first
 
 
 def check(c, world: int = 1):
-    """Raises BadInput for the first check that fails. A group of checks relies on those before."""
-    for holds, names, why in itertools.chain(check_ranges(c), check_needs(c),
-                                             check_combinations(c, world), check_run(c, world)):
-        need(holds, c, names, why)
-
-
-# Each group yields (whether a condition holds, the flags concerned, the message if it does not).
+    """Raises BadInput for the first check that fails. Each group of checks relies on those before.
+    world: the number of ranks."""
+    check_ranges(c)
+    check_needs(c)
+    check_combinations(c, world)
+    check_run(c, world)
 
 
 def check_ranges(c):
     """Each value by itself."""
     for name, f in FLAGS.items():
         value, m = getattr(c, name), f.metadata
-        choices, least, most = m["choices"], m["least"], m["most"]
         kind = (int, float) if f.type is float else f.type
-        yield isinstance(value, kind), name, f"{f.type.__name__} is needed"
-        yield not choices or value in choices, name, f"one of {', '.join(choices or ())}"
-        yield least is None or value >= least, name, f"at least {least} is needed"
-        yield least != -1 or value == -1 or value >= 0, name, "-1, or at least 0, is needed"
-        yield most is None or value <= most, name, f"at most {most} is possible"
+        need(isinstance(value, kind), c, name, f"{f.type.__name__} is needed")
+        if m["choices"]:
+            need(value in m["choices"], c, name, f"one of {', '.join(m['choices'])} is needed")
+        if m["least"] is not None:
+            need(value >= m["least"], c, name, f"at least {m['least']} is needed")
+        if m["least"] == -1:
+            need(value == -1 or value >= 0, c, name, "-1, or at least 0, is needed")
+        if m["most"] is not None:
+            need(value <= m["most"], c, name, f"at most {m['most']} is possible")
 
 
 def check_needs(c):
     """Whether the model can be made, and whether each flag has an effect on it or on the run."""
     if not c.init_from:  # otherwise start_from checks the architecture
         model_config(c, 1)  # raises BadInput
-    kinds = {*MIXERS.get(c.mixer, c.mixer)}
-    blocks = {mixer for mixer, letters in (("attention", "AH"), ("mamba2", "MH"))
-              if kinds & {*letters}}
+    kinds = {*MIXERS.get(c.mixer, c.mixer)}  # letters
+    blocks = set()
+    if kinds & {"A", "H"}:
+        blocks.add("attention")
+    if kinds & {"M", "H"}:
+        blocks.add("mamba2")
     for name, f in FLAGS.items():
         needs = f.metadata["needs"]
-        # (with --init_from, FIXED flags have the values of that model, used or not)
-        if needs and getattr(c, name) != f.default and not (c.init_from and name in FIXED):
+        given = getattr(c, name) != f.default
+        if c.init_from and name in FIXED:  # it has the value of that model, used or not
+            given = False
+        if needs and given:
             others = [n for n in FLAGS if n != name and re.search(rf"\b{n}\b", needs)]
             holds = eval(needs, {**vars(c), "blocks": blocks})
-            yield holds, " ".join([name, *others]), f"has no effect unless {needs}"
+            need(holds, c, " ".join([name, *others]), f"has no effect unless {needs}")
     if c.module_lr or c.multipliers != "none":
         check_modules(c, kinds)
 
@@ -1444,51 +1442,51 @@ def check_modules(c, kinds: set):
 def check_combinations(c, world: int):
     """Values that contradict each other."""
     sequences, rest = divmod(c.batch_tokens, c.block_size)
+    need(rest == 0, c, "batch_tokens block_size", "the first must be a multiple of the second")
+    need(sequences % world == 0, c, "batch_tokens", f"{sequences} sequences for {world} ranks")
     per_rank = sequences // world
-    yield rest == 0, "batch_tokens block_size", "the first must be a multiple of the second"
-    yield sequences % world == 0, "batch_tokens", f"{sequences} sequences for {world} ranks"
-    yield per_rank % min(c.micro_batch, max(1, per_rank)) == 0, "micro_batch", (
-        f"does not divide the {per_rank} sequences of a rank")
+    need(per_rank % min(c.micro_batch, per_rank) == 0, c, "micro_batch",
+         f"does not divide the {per_rank} sequences of a rank")
     if learns_rationales(c):
-        yield c.micro_batch % 2 == per_rank % 2 == 0, "micro_batch batch_tokens distill", (
-            "must be even: a record is a pair of sequences")
+        need(c.micro_batch % 2 == per_rank % 2 == 0, c, "micro_batch batch_tokens distill",
+             "must be even: a record is a pair of sequences")
     if c.let_loss == "logsum":
-        yield world == 1 and sequences <= c.micro_batch, "let_loss micro_batch", (
-            "its statistics are over all sequences of a step: one pass must hold them, on one rank "
-            f"(here {world})")
+        need(world == 1 and sequences <= c.micro_batch, c, "let_loss micro_batch",
+             "its statistics are over all sequences of a step: one pass must hold them, on one "
+             f"rank (here {world})")
 
     if c.schedule.startswith("wsd"):
-        yield c.warmup_steps <= c.steps, "warmup_steps steps", "the warm-up is longer"
+        need(c.warmup_steps <= c.steps, c, "warmup_steps steps", "the warm-up is longer")
 
     pretrained = c.teacher != "auto" and (c.init_from or c.teacher != "none")
-    yield c.tokenizer != "teacher" or pretrained, "tokenizer teacher", (
-        "needs a pretrained model, and no automatic teacher")
+    need(c.tokenizer != "teacher" or pretrained, c, "tokenizer teacher",
+         "needs a pretrained model, and no automatic teacher")
     if c.teacher != "none" and c.distill == "let":
-        yield c.let_student_layer <= c.n_layer, "let_student_layer n_layer", "no such block"
+        need(c.let_student_layer <= c.n_layer, c, "let_student_layer n_layer", "no such block")
     for name in ("let_stop", "distill_stop"):
         value = getattr(c, name)
-        yield value < 1 or value == int(value), name, "a whole number of steps, or a fraction"
-    yield c.distill_temperature != 0, "distill_temperature", "must be positive"
+        need(value < 1 or value == int(value), c, name, "a whole number of steps, or a fraction")
+    need(c.distill_temperature != 0, c, "distill_temperature", "must be positive")
     if c.distill != "let":
-        yield recipe_of(c).hard_weight >= 0, "distill_weight distill", (
-            "above 1 it needs --distill_hard_weight too")
+        need(recipe_of(c).hard_weight >= 0, c, "distill_weight distill",
+             "above 1 it needs --distill_hard_weight too")
 
 
 def check_run(c, world: int):
     """Whether this machine has what the run needs, and --out_dir has no other run."""
-    yield c.data != "", "data", "a file, a folder or a name is needed"
-    yield c.device == "auto" or device_exists(c.device), "device", "no such device here"
-    yield world == 1 or ":" not in c.device, "device", "each process takes a GPU of its own"
+    need(c.data != "", c, "data", "a file, a folder or a name is needed")
+    need(c.device == "auto" or device_exists(c.device), c, "device", "no such device here")
+    need(world == 1 or ":" not in c.device, c, "device", "each process takes a GPU of its own")
     folder = Path(c.out_dir or "runs").resolve()
     parent = next(p for p in [folder, *folder.parents] if p.exists())
-    yield parent.is_dir() and os.access(parent, os.W_OK), "out_dir", f"cannot write to {parent}"
+    need(parent.is_dir() and os.access(parent, os.W_OK), c, "out_dir", f"cannot write to {parent}")
     checkpoint = folder / "ckpt.pt"
     resumed = c.resume and Path(c.resume).resolve() == checkpoint
-    yield not c.out_dir or resumed or c.dry_run or not checkpoint.exists(), "out_dir", (
-        "this folder has a run; --resume=auto continues it")
+    free = c.dry_run or not c.out_dir or not checkpoint.exists()
+    need(free or resumed, c, "out_dir", "this folder has a run; --resume=auto continues it")
     config = folder / "config.json"
     ours = not config.exists() or b'"provenance"' in config.read_bytes()
-    yield ours, "out_dir", "this folder has a config.json of another program"
+    need(ours, c, "out_dir", "this folder has a config.json of another program")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1540,11 +1538,11 @@ class Devices:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies matrices in bf16 by hardware, faster than in fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    supported = [getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)()
-                 for unit in ("amx_tile", "avx512_bf16")]
-    return device.type == "cpu" and any(supported)
+    by_hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cpu" and by_hardware
 
 
 def set_up_devices(c) -> Devices:
@@ -1578,21 +1576,18 @@ def set_up_devices(c) -> Devices:
 
 
 def compare_ranks(c, devices):
-    """Raises BadInput on all ranks unless they have the same flags, source, version of torch, type
-    in matrix products and checkpoint."""
+    """Raises BadInput on all ranks unless they have the same flags, source, version of torch and
+    type in matrix products. They can differ where ranks are on several machines."""
     if not dist.is_initialized():
         return
     own = {f"--{name}": value for name, value in asdict(c).items()}
     own |= {name: provenance(devices)[name] for name in ("source_sha256", "torch", "bf16")}
-    if c.resume:
-        with zipfile.ZipFile(c.resume) as archive:
-            own[c.resume] = hash(tuple(part.CRC for part in archive.infolist()))
     found = [None] * devices.world
     dist.all_gather_object(found, own)
-    for rank, name in itertools.product(range(devices.world), found[0]):
-        a, b = found[0][name], found[rank].get(name)
-        if a != b:
-            raise BadInput(f"{name}: {a} on rank 0, and {b} on rank {rank}")
+    for rank, others in enumerate(found):
+        for name, value in found[0].items():
+            if others.get(name) != value:
+                raise BadInput(f"{name}: {value} on rank 0, and {others.get(name)} on rank {rank}")
 
 
 @functools.cache
@@ -1606,16 +1601,18 @@ def on_rank_0(work, *args):
     """Calls work(*args) on rank 0 alone. Returns its result, or raises its error, on all ranks."""
     if not dist.is_initialized():
         return work(*args)
-    box = [None, None]
+    result = error = None
     if dist.get_rank() == 0:
         try:
-            box[0] = work(*args)
+            result = work(*args)
         except (BadInput, OSError) as e:
-            box[1] = e
-    dist.broadcast_object_list(box, group=patient_group())
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
+            error = e
+    box = [result, error]
+    dist.broadcast_object_list(box, group=patient_group())  # fills the list on the other ranks
+    result, error = box
+    if error is not None:
+        raise error
+    return result
 
 
 def say(text: str):
@@ -1667,17 +1664,20 @@ def write_json(path: Path, value):
 
 @contextlib.contextmanager
 def run_folder(c, world: int):
-    """Makes --out_dir, or the first free runs/N, and holds it for this process alone. Yields its
-    name."""
-    folder, numbers = c.out_dir, itertools.count(1)
-    while not folder:
-        with contextlib.suppress(FileExistsError):  # a number that is taken
-            path = Path(f"runs/{next(numbers)}")
-            path.mkdir(parents=True)
-            folder = str(path)
+    """Makes --out_dir, or the next runs/N, and holds it for this process alone. Yields its name."""
+    folder = c.out_dir or next_run()
     with locked(folder, flag="--out_dir="):
-        check(c, world)  # again: another run can have ended here meanwhile
+        check_run(c, world)  # again: another run can have ended here meanwhile
         yield folder
+
+
+def next_run() -> str:
+    """Makes the folder runs/N of the first number N that is free."""
+    for number in itertools.count(1):
+        path = Path(f"runs/{number}")
+        with contextlib.suppress(FileExistsError):  # this number is taken
+            path.mkdir(parents=True)
+            return str(path)
 
 
 def drop_later_lines(out_dir: str, step: int):
@@ -1685,13 +1685,15 @@ def drop_later_lines(out_dir: str, step: int):
     at this step, and all lines of later steps, which a killed run has left."""
     path = Path(out_dir) / "metrics.jsonl"
     if path.exists():
-        kept = [line for line in read_lines(out_dir) if line["step"] <= step - ("val_loss" in line)]
+        kept = [line for line in read_lines(out_dir) if line["step"] < step
+                or line["step"] == step and "val_loss" not in line]
         with written_whole(path) as tmp:
             tmp.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
 
 # --------------------------------------------------------------------------------------------------
 # Command line
+
 
 def boolean(text: str) -> bool:
     """A type for argparse, which names the flag and its text where this raises ValueError."""
@@ -1736,20 +1738,14 @@ def parse_flags(argv) -> Config:
         found = Path(given["out_dir"]) / "ckpt.pt"
         given["resume"] = str(found) if found.exists() else ""
     if given.get("resume"):
-        given["resume"] = checkpoint_file(given["resume"])
-        return resumed_flags(given)
+        path = given["resume"] = checkpoint_file(given["resume"])
+        # The checkpoint's flags, but for those that are given; the run continues in its own folder
+        return replace(load_run(path)["config"], **{"out_dir": str(Path(path).parent), **given})
     if given.get("init_from"):
         where = f"--init_from={given['init_from']}"
         model, _ = load_pretrained(given["init_from"], flag="--init_from=")
         given = {"tokenizer": "teacher", **architecture_flags(model, where), **given}
     return Config(**given)
-
-
-def resumed_flags(given: dict) -> Config:
-    """The checkpoint's flags, replaced by those that are given. Unless --out_dir is given, the run
-    continues in its own folder."""
-    stored = load_run(given["resume"])["config"]
-    return replace(stored, **{"out_dir": str(Path(given["resume"]).parent), **given})
 
 
 def main(argv):
