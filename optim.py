@@ -7,18 +7,19 @@ A training loop uses only make_schedule and class Optimizers, at the end of the 
     norm = optimizers.clip(1.0)
     optimizers.step(step)
 
-AdamW is torch's. Muon (Jordan et al. 2024) takes the momentum of each weight matrix inside the
-blocks, and moves the matrix by about the semi-orthogonal matrix that is nearest to this momentum.
-AdamW trains embedding, head and vectors: a row of the embedding is the vector of one token, not a
-map between two spaces, so Muon's spectral argument does not apply to it.
+AdamW is torch's. Muon (Jordan et al. 2024) trains the weight matrices inside the blocks. It takes
+the momentum of a matrix, replaces it by about the nearest semi-orthogonal matrix (all singular
+values 1), and subtracts this, times the learning rate. So every direction of the momentum moves the
+matrix equally far. AdamW trains embedding, head and vectors: a row of the embedding is the vector
+of one token, not a map between two spaces, so Muon's spectral argument does not apply to it.
 
 Learnable multipliers (Velikanov et al. 2026, arXiv 2601.04890) give a matrix a scale of its own.
 With weight decay, the RMS of a matrix W settles where the noise of its updates balances the decay,
-in proportion to sqrt(eta / lambda). So two settings fix the scale of W, not the data. Multipliers
-put W~ = diag(r) W diag(c) in the place of W in the forward pass. W still settles at that scale. The
-gradients of r and c are sums over rows and columns and carry little noise, so r and c can give W~
-the scale that lowers the loss. The embedding gets r and c too, although it has no weight decay and
-therefore no such balance. The model holds W~; the optimizer holds W, r and c.
+in proportion to sqrt(learning rate / weight decay). So two settings fix the scale of W, not the
+data. Multipliers put W~ = diag(r) W diag(c) in the place of W in the forward pass. W still settles
+at that scale. The gradients of r and c are sums over rows and columns and carry little noise, so r
+and c can give W~ the scale that lowers the loss. The embedding gets r and c too, although it has no
+weight decay and therefore no such balance. The model holds W~; the optimizer holds W, r and c.
 
 Symbols (those of the papers)
     W           a weight matrix (out, in) as the optimizer moves it
@@ -29,7 +30,10 @@ Symbols (those of the papers)
     O           u orthogonalized: about U V^T of the singular value decomposition u = U S V^T
     eta, lambda learning rate and weight decay; decay is decoupled: W <- (1 - eta lambda) W
     kappa       the factor on O that depends on the shape, see update_scale
-    piece       a logical matrix within a stored one: q, k and v of the tensor qkv are three pieces
+    piece       a logical matrix within a stored one: q, k and v of the tensor qkv are three pieces.
+                MODULES lists all names of pieces
+    stack       matrices of one shape, one behind the other: (number, out, in)
+    m_N         width of this model over that of the base model (model.PARAM_RULES)
 """
 import math
 from collections import defaultdict
@@ -46,9 +50,9 @@ from model import BadInput, ModelConfig, logical_pieces, param_factor
 # --------------------------------------------------------------------------------------------------
 # Muon
 
-# A step of Newton-Schulz maps a singular value s to a1 s + a3 s^3 + a5 s^5. These coefficients are
-# steep at 0 and not convergent by design (Jordan et al. 2024): 5 steps take [0.01, 1] into
-# [0.68, 1.13].
+# A step of Newton-Schulz maps a singular value s to a1 s + a3 s^3 + a5 s^5. With these coefficients
+# (Jordan et al. 2024) a small s grows fast, by the factor a1. In return s does not converge to 1,
+# but only comes near it: 5 steps take [0.01, 1] into [0.68, 1.13].
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -63,12 +67,12 @@ def newton_schulz(G, steps: int = 5, dtype=torch.bfloat16):
 
         X <- a1 X + (a3 A + a5 A A) X
 
-    Where m > n, the same is done to the transpose, whose A is smaller: 4 m^2 n + 2 m^3 FLOPs a step
-    for m <= n."""
+    A step takes 4 m^2 n + 2 m^3 FLOPs for m <= n. Where m > n, the transpose takes the place of X,
+    as its A is smaller."""
     a1, a3, a5 = NS_COEFFICIENTS
     X = G.to(dtype).view(-1, *G.shape[-2:])
     tall = G.shape[-2] > G.shape[-1]
-    if tall:  # X X^T is then the smaller of the two Gram matrices
+    if tall:
         X = X.mT
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
@@ -97,13 +101,14 @@ def momentum_update(G, m, mu: float):
 
     G, m: lists of tensors of equal shapes; m holds the averages of earlier gradients. Each m is
     changed in place, m <- m + (1 - mu) (g - m). Returns a list of the u, with the new m: Nesterov's
-    form, u = g + mu (m - g). G is not changed."""
+    form, u = g + mu (m - g). G is not changed. (torch._foreach_... is one call for a whole list,
+    which is faster than a call for each tensor.)"""
     torch._foreach_lerp_(m, G, 1 - mu)
     return torch._foreach_lerp(G, m, mu)
 
 
-def flat(p):
-    """A weight as (rows, in), a stack of experts one below the other: a view."""
+def as_matrix(p):
+    """A weight as one matrix (rows, in): of experts (E, out, in) one below the other. A view."""
     return p.view(-1, p.shape[-1])
 
 
@@ -114,9 +119,10 @@ class Muon(torch.optim.Optimizer):
         W <- (1 - eta lambda) W - eta kappa O
 
     params: matrices and stacks of them (E, out, in), or groups of such, as for every torch
-    optimizer. A group may hold a list "matrices": of each parameter, (rows, kappa) of its logical
-    matrices. Default: the whole parameter, or E matrices, with match_rms_adamw. Logical matrices of
-    one shape and kappa go through Newton-Schulz as one stack, in `dtype`.
+    optimizer. A group may hold "matrices": a list with an entry for each parameter, the list of
+    (rows, kappa) of its logical matrices. Default: the whole parameter, or its E matrices, with
+    match_rms_adamw. Logical matrices of one shape and kappa go through Newton-Schulz as one stack,
+    in `dtype`.
 
     With several ranks every rank keeps the whole momentum, so state_dict() is torch's own. The
     work is shared: logical matrix k of a step belongs to rank k mod world, which computes its O
@@ -138,21 +144,22 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        count = 0
-        move = None
+        count = 0  # logical matrices so far
+        move_last = None  # moves the stack before this one, once its O has come
         for group in self.param_groups:
-            for (*_, kappa), stack in self.stacks(group).items():
+            for (_, _, kappa), stack in self.stacks(group).items():
                 O, sending = self.orthogonalize(group, stack, count)
-                count += len(O)
-                if move:  # that of the previous stack, whose O was being sent
-                    move()
-                move = partial(self.move, group, kappa, stack["W"], O, sending)
-        if move:
-            move()
+                count += len(stack["g"])
+                if move_last:
+                    move_last()
+                move_last = partial(self.move, group, kappa, stack["W"], O, sending)
+        if move_last:
+            move_last()
 
     def stacks(self, group) -> dict[tuple, dict[str, list]]:
-        """A group's logical matrices that have a gradient, by (rows, columns, kappa). A stack holds
-        three lists of views, of equal length: "W", "g" (dL/dW) and "m" (the momentum)."""
+        """A group's logical matrices that have a gradient, by (rows, columns, kappa). A stack is
+        here three lists of equal length, whose views are "W", "g" (dL/dW) and "m" (the momentum).
+        """
         stacks = defaultdict(lambda: defaultdict(list))
         for p, matrices in zip(group["params"], group["matrices"], strict=True):
             if p.grad is None:
@@ -161,7 +168,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             m = self.state[p]["momentum_buffer"]
             for key, tensor in {"W": p, "g": p.grad, "m": m}.items():
-                parts = flat(tensor).split([rows for rows, _ in matrices])
+                parts = as_matrix(tensor).split([rows for rows, _ in matrices])
                 for (rows, kappa), part in zip(matrices, parts, strict=True):
                     stacks[rows, p.shape[-1], kappa][key].append(part)
         return stacks
@@ -169,18 +176,15 @@ class Muon(torch.optim.Optimizer):
     def orthogonalize(self, group, stack, count: int):
         """O (number, out, in) of a stack, and handles to wait for what is still being sent.
 
-        count: the number of logical matrices before this stack in this step."""
-        g = stack["g"]
-        own = slice((self.rank - count) % self.world, None, self.world)  # those of this rank
-        u = momentum_update(g, stack["m"], group["momentum"])[own]
-        share = None  # a small stack may have no matrix for this rank
-        if u:
-            share = newton_schulz(torch.stack(u), dtype=self.dtype)
+        count: the number of logical matrices before this stack in this step. Matrix i of the stack
+        belongs to rank (count + i) mod world."""
+        u = momentum_update(stack["g"], stack["m"], group["momentum"])
         if self.world == 1:
-            return share, []
-        O = g[0].new_empty(len(g), *g[0].shape, dtype=self.dtype)
-        if u:
-            O[own] = share
+            return newton_schulz(torch.stack(u), dtype=self.dtype), []
+        O = u[0].new_empty(len(u), *u[0].shape, dtype=self.dtype)
+        own = slice((self.rank - count) % self.world, None, self.world)  # this rank's matrices
+        if u[own]:  # a small stack may have none
+            O[own] = newton_schulz(torch.stack(u[own]), dtype=self.dtype)
         return O, [dist.broadcast(part, (count + i) % self.world, async_op=True)
                    for i, part in enumerate(O)]
 
@@ -246,7 +250,7 @@ def place_multipliers(piece: str, placement: str, config: ModelConfig) -> tuple[
                    up's rows is a factor on the output, which down's columns give already.) `out`
                    gets columns if no gated norm with a gain stands before it.
 
-    A tied embedding gets no rows: they would act on the logits. (The paper ties no embedding.)
+    A tied embedding gets no rows: they would scale the logits of tokens. (The paper ties none.)
 
     The paper's runs had multipliers on rows and columns, redundant ones too, and kept the gains of
     all norms. Weight decay on the multipliers held the symmetries. The symmetry-free placement was
@@ -274,7 +278,7 @@ def module_of(piece: str) -> str:
     return next(module for module, pieces in MODULES.items() if piece in pieces)
 
 
-class Stack(NamedTuple):
+class Section(NamedTuple):
     """Neighboring pieces of one weight with equal rows and placement, such as q, k and v of one
     size. One product of tensors then serves all of them.
 
@@ -284,6 +288,19 @@ class Stack(NamedTuple):
     rows: int  # of each piece
     r: nn.Parameter | None  # (number, rows), or (number, 1) for s
     c: nn.Parameter | None  # (number, in)
+
+
+def make_section(p, number: int, rows: int, row: bool, column: bool, kind: str) -> Section:
+    """A Section of the weight p, whose multipliers are 1. row and column: which ones there are;
+    a scalar takes the place of either or both."""
+    r = c = None
+    if kind == "scalar" and (row or column):
+        r = nn.Parameter(p.new_ones(number, 1))
+    if kind == "vector" and row:
+        r = nn.Parameter(p.new_ones(number, rows))
+    if kind == "vector" and column:
+        c = nn.Parameter(p.new_ones(number, p.shape[-1]))
+    return Section(number, rows, r, c)
 
 
 class Multipliers:
@@ -297,11 +314,17 @@ class Multipliers:
     after it, fold() writes W~ into the model.
 
     Three dicts by the parameter's name: `effective`, W~, which is the model's parameter; `W`; and
-    `stacks`, lists of Stack, which hold r and c."""
+    `sections`, lists of Section, which hold r and c. Raises BadInput for modules that the model
+    lacks, or if there would be no multiplier."""
 
     def __init__(self, model, kind="vector", placement="all",
                  modules=("embedding", "attention", "mlp", "ssm")):
-        self.effective, self.W, self.stacks = {}, {}, {}
+        self.effective, self.W, self.sections = {}, {}, {}
+
+        def rows_and_placement(piece):
+            name, rows = piece
+            return rows, *place_multipliers(name, placement, model.config)
+
         found = set()
         for name, pieces in logical_pieces(model).items():
             module = module_of(pieces[0][0])
@@ -309,17 +332,10 @@ class Multipliers:
             if module not in modules:
                 continue
             p = model.get_parameter(name)
-            stacks = []
-            for (rows, row, column), alike in groupby(pieces, lambda piece: (
-                    piece[1], *place_multipliers(piece[0], placement, model.config))):
-                number = len([*alike])
-                lengths = row * rows, column * p.shape[-1]  # of r and c; 0: there is none
-                if kind == "scalar":
-                    lengths = int(row or column), 0
-                r, c = (nn.Parameter(p.new_ones(number, n)) if n else None for n in lengths)
-                stacks.append(Stack(number, rows, r, c))
-            if any(v is not None for stack in stacks for v in (stack.r, stack.c)):
-                self.effective[name], self.stacks[name] = p, stacks
+            sections = [make_section(p, len([*alike]), rows, row, column, kind)
+                        for (rows, row, column), alike in groupby(pieces, rows_and_placement)]
+            if any(s.r is not None or s.c is not None for s in sections):
+                self.effective[name], self.sections[name] = p, sections
                 self.W[name] = nn.Parameter(p.detach().clone())
         if not self.W or {*modules} - found - {"attention", "mlp", "ssm"}:
             raise BadInput(f"--multiplier_modules={','.join(modules)} "
@@ -328,17 +344,20 @@ class Multipliers:
                            "affine, router and head")
 
     def named_multipliers(self) -> dict[str, nn.Parameter]:
-        """Every r and c as NAME:NUMBER OF THE STACK.r or .c; s is an r of one element."""
-        return {f"{name}:{i}.{side}": v for name, stacks in self.stacks.items()
-                for i, stack in enumerate(stacks)
-                for side, v in (("r", stack.r), ("c", stack.c)) if v is not None}
+        """Every r and c as NAME:NUMBER OF THE SECTION.r or .c; s is an r of one element."""
+        found = {}
+        for name, sections in self.sections.items():
+            for i, section in enumerate(sections):
+                found |= {f"{name}:{i}.r": section.r, f"{name}:{i}.c": section.c}
+        return {name: v for name, v in found.items() if v is not None}
 
-    def stacked(self, name: str, *tensors):
-        """Yields each stack of a weight, with its part (number, rows, in) of each of `tensors`."""
-        sizes = [stack.number * stack.rows for stack in self.stacks[name]]
-        split = (flat(t).split(sizes) for t in tensors)
-        for stack, *parts in zip(self.stacks[name], *split, strict=True):
-            yield stack, *(part.view(stack.number, stack.rows, -1) for part in parts)
+    def by_section(self, name: str, *tensors):
+        """Yields each section of a weight, with its part (number, rows, in) of each tensor; these
+        have the weight's shape. The parts are views."""
+        sizes = [section.number * section.rows for section in self.sections[name]]
+        split = (as_matrix(t).split(sizes) for t in tensors)
+        for section, *parts in zip(self.sections[name], *split, strict=True):
+            yield section, *(part.view(section.number, section.rows, -1) for part in parts)
 
     @torch.no_grad()
     def split_gradients(self):
@@ -346,20 +365,21 @@ class Multipliers:
         for name, p in self.effective.items():
             if p.grad is None:
                 continue
-            for stack, G, W in self.stacked(name, p.grad, self.W[name]):
-                dW, dr, dc = multiplier_gradients(G, W, stack.r, stack.c)
+            for section, G, W in self.by_section(name, p.grad, self.W[name]):
+                dW, dr, dc = multiplier_gradients(G, W, section.r, section.c)
                 G.copy_(dW)
-                for v, gradient in ((stack.r, dr), (stack.c, dc)):
-                    if v is not None:
-                        v.grad = gradient
+                if section.r is not None:
+                    section.r.grad = dr
+                if section.c is not None:
+                    section.c.grad = dc
             self.W[name].grad, p.grad = p.grad, None  # the memory now holds dL/dW
 
     @torch.no_grad()
     def fold(self):
         """Write W~ = diag(r) W diag(c) into the model."""
         for name, p in self.effective.items():
-            for stack, out, W in self.stacked(name, p.detach(), self.W[name]):
-                effective_weight(W, stack.r, stack.c, out)
+            for section, out, W in self.by_section(name, p.detach(), self.W[name]):
+                effective_weight(W, section.r, section.c, out)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {name: v.detach() for name, v in (self.W | self.named_multipliers()).items()}
@@ -368,16 +388,17 @@ class Multipliers:
     def load_state_dict(self, state) -> bool:
         """Take over W, r and c. Returns False, and changes nothing, if state is None or of another
         kind, placement or choice of modules."""
-        own = self.state_dict()
-        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in (state or {}).items()}:
+        own, stored = self.state_dict(), state or {}
+        if own.keys() != stored.keys() or any(own[n].shape != stored[n].shape for n in own):
             return False
         for name, t in own.items():
-            t.copy_(state[name])
+            t.copy_(stored[name])
         return True
 
 
 # --------------------------------------------------------------------------------------------------
-# Schedules: the learning rate over the run, as a factor on its peak. Steps count from 0.
+# Schedules: the learning rate over the run, as a factor on its peak. Steps count from 0. All
+# schedules have the same arguments, whether they need them or not.
 
 
 def constant(step: int, steps: int, warmup: int, decay_fraction=0.0) -> float:
@@ -393,9 +414,10 @@ def wsd(step: int, steps: int, warmup: int, decay_fraction: float, shape) -> flo
     the steps, a number that need not be whole; 0: no decay. There the factor is shape(t), where t
     is the part of the decay that is over, from 0 at its start to 1 at step == steps and after it.
     Where warm-up and decay overlap, the smaller factor counts."""
-    decay = decay_fraction * steps
-    t = min(1.0, max(0.0, 1 - (steps - step) / decay)) if decay > 0 else 0.0
-    return min(constant(step, steps, warmup), shape(t))
+    t = 0.0
+    if decay_fraction > 0:
+        t = 1 - (steps - step) / (decay_fraction * steps)
+    return min(constant(step, steps, warmup), shape(min(1.0, max(0.0, t))))
 
 
 def cosine(step: int, steps: int, warmup: int, decay_fraction=0.0, floor=0.1) -> float:
@@ -461,10 +483,11 @@ def row_growth(config: ModelConfig, piece: str) -> float:
     """Rows of a logical matrix over its rows in the base model of --param=mup and completep.
 
     The base model is the one that the same settings give at the base's size. With grouped-query
-    attention it has as many key/value heads as this model, and only the channels of a head grow.
-    (A base model with fewer query heads than that has a key/value head for each of them; kappa
-    comes out the same.) Without it, both models have a key/value head for each query head. MLPs
-    and experts are as many times n_embd wide as this model's (see model.PARAM_RULES)."""
+    attention both models have equally many key/value heads, so k and v grow as the channels of a
+    head do. (kappa is the same if the base model has fewer query heads than this model has
+    key/value heads, and so has fewer of these too.) Without it, both models have a key/value head
+    for each query head. MLPs and experts have the same ratio to n_embd in both (see
+    model.PARAM_RULES)."""
     if piece in ("router", "B", "C"):  # as many rows at every width: experts, numbers of state
         return 1.0
     if piece in ("k", "v") and config.n_kv_head < config.n_head:
@@ -487,21 +510,24 @@ def grown_scale(config: ModelConfig, piece: str, rows: int, columns: int, conven
     return base * math.sqrt(row_ratio / column_ratio)
 
 
-def parameter_groups(model, muon_scale, weight_decay, eps, embedding_lr, module_lr, module_decay):
-    """Groups for Muon (with "matrices") and AdamW; parameters of equal settings share one.
+def parameter_groups(model, W, muon_scale, weight_decay, eps, embedding_lr, module_lr,
+                     module_decay):
+    """(groups for Muon, groups for AdamW) of the model's parameters: dicts as torch's optimizers
+    take them, with (name, p) for each parameter. Parameters of equal settings share one.
 
-    muon_scale: a convention of update_scale, or None: no Muon. A group's "lr_factor" is its
-    learning rate over that of the run. It is embedding_lr for an embedding that is not tied: its
-    rows start at RMS 1 and get a gradient only when their token comes up (likewise in nanochat and
-    modded-nanogpt). AdamW's settings depend on the model's size by model.PARAM_RULES; of Muon's
-    only kappa does."""
+    W: {name: parameter} to train in place of the model's own, where there are multipliers.
+    muon_scale: a convention of update_scale, or None: no Muon. The others: see Optimizers. A
+    group's "lr_factor" is its learning rate over that of the run. It is embedding_lr for an
+    embedding that is not tied: its rows start at RMS 1 and get a gradient only when their token
+    comes up (likewise in nanochat and modded-nanogpt). AdamW's settings depend on the model's size
+    by model.PARAM_RULES; of Muon's only kappa does."""
     config = model.config
     logical = logical_pieces(model)
     present = {module_of(pieces[0][0]) for pieces in logical.values()}
     if unknown := {*module_lr, *module_decay} - present:
         raise BadInput(f"--module_lr={','.join(unknown)}: this model has "
                        f"{', '.join(sorted(present))}")
-    groups = {}
+    muon, adamw = {}, {}  # settings -> group
     for kind, names in place_parameters(model).items():
         by_muon = muon_scale is not None and kind in ("hidden", "router")
         rule = "head" if kind == "tied" else kind
@@ -510,19 +536,20 @@ def parameter_groups(model, muon_scale, weight_decay, eps, embedding_lr, module_
         by_size = {what: 1.0 if by_muon else param_factor(config, rule, what)
                    for what in ("lr", "decay", "eps")}
         for name in names:
-            p = model.get_parameter(name)
+            p = W.get(name, model.get_parameter(name))
             pieces = logical.get(name)
             module = module_of(pieces[0][0]) if pieces else ""
             settings = {"lr_factor": lr_factor * module_lr.get(module, 1.0) * by_size["lr"],
                         "weight_decay": decay * module_decay.get(module, 1.0) * by_size["decay"],
                         "eps": eps * by_size["eps"]}
-            group = groups.setdefault((by_muon, *settings.values()), settings | {"params": []})
+            groups = muon if by_muon else adamw
+            group = groups.setdefault(tuple(settings.values()), {**settings, "params": []})
             group["params"].append((name, p))
             if by_muon:
-                group.setdefault("matrices", []).append([
-                    (rows, grown_scale(config, piece, rows, p.shape[-1], muon_scale))
-                    for piece, rows in pieces])
-    return list(groups.values())
+                matrices = [(rows, grown_scale(config, piece, rows, p.shape[-1], muon_scale))
+                            for piece, rows in pieces]
+                group.setdefault("matrices", []).append(matrices)
+    return list(muon.values()), list(adamw.values())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -540,7 +567,8 @@ class Optimizers:
     weight decay, the same schedule and the same clipping.
 
     Attributes: optimizers, a dict of those of the torch optimizers "muon", "adamw", "multipliers"
-    and "extra" that are needed, whose groups hold "param_names"; lr, that of the last step."""
+    and "extra" that are needed; lr, that of the last step; clipped, the parameters whose gradients
+    clip scales. Torch gets each parameter as (name, p), so its groups hold "param_names"."""
 
     def __init__(self, model, schedule, *, optimizer="muon", lr, weight_decay=0.1,
                  betas=(0.9, 0.95), eps=1e-10, embedding_lr=30.0, module_lr=None, module_decay=None,
@@ -551,17 +579,14 @@ class Optimizers:
         self.multipliers = multipliers
         self.extra = list(extra)
         W = multipliers.W if multipliers else {}
-        groups = parameter_groups(model, muon_scale if optimizer == "muon" else None, weight_decay,
-                                  eps, embedding_lr, module_lr or {}, module_decay or {})
-        for group in groups:
-            group["params"] = [(name, W.get(name, p)) for name, p in group["params"]]
-        by_muon = [group for group in groups if "matrices" in group]
+        for_muon, for_adamw = parameter_groups(
+            model, W, muon_scale if optimizer == "muon" else None, weight_decay, eps, embedding_lr,
+            module_lr or {}, module_decay or {})
         self.optimizers = {}
-        if by_muon:
-            self.optimizers["muon"] = Muon(by_muon, lr=lr, momentum=momentum, dtype=dtype)
-        fused = model.embed.weight.device.type in ("cuda", "cpu")
-        adamw = partial(torch.optim.AdamW, lr=lr, betas=betas, eps=eps, fused=fused)
-        self.optimizers["adamw"] = adamw([group for group in groups if "matrices" not in group])
+        if for_muon:
+            self.optimizers["muon"] = Muon(for_muon, lr=lr, momentum=momentum, dtype=dtype)
+        adamw = partial(torch.optim.AdamW, lr=lr, betas=betas, eps=eps, fused=True)
+        self.optimizers["adamw"] = adamw(for_adamw)
         if multipliers:
             self.optimizers["multipliers"] = adamw([{
                 "params": list(multipliers.named_multipliers().items()),
@@ -623,18 +648,22 @@ class Optimizers:
         rates, stay those of this object.
 
         Returns False if this object has multipliers and `state` has none of their kind, placement
-        and modules. They then begin at 1, with the model's weights as W."""
+        and modules. They then begin at 1, with the model's weights as W. Raises KeyError or
+        ValueError if another parameter has no state there, or one of another shape. (The parameters
+        of a new term have none, and begin anew.)"""
         same = self.multipliers is None or self.multipliers.load_state_dict(state.get("values"))
         for key, optimizer in self.optimizers.items():
             if key == "multipliers" and not same:
                 continue
             params = parameters_of(optimizer)
             stored = state.get(key, {})
+            if key == "extra" and not stored:
+                continue
             buffers = ("momentum_buffer",) if key == "muon" else ("exp_avg", "exp_avg_sq")
             for name, p in params.items():
-                needed = p.requires_grad and (key != "extra" or stored)  # a new term has none
-                if needed and any(stored[name][buffer].shape != p.shape for buffer in buffers):
-                    raise ValueError(f"{name}: the optimizer's state has another shape")
+                for buffer in buffers:
+                    if p.requires_grad and stored[name][buffer].shape != p.shape:
+                        raise ValueError(f"{name}: the optimizer's state has another shape")
             packed = optimizer.state_dict()  # torch's has the state by the parameter's number
             packed["state"] = {i: stored[name] for i, name in enumerate(params) if name in stored}
             optimizer.load_state_dict(packed)
@@ -649,13 +678,16 @@ def parameters_of(optimizer) -> dict[str, nn.Parameter]:
 
 def module_factors(text: str) -> dict[str, float]:
     """{"head": 0.5, "mlp": 2.0} of the text "head=0.5,mlp=2" of --module_lr. Raises BadInput."""
+    factors = {}
+    if not text:
+        return factors
     try:
-        pairs = [part.split("=") for part in text.split(",") if part]
-        factors = {name: float(value) for name, value in pairs}
-        sound = all(0 < value < math.inf for value in factors.values())
+        for part in text.split(","):
+            name, value = part.split("=")
+            if name not in MODULES or name in factors or not 0 < float(value) < math.inf:
+                raise ValueError
+            factors[name] = float(value)
     except ValueError:
-        sound = False
-    if not sound or len(factors) < len(pairs) or factors.keys() - MODULES.keys():
         raise BadInput(f"--module_lr={text}: needs MODULE=NUMBER, separated by commas, each number "
-                       f"positive and each module once, out of {', '.join(MODULES)}")
+                       f"positive and each module once, out of {', '.join(MODULES)}") from None
     return factors

@@ -212,10 +212,10 @@ def plain_form(model, kind, placement, optimizer, modules):
     return own, scaled, made
 
 
-def pieces_of(stacks):
-    """A stack of one piece for every piece, with its own r and c."""
-    return [optim.Stack(1, s.rows, *(None if v is None else v.detach()[k] for v in (s.r, s.c)))
-            for s in stacks for k in range(s.number)]
+def pieces_of(sections):
+    """A section of one piece for every piece, with its own r and c."""
+    return [optim.Section(1, s.rows, *(None if v is None else v.detach()[k] for v in (s.r, s.c)))
+            for s in sections for k in range(s.number)]
 
 
 @pytest.mark.parametrize("optimizer, kind, placement, model_kw, modules", [
@@ -243,8 +243,8 @@ def test_multipliers_go_where_the_plain_form_goes(optimizer, kind, placement, mo
             optimizer.step()
             optimizer.zero_grad()
     pairs = [(n, multipliers.W.get(n, p), own[n]) for n, p in model.named_parameters()]
-    for name, stacks in multipliers.stacks.items():
-        for piece, r, c in zip(pieces_of(stacks), scaled[name].r, scaled[name].c, strict=True):
+    for name, sections in multipliers.sections.items():
+        for piece, r, c in zip(pieces_of(sections), scaled[name].r, scaled[name].c, strict=True):
             pairs += [(name, a, b) for a, b in ((piece.r, r[:, 0]), (piece.c, c))
                       if a is not None or b.requires_grad]
     for name, a, b in pairs:
@@ -291,8 +291,8 @@ def test_multipliers_start_at_the_model_and_fold_to_diagonal_products(kind):
     for v in multipliers.named_multipliers().values():
         v.data.uniform_(0.5, 2.0)
     multipliers.fold()
-    for name, stacks in multipliers.stacks.items():
-        pieces = pieces_of(stacks)
+    for name, sections in multipliers.sections.items():
+        pieces = pieces_of(sections)
         W, folded = (w.view(-1, w.shape[-1]).split([p.rows for p in pieces])
                      for w in (multipliers.W[name], model.get_parameter(name)))
         for (_, rows, r, c), w, found in zip(pieces, W, folded, strict=True):
