@@ -537,11 +537,10 @@ def start_from(c, tokenizer: dict) -> GPT:
     architecture or tokenizer."""
     where = f"--init_from={c.init_from}"
     source, source_tokenizer = load_pretrained(c.init_from, flag="--init_from=")
-    if tokenizer_id(source_tokenizer) != tokenizer_id(tokenizer):
-        raise BadInput(f"{where} --tokenizer={c.tokenizer}: the model has another tokenizer; "
-                       "--tokenizer=teacher uses it")
+    need(tokenizer_id(source_tokenizer) == tokenizer_id(tokenizer), c, "init_from tokenizer",
+         "the model has another tokenizer; --tokenizer=teacher uses it")
     # n_layer may be smaller than the source's; all other architecture flags must agree
-    need_values(c, {**architecture_flags(source, where), "n_layer": c.n_layer}, where)
+    need_values(c, "init_from", {**architecture_flags(source, where), "n_layer": c.n_layer})
     return init_from(source, c.n_layer, c.block_size, where)
 
 
@@ -552,128 +551,10 @@ def architecture_flags(model, where: str) -> dict:
     return {name: getattr(model.config, name) for name in ARCHITECTURE}
 
 
-def need_values(c, needed: dict, where: str):
-    """Raises BadInput unless each of these flags has the needed value."""
+def need_values(c, flag: str, needed: dict):
+    """Raises BadInput unless the flags have the values in `needed`, which those of `flag` are."""
     for name, value in needed.items():
-        if getattr(c, name) != value:
-            raise BadInput(f"{where} --{name}={getattr(c, name)}: {value!r} is needed")
-
-
-def load_run(path: str) -> dict:
-    """The checkpoint of --resume. Its `config` is made a Config whose stop is in steps, and its
-    progress is also in `state`, a State. Raises BadInput for a file without a run, or with values
-    that no run has. Run.load checks the rest."""
-    checkpoint = load_checkpoint(path, flag="--resume=")
-    if not checkpoint.get("config"):
-        raise BadInput(f"--resume={path}: holds a model without the state of a run; --init_from "
-                       "starts a new run from it")
-    with reading(f"--resume={path}"):
-        c = Config(**{name: v for name, v in checkpoint["config"].items() if name in FLAGS})
-        # From text, because int(1.5) rounds without an error
-        state = State(**{f.name: f.type(str(checkpoint[f.name])) for f in fields(State)})
-        if not min(state.seconds, state.step, state.tokens, state.flops) >= 0:  # nor nan seconds
-            raise ValueError(f"negative progress, {state}")
-        check_ranges(c)
-        return {**checkpoint, "config": with_stop_in_steps(c), "state": state}
-
-
-def refuse_changes(c, resumed: dict, tokenizer: dict):
-    """Raises BadInput where the flags, or the tokenizer, do not fit the checkpoint of --resume."""
-    where = f"--resume={c.resume}"
-    if resumed["step"] > c.steps:
-        raise BadInput(f"{where} --steps={c.steps}: the checkpoint is at step {resumed['step']}")
-    need_values(c, {name: getattr(resumed["config"], name) for name in FIXED}, where)
-    if tokenizer_id(resumed["tokenizer"]) != tokenizer_id(tokenizer):
-        raise BadInput(f"{where} --tokenizer={c.tokenizer}: the run has another tokenizer")
-
-
-def recipe_of(c):
-    """The recipe of --distill (teacher.RECIPES), changed by the --distill_... flags."""
-    given = {name.removeprefix("distill_"): getattr(c, name) for name in FLAGS
-             if name.startswith("distill_")}
-    return make_recipe(c.distill, given)
-
-
-def learns_rationales(c) -> bool:
-    """Whether a record of the data is a pair of sequences, one with the label and one with the
-    rationale."""
-    return c.distill == "step_by_step" and recipe_of(c).weight > 0
-
-
-def teacher_stop(c) -> int | None:
-    """The first step without the teacher; None if it teaches until the end."""
-    stop = c.let_stop if c.distill == "let" else recipe_of(c).stop
-    return stop_step(stop, c.steps) if stop else None
-
-
-def with_stop_in_steps(c) -> "Config":
-    """c with its stop as a number of steps, so that a run of another length has the same stop."""
-    stop = teacher_stop(c)
-    if c.teacher == "none" or stop is None:
-        return c
-    name = "let_stop" if c.distill == "let" else "distill_stop"
-    return replace(c, **{name: float(max(1, stop))})  # distill_stop=0 would be: never
-
-
-def needs_teacher(c, step: int) -> bool:
-    """Whether a run that starts at this step ever calls a teacher."""
-    if c.teacher == "none" or not teaches_at(step, teacher_stop(c)):
-        return False
-    return c.let_weight > 0 if c.distill == "let" else recipe_of(c).teaches()
-
-
-def open_teacher(c, data, devices):
-    """The frozen teacher. A published model has bf16 weights where matrix products are in bf16. A
-    checkpoint of ours keeps its fp32 weights and runs under autocast."""
-    name = c.teacher
-    if name == "auto":
-        t = automatic_teacher(c, data)
-        if c.dry_run:  # an untrained one costs the same
-            return GPT(model_config(t, tokenizer_from_dict(data.tokenizer).n_vocab))
-        name = train_teacher(t)
-    dtype = torch.bfloat16 if devices.bf16 else torch.float32
-    return load_teacher(name, data.tokenizer, c.block_size, devices.device, dtype)
-
-
-def automatic_teacher(c, data) -> "Config":
-    """The flags of the run that trains the teacher of --teacher=auto. It has half of the student's
-    blocks and heads, half its width (a multiple of twice the heads), tied embeddings, and 1.25
-    times the student's tokens (all our choice). Data, tokenizer, block_size and batch_tokens are
-    the student's. All other flags have their defaults and the seed is fixed, so that students with
-    any seed, optimizer and learning rate share one teacher. Its folder is in the cache, named by a
-    hash of these flags and of the training data."""
-    heads = max(1, c.n_head // 2)
-    multiple = 2 * heads  # rotary positions need an even number of channels in a head
-    t = Config(data=c.data, tokenizer=c.tokenizer, vocab_size=c.vocab_size, block_size=c.block_size,
-               batch_tokens=c.batch_tokens, n_layer=max(1, c.n_layer // 2), n_head=heads,
-               n_embd=max(multiple, c.n_embd // 2 // multiple * multiple),
-               tie_embeddings=True, steps=math.ceil(1.25 * c.steps), seed=1_000_003,
-               warmup_steps=min(c.steps // 10, Config.warmup_steps), sample_tokens=0)
-    if c.distill == "let" and c.let_teacher_layer not in range(-t.n_layer - 1, t.n_layer + 1):
-        raise BadInput(f"--let_teacher_layer={c.let_teacher_layer}: the automatic teacher has "
-                       f"{t.n_layer} blocks")
-    folder = cache_dir() / "teachers" / cache_key(asdict(t), tokenizer_id(data.tokenizer),
-                                                  data.train.sample())
-    # These flags change rounding alone, so they are not in the key
-    return replace(t, out_dir=str(folder), micro_batch=c.micro_batch, device=c.device,
-                   dtype=c.dtype, compile=c.compile)
-
-
-def train_teacher(t: "Config") -> str:
-    """Trains or resumes the teacher's run, unless it is finished. Returns its checkpoint. Exits if
-    a signal stops the run. If another process trains the same teacher, waits for it."""
-    path = Path(t.out_dir) / "ckpt.pt"
-    with contextlib.ExitStack() as held:
-        on_rank_0(held.enter_context, locked(t.out_dir, wait=True))
-        step = load_run(str(path))["step"] if path.exists() else 0
-        if step < t.steps:
-            say(f"teacher: {t.n_layer} block(s) of width {t.n_embd}, trained once and kept in "
-                f"{t.out_dir}")
-            result = train(replace(t, resume=str(path) if step else ""))
-            if result["interrupted"]:
-                sys.exit(128 + result["interrupted"])
-            say("student:")
-    return str(path)
+        need(getattr(c, name) == value, c, f"{flag} {name}", f"{value!r} is needed")
 
 
 def learning_rate_by_law(c, model: GPT) -> "Config":
@@ -710,6 +591,131 @@ def make_optimizers(c, model: GPT, terms: list, devices) -> Optimizers:
         clip_multipliers=c.clip_multipliers, momentum=c.momentum, muon_scale=c.muon_scale,
         dtype=torch.bfloat16 if devices.bf16 else torch.float32,
         extra=[p for term in terms for p in term.parameters()])
+
+
+# The teacher, for LET and its rivals
+
+
+def recipe_of(c):
+    """The recipe of --distill (teacher.RECIPES), changed by the --distill_... flags."""
+    given = {name.removeprefix("distill_"): getattr(c, name) for name in FLAGS
+             if name.startswith("distill_")}
+    return make_recipe(c.distill, given)
+
+
+def learns_rationales(c) -> bool:
+    """Whether a record of the data is a pair of sequences, one with the label and one with the
+    rationale."""
+    return c.distill == "step_by_step" and recipe_of(c).weight > 0
+
+
+def teacher_stop(c) -> int | None:
+    """The first step without the teacher; None if it teaches until the end."""
+    stop = c.let_stop if c.distill == "let" else recipe_of(c).stop
+    return stop_step(stop, c.steps) if stop else None
+
+
+def needs_teacher(c, step: int) -> bool:
+    """Whether a run that starts at this step ever calls a teacher."""
+    if c.teacher == "none" or not teaches_at(step, teacher_stop(c)):
+        return False
+    return c.let_weight > 0 if c.distill == "let" else recipe_of(c).teaches()
+
+
+def open_teacher(c, data, devices):
+    """The frozen teacher. A published model has bf16 weights where matrix products are in bf16. A
+    checkpoint of ours keeps its fp32 weights and runs under autocast."""
+    name = c.teacher
+    if name == "auto":
+        t = automatic_teacher(c, data)
+        if c.dry_run:  # an untrained one costs the same
+            return GPT(model_config(t, tokenizer_from_dict(data.tokenizer).n_vocab))
+        name = train_teacher(t)
+    dtype = torch.bfloat16 if devices.bf16 else torch.float32
+    return load_teacher(name, data.tokenizer, c.block_size, devices.device, dtype)
+
+
+def automatic_teacher(c, data) -> "Config":
+    """The flags of the run that trains the teacher of --teacher=auto. It has half of the student's
+    blocks and heads, half its width (a multiple of twice the heads), tied embeddings, and 1.25
+    times the student's tokens (all our choice). Data, tokenizer, block_size and batch_tokens are
+    the student's. All other flags have their defaults and the seed is fixed, so that students with
+    any seed, optimizer and learning rate share one teacher. Its folder is in the cache, named by a
+    hash of these flags and of the training data."""
+    heads = max(1, c.n_head // 2)
+    multiple = 2 * heads  # rotary positions need an even number of channels in a head
+    t = Config(data=c.data, tokenizer=c.tokenizer, vocab_size=c.vocab_size, block_size=c.block_size,
+               batch_tokens=c.batch_tokens, n_layer=max(1, c.n_layer // 2), n_head=heads,
+               n_embd=max(multiple, c.n_embd // 2 // multiple * multiple),
+               tie_embeddings=True, steps=math.ceil(1.25 * c.steps), seed=1_000_003,
+               warmup_steps=min(c.steps // 10, Config.warmup_steps), sample_tokens=0)
+    if c.distill == "let":
+        need(c.let_teacher_layer in range(-t.n_layer - 1, t.n_layer + 1), c, "let_teacher_layer",
+             f"the automatic teacher has {t.n_layer} blocks")
+    folder = cache_dir() / "teachers" / cache_key(asdict(t), tokenizer_id(data.tokenizer),
+                                                  data.train.sample())
+    # These flags change rounding alone, so they are not in the key
+    return replace(t, out_dir=str(folder), micro_batch=c.micro_batch, device=c.device,
+                   dtype=c.dtype, compile=c.compile)
+
+
+def train_teacher(t: "Config") -> str:
+    """Trains or resumes the teacher's run, unless it is finished. Returns its checkpoint. Exits if
+    a signal stops the run. If another process trains the same teacher, waits for it."""
+    path = Path(t.out_dir) / "ckpt.pt"
+    with contextlib.ExitStack() as held:
+        on_rank_0(held.enter_context, locked(t.out_dir, wait=True))
+        step = load_run(str(path))["step"] if path.exists() else 0
+        if step < t.steps:
+            say(f"teacher: {t.n_layer} block(s) of width {t.n_embd}, trained once and kept in "
+                f"{t.out_dir}")
+            result = train(replace(t, resume=str(path) if step else ""))
+            if result["interrupted"]:
+                sys.exit(128 + result["interrupted"])
+            say("student:")
+    return str(path)
+
+
+# Resuming
+
+
+def load_run(path: str) -> dict:
+    """The checkpoint of --resume. Its `config` is made a Config whose stop is in steps, and its
+    progress is also in `state`, a State. Raises BadInput for a file without a run, or with values
+    that no run has. Run.load checks the rest."""
+    checkpoint = load_checkpoint(path, flag="--resume=")
+    if not checkpoint.get("config"):
+        raise BadInput(f"--resume={path}: holds a model without the state of a run; --init_from "
+                       "starts a new run from it")
+    with reading(f"--resume={path}"):
+        c = Config(**{name: v for name, v in checkpoint["config"].items() if name in FLAGS})
+        # From text, because int(1.5) rounds without an error
+        state = State(**{f.name: f.type(str(checkpoint[f.name])) for f in fields(State)})
+        if not min(state.seconds, state.step, state.tokens, state.flops) >= 0:  # nor nan seconds
+            raise ValueError(f"negative progress, {state}")
+        check_ranges(c)
+        return {**checkpoint, "config": with_stop_in_steps(c), "state": state}
+
+
+def with_stop_in_steps(c) -> "Config":
+    """c with its stop as a number of steps, so that a run of another length has the same stop."""
+    stop = teacher_stop(c)
+    if c.teacher == "none" or stop is None:
+        return c
+    name = "let_stop" if c.distill == "let" else "distill_stop"
+    return replace(c, **{name: float(max(1, stop))})  # distill_stop=0 would be: never
+
+
+def refuse_changes(c, resumed: dict, tokenizer: dict):
+    """Raises BadInput where the flags, or the tokenizer, do not fit the checkpoint of --resume."""
+    step = resumed["step"]
+    need(c.steps >= step, c, "resume steps", f"the checkpoint is at step {step}")
+    need_values(c, "resume", {name: getattr(resumed["config"], name) for name in FIXED})
+    need(tokenizer_id(resumed["tokenizer"]) == tokenizer_id(tokenizer), c, "resume tokenizer",
+         "the run has another tokenizer")
+
+
+# The plan of a run
 
 
 def print_plan(c, data, teacher) -> dict:
@@ -823,9 +829,8 @@ def make_tokenizer_for(c, texts) -> dict:
     if name == "bpe":
         texts = tqdm(texts, "reading words", unit="document", leave=False, disable=None)
         ranks = train_bpe(texts, c.vocab_size - 1)
-        if len(ranks) < c.vocab_size - 1:
-            raise BadInput(f"--vocab_size={c.vocab_size}: the text of --data={c.data} has pairs "
-                           f"for {len(ranks) + 1} tokens only")
+        need(len(ranks) == c.vocab_size - 1, c, "vocab_size data",
+             f"the text has pairs for {len(ranks) + 1} tokens only")
         return tokenizer_from_ranks("bpe", ranks, PATTERN)
     if name == "teacher":
         return pretrained_tokenizer(c)
@@ -886,19 +891,22 @@ class Blocks:
 
     def __init__(self, arrays, block_size: int):
         self.arrays, self.block_size = arrays, block_size
-        windows = np.lib.stride_tricks.sliding_window_view  # no copies
-        self.views = [windows(array, block_size + 1)[::block_size]  # (blocks, block_size + 1)
-                      for array in arrays if len(array) > block_size]
-        self.starts = np.cumsum([0, *map(len, self.views)])  # number of the first block of each
+        counts = [max(0, len(array) - 1) // block_size for array in arrays]
+        self.starts = np.cumsum([0, *counts])  # the number of the first block of each array
 
     def __len__(self):
         return int(self.starts[-1])
 
+    def block(self, i: int) -> np.ndarray:
+        """Block i: block_size + 1 tokens."""
+        k = np.searchsorted(self.starts, i, side="right") - 1  # its array
+        begin = (i - self.starts[k]) * self.block_size
+        return self.arrays[k][begin:begin + self.block_size + 1]
+
     def batch(self, numbers):
         """(inputs, targets) of these blocks: int64 tensors (len(numbers), block_size)."""
-        views = np.searchsorted(self.starts, numbers, side="right") - 1
-        blocks = [self.views[k][i - self.starts[k]] for k, i in zip(views, numbers)]
-        blocks = torch.from_numpy(np.stack(blocks).astype(np.int64))
+        blocks = np.stack([self.block(i) for i in numbers]).astype(np.int64)
+        blocks = torch.from_numpy(blocks)
         return blocks[:, :-1], blocks[:, 1:].clone()  # a copy: evaluate writes to the targets
 
     def counted(self, numbers) -> list[int]:
@@ -933,9 +941,9 @@ def load_data(c) -> Data:
         train, val = [train[0][:cut]], [train[0][cut:]]
     data = Data(Blocks(train, c.block_size), Blocks(val, c.block_size), tokenizer)
     for what, part in (("training", data.train), ("held-out", data.val)):
-        if len(part) == 0:
-            raise BadInput(f"--data={c.data} --block_size={c.block_size}: the {what} part has "
-                           f"{sum(map(len, part.arrays))} tokens, fewer than a block and one")
+        tokens = sum(map(len, part.arrays))
+        need(len(part) > 0, c, "data block_size",
+             f"the {what} part has {tokens} tokens, fewer than a block and one")
     return data
 
 
@@ -959,10 +967,8 @@ DOWNLOADS = {  # name -> (dataset of the Hugging Face hub, its files)
 
 
 def cache_dir() -> Path:
-    """The folder of tokens, downloads and automatic teachers: NANOLET_CACHE, or `nanolet` in the
-    user's cache."""
-    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("NANOLET_CACHE") or Path(user) / "nanolet")
+    """The folder of tokens, downloads and automatic teachers: NANOLET_CACHE or ~/.cache/nanolet."""
+    return Path(os.environ.get("NANOLET_CACHE") or Path.home() / ".cache" / "nanolet")
 
 
 def cache_key(*parts) -> str:
@@ -1158,24 +1164,23 @@ def find_shards(c, root: Path, paths: list[Path]):
     """Checks the shards of --data and returns as prepare_shards. The shards with a word of
     HELD_OUT_NAMES in their name or in a folder's, below `root`, are held out, or else the first. A
     single shard has an empty held-out list: load_data holds out its end."""
-    if c.tokenizer == "bpe":
-        raise BadInput(f"--tokenizer=bpe --data={c.data}: shards hold tokens already; name the "
-                       "tokenizer that made them, such as gpt2")
+    need(c.tokenizer != "bpe", c, "tokenizer data",
+         "shards hold tokens already; name the tokenizer that made them, such as gpt2")
     tokenizer = make_tokenizer_for(c, ())
     n_vocab = tokenizer_from_dict(tokenizer).n_vocab
     flags = f"--data={c.data} --tokenizer={c.tokenizer}"
     for path in paths:
         tokens = open_shard(path, n_vocab, flags)
-        if (top := tokens.max(initial=0)) >= n_vocab:
-            raise BadInput(f"{flags}: {path} holds the token {top}, read as {tokens.dtype} (a .npy "
-                           f"file would say its type); the tokenizer has {n_vocab}")
+        top = tokens.max(initial=0)
+        need(top < n_vocab, c, "data tokenizer",
+             f"{path} holds the token {top}, read as {tokens.dtype} (a .npy file would say its "
+             f"type); the tokenizer has {n_vocab}")
     names = {p: p.relative_to(root).as_posix() for p in paths}
     val = [p for p in paths if HELD_OUT_NAMES & {*re.findall("[a-z]+", names[p].lower())}]
     if not val and len(paths) > 1:
         val = paths[:1]
     train = [p for p in paths if p not in val]
-    if not train:
-        raise BadInput(f"--data={c.data}: only held-out shards, by their names")
+    need(train, c, "data", "only held-out shards, by their names")
     say(f"held out: {', '.join(names[p] for p in val) or f'the end of {train[0]}'}")
     return train, val, tokenizer
 
@@ -1395,17 +1400,18 @@ def check(c, world: int = 1):
 def check_ranges(c):
     """Each value by itself."""
     for name, f in FLAGS.items():
-        value, m = getattr(c, name), f.metadata
+        value = getattr(c, name)
+        choices, least, most = (f.metadata[key] for key in ("choices", "least", "most"))
         kind = (int, float) if f.type is float else f.type
         need(isinstance(value, kind), c, name, f"{f.type.__name__} is needed")
-        if m["choices"]:
-            need(value in m["choices"], c, name, f"one of {', '.join(m['choices'])} is needed")
-        if m["least"] is not None:
-            need(value >= m["least"], c, name, f"at least {m['least']} is needed")
-        if m["least"] == -1:
+        if choices:
+            need(value in choices, c, name, f"one of {', '.join(choices)} is needed")
+        if least is not None:
+            need(value >= least, c, name, f"at least {least} is needed")
+        if least == -1:
             need(value == -1 or value >= 0, c, name, "-1, or at least 0, is needed")
-        if m["most"] is not None:
-            need(value <= m["most"], c, name, f"at most {m['most']} is possible")
+        if most is not None:
+            need(value <= most, c, name, f"at most {most} is possible")
 
 
 def check_needs(c):
@@ -1554,10 +1560,9 @@ def set_up_devices(c) -> Devices:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         kind = accelerator.type if accelerator else "cpu"
     if kind == "cuda":
-        here, found = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if here > found:
-            raise BadInput(f"--nproc_per_node={here}: this machine has {found} GPUs")
         kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if not device_exists(kind):
+            raise BadInput(f"--nproc_per_node: no {kind} on this machine; one process a GPU")
     device = torch.device(kind)
     gpu = device.type == "cuda"
     if gpu:
@@ -1580,8 +1585,9 @@ def compare_ranks(c, devices):
     type in matrix products. They can differ where ranks are on several machines."""
     if not dist.is_initialized():
         return
+    software = provenance(devices)
     own = {f"--{name}": value for name, value in asdict(c).items()}
-    own |= {name: provenance(devices)[name] for name in ("source_sha256", "torch", "bf16")}
+    own |= {name: software[name] for name in ("source_sha256", "torch", "bf16")}
     found = [None] * devices.world
     dist.all_gather_object(found, own)
     for rank, others in enumerate(found):
