@@ -261,6 +261,7 @@ class Block(nn.Module):
 
     def __init__(self, c: ModelConfig, kind: str):
         super().__init__()
+        self.kind = kind
         self.scale = 1 / c.depth_ratio
         self.mixer_norm = RMSNorm(c.n_embd, c.norm_eps)
         self.attention = Attention(c) if kind in "AH" else None
@@ -284,6 +285,7 @@ class AffineBlock(nn.Module):
     it in the place of a block that is nearly linear. It starts at W = 0 and b = 0, the identity,
     and weight decay pulls W back there."""
 
+    kind = "L"
     attention = ssm = mlp = None  # as a Block that has none of them
 
     def __init__(self, c: ModelConfig):

@@ -2,7 +2,7 @@
 regularizer.
 
     python probes.py linearity runs/1 --text notes.txt           # how linear each block is
-    python probes.py prune runs/1 --text notes.txt --blocks 1 2 3    # remove or replace blocks
+    python probes.py prune runs/1 --text notes.txt --blocks 1 2  # remove or replace one block, two
     python probes.py curvature runs/1 runs/2 --text notes.txt    # eigenvalues of the Hessian
     python probes.py eval runs/1 --task python hellaswag.jsonl --text notes.txt    # accuracy
     python probes.py compare runs/plain-? runs/let-?    # final losses, against the first group
@@ -12,11 +12,13 @@ Linearity is from "Your Transformer is Secretly Linear" (Razzhigaev et al. 2024,
 Section numbers below are that paper's.
 
 Names and symbols
+    B, T        a batch is (B, T) token ids: B contexts of T tokens
     state       the residual stream of a token: state 0 is the embedding output, state k the output
-                of block k
+                of block k, before any final norm
+    d           the width of a state; model.py calls it C
     X, Y        (n, d) states of n tokens before and after a block; D = Y - X is what the block adds
     full, free  the linearity scores of (X, Y) and of (X, D); `free` is the paper's residual-free
-    H           the Hessian of the mean loss with respect to the N parameters
+    N, H        the number of parameters; the (N, N) Hessian of the mean loss
     W, W~       a weight matrix that the optimizer changes, and the one that the model uses: with
                 multipliers r and c, W~ = diag(r) W diag(c) (optim.py)
     piece       a kind of weight matrix: q, k, v, o, gate, up, down, embed, head, ...
@@ -76,8 +78,8 @@ from model import (
 
 
 def linearity_score(X, Y) -> float:
-    """How well an affine map predicts Y from X, both (n, d), one row a token. 1 is a perfect
-    prediction (section 3.1).
+    """How well an affine map predicts Y from X, both (n, d), one row a token: from 0 to 1, a
+    perfect prediction (section 3.1).
 
         1 - min over A of ||X A - Y||^2, with X and Y centered and of Frobenius norm 1
 
@@ -92,57 +94,59 @@ def linearity_score(X, Y) -> float:
 
 
 def joined(batches):
-    """One pair (X, Y) of the states of all tokens, each (n, d) in float64. batches: pairs of states
-    before and after a block, each (..., d)."""
+    """[x, y], the states of all tokens before and after a block, each (n, d) in float64. batches:
+    such a pair for each batch, each (..., d)."""
     return [torch.cat([h.flatten(0, -2) for h in states]).double() for states in zip(*batches)]
 
 
 def linearity(fit, held_out) -> dict:
     """The scores of one block. fit, held_out: pairs (x, y) of the states before and after it, each
-    (n, d) in float64. The map is fitted on the tokens of `fit`.
+    (n, d) in float64. An affine map is fitted on the tokens of `fit`. Returns
+        n, rank: the number of these tokens, and the rank of their states before the block
+        full, free: linearity_score of (x, y) and of (x, y - x) on these tokens, as the authors
+            compute them. They are too high where n is not many times d
+        full_held_out, free_held_out: R^2 of the fitted map on `held_out`. It can be negative
+        ratio_mean: mean over tokens of ||D_i|| / ||Y_i||: how much the block adds (figure 3)
+        cosine: mean over tokens of cos(X_i, Y_i)
 
-    n, rank: number of these tokens; rank of their X. full, free: linearity_score of (X, Y) and of
-    (X, D) on these tokens, as the paper computes them. They are too high where n is not many times
-    d. full_held_out, free_held_out: R^2 of the fitted map on the tokens of `held_out`; it can be
-    negative. ratio_mean: mean over tokens of ||D_i|| / ||Y_i||. cosine: mean of cos(X_i, Y_i).
-
-    One fit, of D on X, serves both scores: because Y = X + D, the error is the same, and
-    1 - full = (1 - free) ||D||^2 / ||Y||^2. A block that adds little thus has a high full score,
-    however nonlinear D is. X often has less than full rank (few distinct tokens): eigenvalues of
-    X^T X below d eps times the largest count as 0, as torch has it. A block that adds nothing has
-    no residual-free score (nan)."""
+    One fit, of D on X, serves both scores. As Y = X + D, both have the same error, and
+    1 - full = (1 - free) ||D||^2 / ||Y||^2, with D and Y centered. A block that adds little thus
+    has a high full score, however nonlinear D is. A block that adds nothing has no residual-free
+    score (nan). X often has less than full rank, as where few tokens are distinct: eigenvalues of
+    X^T X below d * eps * largest count as 0, the default of torch."""
     x, y = fit
     mean_x, mean_d = x.mean(0), (y - x).mean(0)
     X = x - mean_x
     XX = X.mT @ X
     A = torch.linalg.pinv(XX, hermitian=True) @ (X.mT @ (y - x))  # X is centered: D need not be
-    out = {"n": len(x), "rank": torch.linalg.matrix_rank(XX, hermitian=True).item(),
-           "cosine": F.cosine_similarity(x, y, dim=1).mean().item(),
-           "ratio_mean": ((y - x).norm(dim=1) / y.norm(dim=1)).mean().item()}
+    scores = {"n": len(x), "rank": torch.linalg.matrix_rank(XX, hermitian=True).item(),
+              "cosine": F.cosine_similarity(x, y, dim=1).mean().item(),
+              "ratio_mean": ((y - x).norm(dim=1) / y.norm(dim=1)).mean().item()}
     for (before, after), suffix in ((fit, ""), (held_out, "_held_out")):
         D = after - before
         error = ((before - mean_x) @ A - (D - mean_d)).square().sum().item()
         for name, target in (("full", after), ("free", D)):
             size = (target - target.mean(0)).square().sum().item()
-            out[name + suffix] = 1 - error / size if size > 0 else math.nan
-    return out
+            scores[name + suffix] = 1 - error / size if size > 0 else math.nan
+    return scores
 
 
 @torch.no_grad()
 def linearity_profile(model, batches, skip_first=False) -> list[dict]:
     """linearity() of every block over batches of token ids (B, T): the even ones to fit, the odd
-    ones held out. All states are kept, on the CPU: 4 bytes * tokens * width * (blocks + 1).
+    ones held out. The authors leave the last block out, as its state in transformers has the final
+    norm; here it has not. All states are kept, on the CPU: 4 bytes * tokens * d * (blocks + 1).
     skip_first: leave position 0 out. Its states can be a hundred times as large as others (an
     attention sink) and then carry nearly all of the variance."""
-    numbers = tuple(range(model.config.n_layer + 1))
-    parts = [], []  # to fit on, held out
-    for i, idx in enumerate(tqdm(batches, "linearity", unit="batch", disable=None, leave=False)):
+    numbers = tuple(range(model.config.n_layer + 1))  # of the states
+    kept = []
+    for idx in progress(batches, "linearity", unit="batch"):
         _, states = model.trunk(idx, hidden=numbers)
-        parts[i % 2].append([h[:, int(skip_first):].cpu() for h in states])
+        kept.append([h[:, int(skip_first):].cpu() for h in states])
     profile = []
     for k in numbers[1:]:
-        fit, held_out = (joined(states[k - 1:k + 1] for states in part) for part in parts)
-        profile.append({"block": k, **linearity(fit, held_out)})
+        pairs = [states[k - 1:k + 1] for states in kept]
+        profile.append({"block": k, **linearity(joined(pairs[::2]), joined(pairs[1::2]))})
     return profile
 
 
@@ -151,69 +155,65 @@ def linearity_profile(model, batches, skip_first=False) -> list[dict]:
 
 
 def linearity_penalty(states, kind="cosine"):
-    """The pretraining regularizer (section 4), 0-d float32. It pulls neighboring states together.
-    The paper reports that the residual-free score then falls.
+    """The pretraining regularizer (section 4), 0-d float32. It pulls neighboring states together,
+    which looks like a way to more linear blocks. The paper reports the opposite: the residual-free
+    score falls.
 
         cosine: sum_i mean over tokens of 1 - cos(h_i, h_{i-1})
         mse:    sum_i mean over tokens of ||h_i - h_{i-1}||^2
 
     The first is half of the second on normalized states, as ||a - b||^2 = 2 - 2 cos(a, b) for unit
-    vectors. states: h_0, ..., h_L, each (B, T, C). The paper does not say whether tokens and blocks
-    are summed or averaged, nor which of two states gets the gradient. Here tokens are averaged,
-    blocks are summed, and both states get it."""
+    vectors. states: h_0, ..., h_L, each (B, T, d). The paper does not say whether tokens and blocks
+    are summed or averaged, whether the sum begins at h_0, nor which of two states gets the
+    gradient. Here tokens are averaged, blocks are summed, and both states get it."""
     states = [h.float() for h in states]
     if kind == "cosine":
         states = [F.normalize(h, dim=-1, eps=1e-8) for h in states]
-    distances = [(upper - lower).square().sum(-1).mean()
-                 for lower, upper in itertools.pairwise(states)]
-    return sum(distances) / (2 if kind == "cosine" else 1)
+    penalty = sum((upper - lower).square().sum(-1).mean()
+                  for lower, upper in itertools.pairwise(states))
+    return penalty / 2 if kind == "cosine" else penalty
 
 
-# The values of --linearity. A new regularizer is a new entry: its name, and a function of
-# [h_0, ..., h_L], each (B, T, C).
-PENALTIES = {
-    "cosine": linearity_penalty,
-    "mse": functools.partial(linearity_penalty, kind="mse"),
-}
+PENALTIES = ("cosine", "mse")  # the values of --linearity: the kinds of linearity_penalty
 
 
 class Linearity(Term):
-    """The term of the loss: one of PENALTIES, of the states from `first` to n_layer. The paper's
-    weights: cosine 0.5; mse 0.5 and 2."""
+    """The term of the loss: the linearity_penalty of all states, times a weight that does not
+    change. The paper's weights: cosine 0.5; mse 0.5 and 2."""
 
     name = "linearity"
 
-    def __init__(self, penalty: str, weight: float, n_layer: int, first=0):
-        self.penalty = PENALTIES[penalty]
+    def __init__(self, kind: str, weight: float, n_layer: int):
+        self.kind = kind
         self.constant = weight
-        self.hidden = tuple(range(first, n_layer + 1))
+        self.hidden = tuple(range(n_layer + 1))
 
     def weight(self, step):
         return self.constant
 
-    def over(self, step):
-        return self.constant == 0
-
     def __call__(self, p):
-        loss = self.penalty([p.states[k] for k in self.hidden])
+        loss = linearity_penalty([p.states[k] for k in self.hidden], self.kind)
         return loss, {"linearity_loss": loss.detach()}
 
 
 # --------------------------------------------------------------------------------------------------
-# Pruning (section 5). The most linear blocks are removed. It is better to replace each of them by
-# an affine map, and better still to train these maps until they give the states of the whole model.
-# The paper gives no details. Here blocks are scored once, on the whole model. A map has a bias and
-# replaces the residual connection too. Maps are fitted from the first block to the last, each on
-# the output of those before it, to the states of the whole model.
+# Pruning (section 5). The most linear blocks are removed. According to the paper it is better to
+# replace each of them by an affine map, and better still to train these maps until they give the
+# states of the whole model. The paper gives no details. Here blocks are scored once, on the whole
+# model. A map has a bias and replaces the residual connection too. Maps are fitted from the first
+# block to the last, each on the output of those before it, to the states of the whole model.
 
-ORDERS = ("full", "free", "cosine", "random")  # which blocks are removed first: see prune_order
-ARMS = ("remove", "replace", "distill", "distill_all")  # distill_all: distill(everything=True)
+ORDERS = ("full", "free", "cosine", "random")  # which blocks go first: see prune_order
+# What happens to them. remove: they are left out. replace: an affine map takes the place of each.
+# distill: these maps are trained. distill_all: all parameters are trained.
+ARMS = ("remove", "replace", "distill", "distill_all")
 
 
 def prune_order(profile, order: str, seed=0) -> list[int]:
     """Numbers of the blocks in the order of their removal: by falling score `full` or `free`, by
-    falling `cosine` of the states before and after (ShortGPT's Block Influence, arXiv 2403.03853),
-    or `random`. profile: from linearity_profile. A block that adds nothing is removed first."""
+    falling `cosine` of the states before and after (rising Block Influence, 1 - cosine, of
+    ShortGPT, arXiv 2403.03853), or `random`. profile: from linearity_profile. A block that adds
+    nothing has a `free` of nan and is removed first."""
     ordered = [*profile]
     if order == "random":
         random.Random(seed).shuffle(ordered)
@@ -223,24 +223,23 @@ def prune_order(profile, order: str, seed=0) -> list[int]:
 
 
 def with_blocks(model: GPT, blocks) -> GPT:
-    """The model with other blocks, [(letter of ModelConfig.kinds, module)]. All parameters are
-    shared with `model`, not copied."""
-    kinds = "".join(kind for kind, _ in blocks)
+    """The model with other blocks, a list of modules. All parameters are shared with `model`, not
+    copied."""
     new = copy.copy(model)
-    new.config = replace(model.config, n_layer=len(kinds), mixer=kinds)
-    modules = torch.nn.ModuleList(block for _, block in blocks)
-    new._modules = {**model._modules, "blocks": modules}
+    new.config = replace(model.config, n_layer=len(blocks), mixer="".join(b.kind for b in blocks))
+    modules = torch.nn.ModuleList(blocks)
+    new._modules = {**model._modules, "blocks": modules}  # a new dict: the copy shares the old one
     return new
 
 
 def remove_blocks(model: GPT, chosen) -> GPT:
     """The model without the blocks of these numbers."""
-    blocks = zip(model.config.kinds(), model.blocks)
-    return with_blocks(model, [b for k, b in enumerate(blocks, start=1) if k not in chosen])
+    left = [block for k, block in enumerate(model.blocks, start=1) if k not in chosen]
+    return with_blocks(model, left)
 
 
 def fit_affine(fit, held_out):
-    """(W (d, d), b (d,), ridge) of the map y = x + W x + b, float64. fit, held_out: pairs (x, y) of
+    """(W (d, d), b (d,)) of the map y = x + W x + b, float64. fit, held_out: pairs (x, y) of
     states, (n, d) each.
 
     Ridge regression on W, not on I + W, because a block is near the identity: min over B = W^T of
@@ -257,51 +256,53 @@ def fit_affine(fit, held_out):
         B = V @ (projected / (e.clamp(min=0) + ridge * e[-1])[:, None])
         return B, mean_d - mean_x @ B
 
-    def error(ridge):
-        B, b = solve(ridge)
+    def error(solution):
+        B, b = solution
         return (other_x + other_x @ B + b - other_y).norm().item()
 
-    ridge = min((math.inf, *(10.0 ** -j for j in range(13))), key=error)
-    B, b = solve(ridge)
-    return B.mT, b, ridge
+    ridges = (math.inf, *(10.0 ** -j for j in range(13)))
+    B, b = min(map(solve, ridges), key=error)
+    return B.mT, b
 
 
 @torch.no_grad()
 def replace_blocks(model: GPT, chosen, batches, skip_first=False) -> GPT:
-    """The model with an affine map in place of each chosen block. batches: token ids (B, T); every
-    fourth one chooses the ridge."""
-    c = model.config
+    """The model with an affine map in place of each chosen block. batches: 4 or more, of token ids
+    (B, T); every fourth one chooses the ridge."""
     first = int(skip_first)
-    blocks = [*zip(c.kinds(), model.blocks)]
+    blocks = [*model.blocks]
     new = model
     for k in sorted(chosen):
-        parts = [], []
-        for i, idx in enumerate(batches):
+        pairs = []
+        for idx in batches:
             x, _ = new.trunk(idx, blocks=k - 1)
             y, _ = model.trunk(idx, blocks=k)
-            parts[i % 4 == 3].append((x[:, first:].cpu(), y[:, first:].cpu()))
-        W, b, _ = fit_affine(*map(joined, parts))
-        block = AffineBlock(c).to(batches[0].device)
+            pairs.append((x[:, first:].cpu(), y[:, first:].cpu()))
+        held_out = joined(pairs[3::4])
+        del pairs[3::4]
+        W, b = fit_affine(joined(pairs), held_out)
+        block = AffineBlock(model.config).to(batches[0].device)
         block.affine.weight.copy_(W / block.scale)  # the block multiplies by it
         block.affine.bias.copy_(b / block.scale)
-        blocks[k - 1] = "L", block
+        blocks[k - 1] = block
         new = with_blocks(model, blocks)
     return new
 
 
-def distill(model: GPT, whole: GPT, batches, steps: int, lr: float, everything=False) -> GPT:
-    """A copy of the model, trained to give the states of the whole model: the affine maps alone,
-    or with `everything` all parameters. AdamW; the learning rate falls linearly to 0. The loss is
-    the mean of ||h - h*||^2 / ||h*||^2, norms over all tokens, over the states from the first
-    affine map on."""
+def distill_states(model: GPT, whole: GPT, batches, steps: int, lr: float, everything=False) -> GPT:
+    """A copy of the model, trained to give the states of the whole model on batches of token ids
+    (B, T): the affine maps alone, or with `everything` all parameters. AdamW; the learning rate
+    falls linearly to 0. The loss is the mean of ||h - h*||^2 / ||h*||^2 over the states h from the
+    first affine map on, with norms over all tokens; h* is the state of the whole model."""
     model = copy.deepcopy(model).requires_grad_(everything)
     for block in model.blocks:
         if isinstance(block, AffineBlock):
             block.requires_grad_(True)
-    numbers = tuple(range(model.config.kinds().index("L") + 1, model.config.n_layer + 1))
+    first = model.config.kinds().index("L") + 1
+    numbers = tuple(range(first, model.config.n_layer + 1))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.0)
-    for step in tqdm(range(steps), "distilling", unit="step", disable=None, leave=False):
+    for step in progress(range(steps), "distilling", unit="step"):
         idx = batches[step % len(batches)]
         with torch.no_grad():
             _, wanted = whole.trunk(idx, hidden=numbers)
@@ -323,15 +324,17 @@ def mean_loss(model, batches) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# Curvature: the eigenvalues of the Hessian of the loss, from products of it with vectors
+# Curvature: the eigenvalues of the Hessian of the loss, from products of it with vectors. A summary
+# of the LET paper (arXiv 2602.05393) says that LET makes them less dispersed, and not how they were
+# measured.
 
 
 def hessian_product(model, batches):
-    """The function v -> H v, where H is the Hessian of the mean loss over `batches`, pairs (idx,
-    targets) of (B, T), with respect to all parameters as one vector (N,): H v = d/dw (dL/dw . v)
-    (Pearlmutter 1994). Every token of the batches weighs the same. The loss has a form that can be
-    differentiated twice: all logits at once, attention as plain products. The choices of a router
-    count as fixed: where they change there is no derivative."""
+    """The function v -> H v, both (N,), where H is the Hessian of the loss L with respect to the
+    vector w of all parameters: H v = d/dw (dL/dw . v) (Pearlmutter 1994). L is the mean over all
+    tokens of `batches`, pairs (idx, targets) of (B, T). It has a form that can be differentiated
+    twice: all logits at once, attention as plain products. The choices of a router count as fixed:
+    where they change there is no derivative."""
     params = list(model.parameters())
     sizes = [p.numel() for p in params]
     tokens = sum(idx.numel() for idx, _ in batches)
@@ -370,7 +373,7 @@ def lanczos(product, v, steps: int):
     alpha = []
     beta = []
     Q[0] = v / v.norm()
-    for k in tqdm(range(steps), "Lanczos", unit="product", disable=None, leave=False):
+    for k in progress(range(steps), "Lanczos", unit="product"):
         w = product(Q[k])
         alpha.append((w @ Q[k]).item())
         for _ in range(2):
@@ -386,27 +389,29 @@ def lanczos(product, v, steps: int):
     return theta, S[0].square(), beta[-1] * S[-1].abs()
 
 
-def spectrum(model, batches, steps=32, probes=2, seed=0, top=3) -> dict:
-    """The Hessian's eigenvalues by Lanczos from `probes` random vectors of signs, in the dtype of
-    the model. batches: as in hessian_product.
-
-    Returns a dict. parameters: N; top: the largest eigenvalues, falling; least: the most negative
-    one; residual: a bound on the errors of top and least, which come from the first vector; trace;
-    rms: root mean square of all N eigenvalues. trace and rms come from means over the vectors: with
-    w and theta of lanczos, sum_i w_i theta_i^k estimates the mean of the k-th powers of all
-    eigenvalues (stochastic Lanczos quadrature; for networks Ghorbani et al. 2019, arXiv
-    1901.10159)."""
+def spectrum(model, batches, steps=32, probes=2) -> dict:
+    """Eigenvalues of the Hessian, and means over all of them, by `steps` steps of Lanczos from each
+    of `probes` random vectors of signs. batches: as in hessian_product. Computes in the dtype of
+    the model, and lets all its parameters require gradients. Returns
+        parameters: N
+        top, least: the three largest eigenvalues, falling, and the most negative one, all from the
+            first vector
+        residual: a bound on the error of each of these
+        trace, rms: the sum of all N eigenvalues, and their root mean square. With w and theta of
+            lanczos, sum_i w_i theta_i^k estimates the mean of the k-th powers of all eigenvalues;
+            here averaged over the vectors (stochastic Lanczos quadrature; for networks Ghorbani et
+            al. 2019, arXiv 1901.10159)"""
     params = list(model.requires_grad_(True).parameters())
     N = sum(p.numel() for p in params)
     product = hessian_product(model, batches)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     found = []
     for _ in range(probes):
         signs = torch.randint(2, (N,), generator=generator) * 2 - 1
-        found.append(lanczos(product, signs.to(params[0]), steps))
+        found.append(lanczos(product, signs.to(params[0]), steps))  # to its device and dtype
     theta, _, bounds = found[0]
-    return {"parameters": N, "top": theta.flip(0)[:top].tolist(), "least": theta[0].item(),
-            "residual": max(bounds[0], bounds[-top:].max()).item(),
+    return {"parameters": N, "top": theta.flip(0)[:3].tolist(), "least": theta[0].item(),
+            "residual": max(bounds[0], bounds[-3:].max()).item(),
             "trace": N * statistics.fmean((w @ theta).item() for theta, w, _ in found),
             "rms": statistics.fmean((w @ theta.square()).item() for theta, w, _ in found) ** 0.5}
 
@@ -421,7 +426,7 @@ def read_task(path) -> list[tuple[str, list[str], int]]:
     sentence_bad, which are two choices without a context. Raises BadInput with the file and the
     line."""
     items = read_json_lines(path, read_item, "--task=")
-    need(items, f"--task={path}: no line in it")
+    require(items, f"--task={path}: no line in it")
     return items
 
 
@@ -429,10 +434,11 @@ def read_item(record: dict) -> tuple[str, list[str], int]:
     """One record of read_task. Raises an error that says what is wrong."""
     if "sentence_good" in record:
         context, choices, label = "", [record["sentence_good"], record["sentence_bad"]], 0
+    elif "ctx" in record:
+        context, choices, label = record["ctx"], record["endings"], record["label"]
     else:
-        names = ("ctx", "endings") if "ctx" in record else ("context", "choices")
-        context, choices = (record[name] for name in names)
-        label = int(str(record["label"]))  # HellaSwag has "3"
+        context, choices, label = record["context"], record["choices"], record["label"]
+    label = int(str(label))  # HellaSwag has "3"
     if not (isinstance(choices, list) and len(choices) > 1 and isinstance(context, str)
             and all(isinstance(choice, str) and choice.strip() for choice in choices)):
         raise ValueError("context: a text, and choices: two or more texts, are needed")
@@ -442,11 +448,11 @@ def read_item(record: dict) -> tuple[str, list[str], int]:
 
 
 def encode_pair(enc, context: str, choice: str) -> tuple[list[int], int]:
-    """(token ids of context and choice after an end-of-text token, position of the choice's first).
-    The boundary is lm-evaluation-harness's: one space between the two, if the context is not empty
-    and neither has a blank there. It belongs to the choice, as do all blanks at the end of the
-    context. Both are encoded together and cut where the context encoded alone ends. A choice has at
-    least one token."""
+    """(token ids: end of text, context, choice; position of the choice's first token). The boundary
+    is lm-evaluation-harness's: one space between the two, if the context is not empty and neither
+    has a blank there. It belongs to the choice, as do all blanks at the end of the context. Both
+    are encoded together and cut where the context encoded alone ends. A choice has at least one
+    token."""
     if context and not (context[-1].isspace() or choice[0].isspace()):
         choice = " " + choice
     ids = encode(enc, context + choice)
@@ -454,9 +460,9 @@ def encode_pair(enc, context: str, choice: str) -> tuple[list[int], int]:
     return [enc.eot_token, *ids], 1 + min(start, len(ids) - 1)
 
 
-def scored(ids, start: int, limit=math.inf):
-    """(inputs, targets) of token ids of which those from position `start` on are scored. Of a
-    sequence longer than `limit` the beginning is left out."""
+def with_targets(ids, start: int, limit=math.inf):
+    """(inputs, targets), two lists of equal length, of token ids of which those from position
+    `start` on are scored. Of a sequence longer than `limit` the beginning is left out."""
     cut = max(0, len(ids) - limit)
     ids = ids[cut:]
     start = max(1, start - cut)
@@ -472,29 +478,38 @@ def credit(scores, label: int) -> float:
 
 
 def evaluate_task(model, enc, task, batch_tokens=1024) -> dict:
-    """Accuracy of multiple choice on a task, [(context, choices, label)].
-
-    sum, per_character: accuracy by the summed log-likelihood of a choice, and by that over its
-    characters (the harness's acc and acc_norm); sum_se, per_character_se: their standard errors;
-    chance: accuracy of guessing; items: their number; cut: how many lost the beginning of a context
-    to fit the model's; scores: each item's log-likelihoods in nats."""
+    """Accuracy of multiple choice on a task, [(context, choices, label)]. Returns
+        items: their number
+        scores: for each item the summed log-likelihood of each choice, in nats
+        sum, per_character: accuracy by these sums, and by the sums over the characters of the
+            choice (the harness's acc and acc_norm)
+        sum_se, per_character_se: their standard errors
+        chance: the accuracy of guessing
+        cut: how many items lost the beginning of a context to fit the model's"""
     limit = model.context_limit + 1
     encoded = [[encode_pair(enc, context, choice) for choice in choices]
                for context, choices, _ in task]
-    sequences = [scored(ids, start, limit) for pairs in encoded for ids, start in pairs]
-    totals = iter(log_likelihoods(model, sequences, batch_tokens * model.config.vocab_size))
-    scores = [[next(totals)[0] for _ in pairs] for pairs in encoded]
-    out = {"items": len(task), "scores": scores,
-           "cut": sum(any(len(ids) > limit for ids, _ in pairs) for pairs in encoded),
-           "chance": statistics.fmean(1 / len(choices) for _, choices, _ in task)}
-    for name, size in (("sum", lambda choice: 1), ("per_character", len)):
-        credits = [credit([score / size(choice) for score, choice in zip(found, choices)], label)
-                   for found, (_, choices, label) in zip(scores, task)]
-        out |= {name: statistics.fmean(credits), f"{name}_se": standard_error(credits)}
-    return out
+    sequences = [with_targets(ids, start, limit) for pairs in encoded for ids, start in pairs]
+    found = iter(log_likelihoods(model, sequences, batch_tokens * model.config.vocab_size))
+    scores = []
+    by_sum = []
+    by_character = []
+    for _, choices, label in task:
+        sums = [total for total, _ in itertools.islice(found, len(choices))]
+        scores.append(sums)
+        by_sum.append(credit(sums, label))
+        each = [total / len(choice) for total, choice in zip(sums, choices)]
+        by_character.append(credit(each, label))
+    return {"items": len(task), "scores": scores,
+            "sum": statistics.fmean(by_sum), "sum_se": standard_error(by_sum),
+            "per_character": statistics.fmean(by_character),
+            "per_character_se": standard_error(by_character),
+            "chance": statistics.fmean(1 / len(choices) for _, choices, _ in task),
+            "cut": sum(any(len(ids) > limit for ids, _ in pairs) for pairs in encoded)}
 
 
 def standard_error(values) -> float:
+    """The standard error of the mean; nan for a single value."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
@@ -504,14 +519,14 @@ def evaluate_text(model, ids, n_bytes: int, stride: int, batch_tokens=1024) -> d
 
     A window scores the next `stride` tokens; the last window scores those that are left. Its inputs
     are the block_size tokens before its last scored token, or fewer where the text begins later.
-    Make the windows by `scored`, and score all by model.log_likelihoods with at_once = batch_tokens
-    * vocab_size. Returns a dict: nats, the mean per scored token; perplexity, exp(nats);
-    bits_per_byte, the sum in bits over n_bytes."""
+    Make the windows by with_targets, and score all by model.log_likelihoods with at_once =
+    batch_tokens * vocab_size. Returns a dict: nats, the mean per scored token; perplexity,
+    exp(nats); bits_per_byte, the sum in bits over n_bytes."""
     windows = []
     for begin in range(1, len(ids), stride):
         end = min(begin + stride, len(ids))
         first = max(0, end - model.config.block_size - 1)
-        windows.append(scored(ids[first:end], begin - first))
+        windows.append(with_targets(ids[first:end], begin - first))
     found = log_likelihoods(model, windows, batch_tokens * model.config.vocab_size)
     total = -sum(value for value, _ in found)
     nats = total / (len(ids) - 1)
@@ -524,10 +539,10 @@ def evaluate_text(model, ids, n_bytes: int, stride: int, batch_tokens=1024) -> d
 # follow the same code, one is the file's and the other differs from it in one token.
 
 SWAPS = {  # tokens that replace one another
-    "bracket": tuple("()[]{}"),
-    "operator": ("=", "==", "!=", "<", ">", "+", "-", "*", "/", ".", ",", ":", "%", "+=", "|", "&"),
-    "keyword": ("if", "in", "is", "not", "and", "or", "for", "else", "return", "import", "from",
-                "as", "del", "lambda", "raise", "assert", "yield", "while", "with", "def")}
+    "bracket": "( ) [ ] { }".split(),
+    "operator": "= == != < > + - * / . , : % += | &".split(),
+    "keyword": "if in is not and or for else return import from as del lambda raise assert yield "
+               "while with def".split()}
 PYTHON_KINDS = (*SWAPS, "indent", "name")
 
 
@@ -538,8 +553,9 @@ class Pair(NamedTuple):
     wrong: str
 
 
-def python_pairs(documents, seed: int, n: int, length=lambda text: 0, longest=900) -> list[Pair]:
-    """n minimal pairs from the texts of Python files.
+def python_pairs(documents, seed: int, n: int, length=lambda text: 0) -> list[Pair]:
+    """n minimal pairs from documents, the texts of Python files. Fewer than n are returned if the
+    documents have no more.
 
     context is the beginning of a function or class of the file, up to the end of a line; right is
     the file's next statement, one whole line; wrong differs from it in one token:
@@ -554,17 +570,16 @@ def python_pairs(documents, seed: int, n: int, length=lambda text: 0, longest=90
     does, and reads a name that nothing has bound. The five kinds are equally many as far as the
     documents allow, and no document gives more than 5 % of the pairs (or twice its share).
 
-    The wrong token must not be recognizable by being rare: as often as token a became b, b became
+    The wrong token must not be recognizable by being rare: token a becomes b as often as b becomes
     a. Indents become deeper as often as shallower, names more frequent as often as rarer.
 
     length: a function of a text. Pairs are left out where length(context + right) and
     length(context + wrong) differ. With the number of tokens as length, a model that only prefers
-    the shorter side is right in half of the pairs. longest: characters of context and right. Fewer
-    than n pairs are returned if the documents have no more."""
+    the shorter side is right in half of the pairs."""
     rng = random.Random(seed)
     names = [node.id for text in documents for node in nodes_of(text, ast.Name)]
     counts = Counter(names)
-    statements = [(text, *found) for text in documents for found in statements_of(text, longest)]
+    statements = [(text, *found) for text in documents for found in statements_of(text)]
     rng.shuffle(statements)
     pairs = []
     changes = Counter()  # how often a became b, by (a, b)
@@ -576,8 +591,8 @@ def python_pairs(documents, seed: int, n: int, length=lambda text: 0, longest=90
             continue
         foreign = [name for name in rng.choices(names, k=60)
                    if name not in text and not hasattr(builtins, name)]
-        kinds = sorted((kind for kind in PYTHON_KINDS if of_kind[kind] < n / len(PYTHON_KINDS)),
-                       key=of_kind.__getitem__)
+        kinds = [kind for kind in PYTHON_KINDS if of_kind[kind] < n / len(PYTHON_KINDS)]
+        kinds.sort(key=of_kind.__getitem__)  # the one with the fewest pairs first
         candidates = (found for kind in kinds
                       for found in spoiled(kind, context, right, foreign, counts, rng))
         for pair, old, new in candidates:
@@ -598,15 +613,16 @@ def parsed(text: str):
         return ast.parse(text)
 
 
-def nodes_of(text: str, kind) -> list:
-    """The nodes of this kind in the syntax tree of a text; none if it does not parse."""
+def nodes_of(text: str, node_class) -> list:
+    """The nodes of this class in the syntax tree of a text; none if it does not parse."""
     tree = parsed(text)
-    return [node for node in ast.walk(tree) if isinstance(node, kind)] if tree else []
+    return [node for node in ast.walk(tree) if isinstance(node, node_class)] if tree else []
 
 
-def statements_of(text: str, longest: int):
-    """(context, statement) for each statement that is one line of its own, inside a function or
-    class of the file, below the line after the head; at most `longest` characters together."""
+def statements_of(text: str):
+    """(context, statement) for each statement that has a line to itself, inside a function or class
+    at the top level of the file. Statements of the first two lines and docstrings are left out.
+    Context and statement together have fewer than 900 characters."""
     tree = parsed(text)
     lines = text.split("\n")
     body = tree.body if tree else []
@@ -619,14 +635,15 @@ def statements_of(text: str, longest: int):
             alone = (node.lineno == node.end_lineno
                      and right.strip() == right[node.col_offset:node.end_col_offset])
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            if alone and not docstring and len(context + right) < longest:
+            if alone and not docstring and len(context + right) < 900:
                 yield context, right + "\n"
 
 
 def spoiled(kind: str, context: str, right: str, foreign, counts, rng):
     """(pair, old, new) for the lines that differ from `right` in one token as `kind` says, in
-    random order. old, new: what became what. foreign: names that the file does not contain;
-    counts: how often each name occurs in all files."""
+    random order. old became new: a token another one; with `indent` less became more, or the other
+    way round; with `name` likewise rare and frequent. foreign: names that the file does not
+    contain; counts: how often each name occurs in all files."""
     line = right.lstrip()
     depth = len(right) - len(line)
     found = []  # (wrong line, old, new)
@@ -668,21 +685,22 @@ def names_in(text: str, use) -> set[str]:
 
 @torch.no_grad()
 def weight_scales(model, multipliers=None) -> dict:
-    """Scales of the weights by piece, over all blocks, for metrics.jsonl.
+    """{piece: {rms, rms_effective, spread}} over all blocks, for metrics.jsonl. multipliers: of
+    optim.py, which holds W; without it W is W~.
 
-    {"weights": {piece: {rms, rms_effective, spread}}}: root mean square of W and of W~; spread is
-    the standard deviation of log(RMS of a row of W~ over the mean of these in its matrix), without
-    rows of zeros: the diversity of feature scales in the multipliers' paper (section 3.1) as one
-    number."""
+    rms, rms_effective: root mean squares of W and of W~. spread: the standard deviation of log(RMS
+    of a row of W~ over the mean of these in its matrix), without rows of zeros. The multipliers'
+    paper (arXiv 2601.04890, section 3.1) draws these ratios as histograms, and calls them the
+    diversity of feature scales; one number is ours."""
     stored = multipliers.W if multipliers else {}
-    found = {}  # {piece: [mean squares of the rows of (W, W~) of a matrix]}
+    found = {}  # {piece: [(mean squares of the rows of W, of W~) of each matrix]}
     for name, pieces in logical_pieces(model).items():
         used = model.get_parameter(name)
         sizes = [rows for _, rows in pieces]
         squares = (w.flatten(0, -2).square().mean(1).split(sizes)
                    for w in (stored.get(name, used), used))
-        for (piece, _), *rows in zip(pieces, *squares):
-            found.setdefault(piece, []).append(rows)
+        for (piece, _), of_W, of_used in zip(pieces, *squares):
+            found.setdefault(piece, []).append((of_W, of_used))
     weights = {}
     for piece, matrices in found.items():
         rms, effective = (torch.cat(rows).mean().sqrt().item() for rows in zip(*matrices))
@@ -690,7 +708,7 @@ def weight_scales(model, multipliers=None) -> dict:
         logs = torch.cat([(norm / norm.mean()).log() for norm in norms])
         spread = logs.std().item() if len(logs) > 1 else None
         weights[piece] = {"rms": rms, "rms_effective": effective, "spread": spread}
-    return {"weights": weights}
+    return weights
 
 
 # --------------------------------------------------------------------------------------------------
@@ -706,7 +724,8 @@ def read_lines(run) -> list[dict]:
 def checked_line(line: dict) -> dict:
     """A line of metrics.jsonl as it is. Raises an error if it lacks numbers that every line has."""
     names = ["step", "tokens", "flops", "seconds"]
-    names += ["val_loss", "bits_per_byte"] if "val_loss" in line else []
+    if "val_loss" in line:
+        names += ["val_loss", "bits_per_byte"]
     if not all(isinstance(line[name], (int, float)) for name in names):
         raise ValueError(f"{', '.join(names)}: must be numbers")
     return line
@@ -727,23 +746,25 @@ def read_evaluations(run) -> list[dict]:
     """The lines of a run's metrics.jsonl with a held-out loss. If the run stopped before its last
     step, as a diverged one does, the last loss is infinite."""
     lines = [line for line in read_lines(run) if "val_loss" in line]
-    need(lines, f"{Path(run, 'metrics.jsonl')}: no evaluation in it")
+    require(lines, f"{Path(run, 'metrics.jsonl')}: no evaluation in it")
     config = Path(run, "config.json")
     with reading(config):
         unfinished = config.exists() and lines[-1]["step"] < json.loads(config.read_text())["steps"]
     if unfinished:
-        lines[-1] = {**lines[-1], "val_loss": math.inf, "bits_per_byte": math.inf}
+        lines[-1] |= {"val_loss": math.inf, "bits_per_byte": math.inf}
     return lines
 
 
 def grouped(runs, read) -> dict[str, dict]:
-    """{NAME: {SEED: read(folder)}} of folders NAME-SEED; one without a dash has an empty seed."""
+    """{NAME: {SEED: read(folder)}} of folders NAME-SEED; one without a dash has an empty seed.
+    Raises BadInput for a second folder of the same name and seed."""
     groups = {}
     for run in runs:
         head, dash, tail = Path(run).resolve().name.rpartition("-")
         name, seed = (head, tail) if dash else (tail, "")
-        need(seed not in groups.setdefault(name, {}), f"{run}: the second run {name} of this seed")
-        groups[name][seed] = read(run)
+        group = groups.setdefault(name, {})
+        require(seed not in group, f"{run}: the second run {name} of this seed")
+        group[seed] = read(run)
     return groups
 
 
@@ -757,27 +778,30 @@ def first_reached(lines, loss: float) -> dict | None:
         return lines[0]
     for before, after in itertools.pairwise(lines):
         if after["val_loss"] <= loss < before["val_loss"]:
-            part = (before["val_loss"] - loss) / (before["val_loss"] - after["val_loss"])
-            return {cost: before[cost] + part * (after[cost] - before[cost]) for cost in COSTS}
+            fraction = (before["val_loss"] - loss) / (before["val_loss"] - after["val_loss"])
+            return {cost: before[cost] + fraction * (after[cost] - before[cost]) for cost in COSTS}
     return None
 
 
 def mean_sd(values, digits: int) -> str:
-    """Mean ± standard deviation, as text. A value that is not finite is of a run that did not
-    finish. Empty without values."""
+    """Mean ± standard deviation, as text; empty without values. A value that is not finite is of a
+    run that did not finish."""
+    if not values:
+        return ""
     if not all(map(math.isfinite, values)):
         return "did not finish"
-    sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{sd}" if values else ""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def compare_command(a) -> str:
     """Show final losses, and where each run reaches the first one's.
 
     A table over groups of runs (folders NAME-SEED), mean ± standard deviation over seeds: the
-    final held-out loss, and where each run comes down to the final loss of the first group's run
-    of the same seed, in steps, FLOPs and seconds as a share of that run's own. Paired by seed:
-    two runs of a seed share their initial weights and the order of their data."""
+    final held-out loss, and the steps, FLOPs and seconds at which a run reaches the reference. The
+    reference is the final loss of the first group's run of the same seed. These costs are given as
+    shares of what the reference run took. Two runs of a seed share their initial weights and the
+    order of their data; so they are compared in pairs."""
     groups = grouped(a.runs, read_evaluations)
     reference = next(iter(groups.values()))
     heading = ("run", "seeds", "held-out nats", "minus the first", "bits per byte",
@@ -786,11 +810,12 @@ def compare_command(a) -> str:
 
 
 def compare_row(name: str, group: dict, reference: dict) -> list:
-    """The cells of a group of runs in compare's table. group, reference: {seed: evaluations}. There
-    is no share of a cost that is 0."""
-    differences, reached = [], []
+    """The cells of a group of runs in compare's table. group, reference: {seed: evaluations}. A
+    cost of 0 has no shares."""
+    differences = []
+    reached = []  # (where a run reaches the reference, where the reference ends)
     for seed, lines in group.items():
-        need(seed in reference, f"{name}-{seed}: the first group has no run of this seed")
+        require(seed in reference, f"{name}-{seed}: the first group has no run of this seed")
         target = reference[seed][-1]
         differences.append(lines[-1]["val_loss"] - target["val_loss"])
         found = math.isfinite(target["val_loss"]) and first_reached(lines, target["val_loss"])
@@ -813,8 +838,8 @@ def plot_command(a) -> str:
     pyplot = plotting(a.plot)
     groups = grouped(a.runs, lambda run: [flat(line) for line in read_lines(run)])
     every = [line for group in groups.values() for lines in group.values() for line in lines]
-    keys = dict.fromkeys(itertools.chain(*every))
-    need("val_loss" in keys, f"{a.runs[0]}/metrics.jsonl: no evaluation in it")
+    keys = dict.fromkeys(itertools.chain(*every))  # in the order in which they appear
+    require("val_loss" in keys, f"{a.runs[0]}/metrics.jsonl: no evaluation in it")
     panels = [("val_loss", x) for x in ("step", "tokens", "flops", "seconds")]
     panels += [(key, "step") for key in keys if key.startswith(("let_cosine", "weights"))]
     rows = math.ceil(len(panels) / 4)
@@ -836,42 +861,48 @@ def plot_command(a) -> str:
 # --------------------------------------------------------------------------------------------------
 # Input and output, shared by the commands
 
+progress = functools.partial(tqdm, disable=None, leave=False)  # a bar, shown on a terminal alone
 
-def need(ok, message: str):
+
+def require(ok, message: str):
+    """Raises BadInput with this message unless `ok`."""
     if not ok:
         raise BadInput(message)
 
 
 def open_model(name, device: str, ours=False):
     """(model, encoding, tokenizer as a checkpoint holds it) of anything that
-    teacher.load_pretrained reads, frozen, in eval mode. ours: refuse what is not a GPT of
-    model.py; for commands that need its blocks or its second derivatives."""
+    teacher.load_pretrained reads, such as a run's folder. The model is frozen and in eval mode.
+    ours: refuse what is not a GPT of model.py; for commands that need its blocks or its second
+    derivatives."""
     from teacher import load_pretrained
 
-    need(device_exists(device), f"--device={device}: no such device here")
+    require(device_exists(device), f"--device={device}: no such device here")
     model, tokenizer = load_pretrained(name, device, flag="")
-    need(isinstance(model, GPT) or not ours, f"{name}: its architecture is not one of model.py's")
+    require(isinstance(model, GPT) or not ours,
+            f"{name}: its architecture is not one of model.py's")
     return model, tokenizer_from_dict(tokenizer), tokenizer
 
 
 def read_ids(a, enc) -> list[int]:
     """An end-of-text token and the first --tokens tokens (0: all) of --text. Training reads a
-    document in the same way."""
+    document in the same way. a: the parsed command line, here and below."""
     return [enc.eot_token, *encode(enc, read_text(a.text, "--text="))[:a.tokens or None]]
 
 
-def read_batches(a, model, enc, least: int, characters=0) -> list:
-    """--text as `least` or more batches of token ids (B, T), B at most 8.
+def read_batches(a, model, enc, n: int, characters=0) -> list:
+    """--text as n or more batches of token ids (B, T), B at most 8.
 
     With `characters`, pieces of so many characters are each read alone after an end-of-text token,
-    and a batch is of pieces of equal length T. With 512 characters this is the paper's way. Else
-    contexts of at most 512 tokens are cut from one sequence, so position 0 of all but the first
-    holds whatever token comes there."""
+    and a batch is of pieces of equal length T. The authors of the linearity paper read 512
+    characters. Else contexts of at most 512 tokens are cut from one sequence, so position 0 of all
+    but the first holds whatever token comes there. Raises BadInput if the text is too short: a fit
+    to fewer tokens than dimensions is exact and says nothing."""
     ids = read_ids(a, enc)
     longest = model.config.block_size
-    source = f"--text={a.text} --tokens={a.tokens}"
+    where = f"--text={a.text} --tokens={a.tokens}"
     if characters:
-        source += f" --characters={characters}"
+        where += f" --characters={characters}"
         text = enc.decode(ids[1:])
         starts = range(0, len(text) - characters + 1, characters)
         contexts = [[enc.eot_token, *encode(enc, text[i:i + characters])][:longest] for i in starts]
@@ -879,13 +910,14 @@ def read_batches(a, model, enc, least: int, characters=0) -> list:
         T = min(512, longest)
         contexts = [ids[i:i + T] for i in range(0, len(ids) - T + 1, T)]
     tokens = sum(map(len, contexts))
-    needed = 4 * model.config.n_embd  # 4 a dimension of the width
-    need(tokens >= needed and len(contexts) >= least, f"{source}: {tokens:,} tokens in "
-         f"{len(contexts)} contexts; at least {needed:,} in {least} contexts are needed")
-    size = min(8, len(contexts) // least)
-    groups = itertools.groupby(sorted(contexts, key=len), key=len)
-    return [batch for _, group in groups
-            for batch in torch.tensor([*group], device=a.device).split(size)]
+    needed = 4 * model.config.n_embd  # half of them may be held out
+    require(tokens >= needed and len(contexts) >= n, f"{where}: {tokens:,} tokens in "
+            f"{len(contexts)} contexts; at least {needed:,} in {n} contexts are needed")
+    size = min(8, len(contexts) // n)
+    batches = []
+    for _, equally_long in itertools.groupby(sorted(contexts, key=len), key=len):
+        batches += torch.tensor([*equally_long], device=a.device).split(size)
+    return batches
 
 
 def table(*rows) -> str:
@@ -895,9 +927,10 @@ def table(*rows) -> str:
 
 
 def plotting(path: str):
-    """matplotlib.pyplot without a screen. Refuses a name that no picture can be written to."""
-    need(Path(path).suffix in (".png", ".pdf", ".svg") and Path(path).parent.is_dir(),
-         f"--plot={path}: a .png, .pdf or .svg in a folder that exists is needed")
+    """matplotlib.pyplot without a screen. Raises BadInput if no picture can be written to the path
+    or matplotlib is missing."""
+    require(Path(path).suffix in (".png", ".pdf", ".svg") and Path(path).parent.is_dir(),
+            f"--plot={path}: a .png, .pdf or .svg in a folder that exists is needed")
     try:
         import matplotlib
     except ImportError:
@@ -908,6 +941,7 @@ def plotting(path: str):
 
 
 def save_figure(figure, path: str):
+    """Written whole or not at all, in the format that the path's suffix names."""
     with written_whole(path) as tmp:
         figure.savefig(tmp, format=Path(path).suffix[1:], dpi=120)
 
@@ -918,7 +952,7 @@ def save_figure(figure, path: str):
 
 def linearity_command(a) -> str:
     """Show how linear each block of a model is."""
-    pyplot = plotting(a.plot) if a.plot else None
+    pyplot = plotting(a.plot) if a.plot else None  # a wrong path is refused before the work
     model, enc, _ = open_model(a.checkpoint, a.device)
     batches = read_batches(a, model, enc, 2, a.characters)
     profile = linearity_profile(model, batches, a.skip_first)
@@ -937,8 +971,9 @@ def linearity_command(a) -> str:
 
 
 def pruned_models(whole: GPT, fitted, a):
-    """(order, arm, numbers of the blocks that went, model) for each order, number of blocks and arm
-    that is asked for. fitted: the batches to fit on."""
+    """(order, arm, numbers of the blocks that went, model): first the whole model, then one for
+    each order, number of blocks and arm that is asked for. fitted: the batches to fit on."""
+    yield "", "whole", [], whole
     profile = linearity_profile(whole, fitted, a.skip_first)
     for order, count in itertools.product(a.orders, a.blocks):
         chosen = sorted(prune_order(profile, order)[:count])
@@ -949,8 +984,8 @@ def pruned_models(whole: GPT, fitted, a):
             elif arm == "replace":
                 model = replaced
             else:
-                model = distill(replaced, whole, fitted, a.distill_steps, a.distill_lr,
-                                everything=arm == "distill_all")
+                model = distill_states(replaced, whole, fitted, a.distill_steps, a.distill_lr,
+                                       everything=arm == "distill_all")
             yield order, arm, chosen, model
 
 
@@ -958,13 +993,13 @@ def prune_command(a) -> str:
     """Remove the most linear blocks, or replace them by affine maps.
 
     A row for every order, number of blocks and arm. Three quarters of the batches are fitted on. Of
-    the models with the most blocks gone, the one with the least loss on the next eighth is written.
-    The table reports the loss on the last eighth, which chooses nothing. What is written is read
-    like any other checkpoint; training goes on by train.py --init_from."""
+    the models with the most blocks gone, the one with the lowest loss on the next eighth is
+    written. The table reports the loss on the last eighth, which chooses nothing. What is written
+    is read like any other checkpoint; training goes on by train.py --init_from."""
     whole, enc, tokenizer = open_model(a.checkpoint, a.device, ours=True)
     n_layer = whole.config.n_layer
-    need(max(a.blocks) < n_layer, f"--blocks={max(a.blocks)}: {a.checkpoint} has {n_layer} blocks, "
-         "of which one has to stay")
+    require(max(a.blocks) < n_layer, f"--blocks={max(a.blocks)}: {a.checkpoint} has {n_layer} "
+            "blocks, of which one has to stay")
     out = new_folder(a.out_dir or Path(checkpoint_file(a.checkpoint)).with_name("pruned"),
                      "--out_dir=") / "ckpt.pt"
     batches = read_batches(a, whole, enc, 8)
@@ -973,25 +1008,24 @@ def prune_command(a) -> str:
     choosing = batches[-2 * eighth:-eighth]
     reported = batches[-eighth:]
     rows = [("order", "arm", "blocks", "held-out nats", "parameters")]
-    least = math.inf
-    best = {}
-    pruned = pruned_models(whole, fitted, a)
-    for order, arm, blocks, model in itertools.chain([("", "whole", [], whole)], pruned):
+    lowest = math.inf
+    for order, arm, blocks, model in pruned_models(whole, fitted, a):
         rows.append((order, arm, ", ".join(map(str, blocks)), f"{mean_loss(model, reported):.4f}",
                      f"{model.num_params():,}"))
         if len(blocks) == max(a.blocks):
             loss = mean_loss(model, choosing)
-            if loss < least:
-                least = loss
-                best = {"model": model.state_dict(),
-                        "pruned": {"order": order, "arm": arm, "blocks": blocks},
-                        "model_config": asdict(model.config)}
-    if not best:
+            if loss < lowest:
+                lowest = loss
+                best = order, arm, blocks, model
+    if lowest == math.inf:
         raise Failed(f"--arms={','.join(a.arms)} --distill_lr={a.distill_lr:g}: no finite loss")
-    save_checkpoint(out, {**best, "tokenizer": tokenizer, "step": 0, "config": {}})
-    order, arm, blocks = best["pruned"].values()
-    return (f"{table(*rows)}\n\n{out}: {order}, {arm}, blocks {blocks}, chosen by {least:.4f} nats "
-            "on other tokens")
+    order, arm, blocks, model = best
+    save_checkpoint(out, {"model": model.state_dict(),
+                          "pruned": {"order": order, "arm": arm, "blocks": blocks},
+                          "model_config": asdict(model.config), "tokenizer": tokenizer, "step": 0,
+                          "config": {}})
+    return (f"{table(*rows)}\n\n{out}: {order}, {arm}, blocks {blocks}, chosen by {lowest:.4f} "
+            "nats on other tokens")
 
 
 def curvature_command(a) -> str:
@@ -1001,47 +1035,49 @@ def curvature_command(a) -> str:
         model, enc, _ = open_model(name, a.device, ours=True)
         T = model.config.block_size
         ids = torch.tensor(read_ids(a, enc), device=a.device)
-        need(len(ids) > T, f"--text={a.text} --tokens={a.tokens}: {len(ids) - 1} tokens; a context "
-             f"of {T} is needed")
+        require(len(ids) > T, f"--text={a.text} --tokens={a.tokens}: {len(ids) - 1} tokens; a "
+                f"context of {T} is needed")
         contexts = ids.unfold(0, T + 1, T)  # each begins with the last token of the one before
         batches = [(part[:, :-1], part[:, 1:]) for part in contexts.split(8)]
-        s = spectrum(model, batches, a.steps, a.probes)
-        rows.append((name, ", ".join(f"{value:.4g}" for value in s["top"]),
-                     *(f"{s[key]:.4g}" for key in ("least", "residual", "trace", "rms"))))
+        found = spectrum(model, batches, a.steps, a.probes)
+        rows.append((name, ", ".join(f"{value:.4g}" for value in found["top"]),
+                     *(f"{found[key]:.4g}" for key in ("least", "residual", "trace", "rms"))))
     return table(*rows)
 
 
 def eval_command(a) -> str:
     """Show the accuracy on multiple choice and minimal pairs, and the perplexity of a text."""
-    need(a.task or a.text, "eval: --task=FILE.jsonl or --text=FILE is needed")
+    require(a.task or a.text, "eval: --task=FILE.jsonl or --text=FILE is needed")
     model, enc, _ = open_model(a.checkpoint, a.device)
     limit = model.config.block_size
+    require(a.stride <= limit, f"--stride={a.stride}: at most the context of {limit}")
     tasks = {}
-    lines = []
-    need(a.stride <= limit, f"--stride={a.stride}: at most the context of {limit}")
     for path in a.task:
-        tasks |= python_tasks(enc, a.items or 2000) if path == "python" else {path: read_task(path)}
+        if path == "python":
+            tasks |= python_tasks(enc, a.items or 2000)
+        else:
+            tasks[path] = read_task(path)
     rows = [("task", "items", "accuracy by sum, %", "±", "per character, %", "±", "chance, %",
              "context cut")]
     for name, task in tasks.items():
-        result = evaluate_task(model, enc, task[:a.items or None], a.batch_tokens)
-        percent = (f"{100 * result[key]:.2f}" for key in (
+        found = evaluate_task(model, enc, task[:a.items or None], a.batch_tokens)
+        percent = (f"{100 * found[key]:.2f}" for key in (
             "sum", "sum_se", "per_character", "per_character_se", "chance"))
-        rows.append((name, result["items"], *percent, result["cut"]))
-    if tasks:
-        lines.append(table(*rows))
+        rows.append((name, found["items"], *percent, found["cut"]))
+    parts = [table(*rows)] if tasks else []
     if a.text:
         ids = read_ids(a, enc)
-        need(len(ids) > 1, f"--text={a.text}: no text in it")
+        require(len(ids) > 1, f"--text={a.text}: no text in it")
         n_bytes = len(enc.decode_bytes(ids[1:]))
-        result = evaluate_text(model, ids, n_bytes, a.stride or limit, a.batch_tokens)
-        values = (f"{value:.4f} {key.replace('_', ' ')}" for key, value in result.items())
-        lines.append(f"{a.text}: {len(ids) - 1:,} tokens, {', '.join(values)}")
-    return "\n".join(lines)
+        found = evaluate_text(model, ids, n_bytes, a.stride or limit, a.batch_tokens)
+        values = (f"{value:.4f} {key.replace('_', ' ')}" for key, value in found.items())
+        parts.append(f"{a.text}: {len(ids) - 1:,} tokens, {', '.join(values)}")
+    return "\n".join(parts)
 
 
 def python_tasks(enc, n: int) -> dict[str, list]:
-    """n python_pairs from the held-out part of the standard library, a task for each kind."""
+    """n python_pairs from the held-out part of the standard library as tasks of evaluate_task, one
+    for each kind. Both sides of a pair have the same number of tokens."""
     from train import find_files, read_documents, split_documents  # a command may look upwards
 
     _, held_out = split_documents(read_documents(*find_files("stdlib"), "stdlib"))
@@ -1059,8 +1095,9 @@ def python_tasks(enc, n: int) -> dict[str, list]:
 
 
 def add_command(commands, function, files: str, **numbers):
-    """Add the parser of a command. files: the name of its positional argument, which takes several
-    values if it ends in s. numbers: flags of positive numbers, name=(default, help)."""
+    """Add the parser of a command, and return it. files: the name of its positional argument, which
+    takes several values if it ends in s. numbers: flags of positive numbers, name=(default, help).
+    """
     new = commands.add_parser(function.__name__.removesuffix("_command"),
                               help=function.__doc__.split("\n")[0],
                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -1077,7 +1114,7 @@ def main(argv):
     linear = add_command(commands, linearity_command, "checkpoint",
                          tokens=(40_000, "how many of the text's tokens"),
                          characters=(0, "read pieces of so many characters, each alone (512: the "
-                                     "paper's way); 0: contexts cut from one sequence"))
+                                     "authors' way); 0: contexts cut from one sequence"))
     linear.add_argument("--plot", help="file to draw the scores to")
     prune = add_command(commands, prune_command, "checkpoint",
                         tokens=(80_000, "how many of the text's tokens"),

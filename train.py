@@ -443,7 +443,7 @@ class Run:
             state.val_loss, state.bits_per_byte = evaluate(self)
             self.write_metrics(val_loss=state.val_loss, bits_per_byte=state.bits_per_byte,
                                peak_memory_bytes=self.devices.peak_memory(),
-                               **weight_scales(self.model, self.optimizers.multipliers))
+                               weights=weight_scales(self.model, self.optimizers.multipliers))
             say(f"step {state.step:>6}  held-out {state.val_loss:.4f} nats, "
                 f"{state.bits_per_byte:.4f} bits per byte  {state.seconds:7.1f} s")
         if saves:

@@ -389,7 +389,6 @@ EQUIVALENT = {
     ("lanczos", "Q[k] @ w"): "a product in the other order",
     ("lanczos", "range(3)"): "orthogonal already",
     ("lanczos", "nothing_left"): "a threshold of rounding",
-    ("lanczos", "leave=True"): "of the progress bar",
     ("fit_parabola", "np.clip(-700, x"): "the two bounds in the other order",
     ("fit_horizon", "range(7)"): "finer than needed",
     ("fit_horizon", "geomspace(high"): "the grid in falling order",
