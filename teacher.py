@@ -290,7 +290,7 @@ RECIPES = {
     # Agarwal et al. 2024, arXiv 2306.13649, with the values of TRL's trainer, which has no tau^2
     "gkd": Recipe(1.0, temperature=0.9, beta=0.5, on_policy=0.5, tau_squared=False),
     # Hsieh et al. 2023, arXiv 2305.02301: learns from text that a teacher wrote, see Task. The
-    # weight is that of the rationale
+    # weight is that of the rationale; no term asks a model
     "step_by_step": Recipe(0.5),
 }
 
@@ -467,12 +467,167 @@ class Distill(Term):
         compile_teacher(self.teacher)
 
 
+# --------------------------------------------------------------------------------------------------
+# A student that starts from its teacher's weights
+
+
+def spaced_blocks(n_teacher: int, n_student: int) -> list[int]:
+    """The teacher's blocks (as indices from 0) that become the student's: evenly spaced, with the
+    first and the last. 6 of 12: 0, 2, 4, 7, 9, 11, as in DistilBERT's code."""
+    return [round(i * (n_teacher - 1) / max(1, n_student - 1)) for i in range(n_student)]
+
+
+def init_from(teacher, n_layer: int = 0, block_size: int = 0, where: str = "--init_from") -> GPT:
+    """A new model that starts as a copy of a GPT: its architecture, embedding, final norm and head,
+    and n_layer of its blocks (0: all), evenly spaced. In float32, all parameters trainable.
+
+    block_size: its context; 0: the teacher's. where: the flag and its value, for the message.
+    Raises BadInput for an HFModel, and where the teacher has fewer blocks."""
+    if not isinstance(teacher, GPT):
+        raise BadInput(f"{where}: its architecture is not one of model.py's; it cannot be trained")
+    c = teacher.config
+    if not 0 <= n_layer <= c.n_layer:
+        raise BadInput(f"{where} --n_layer={n_layer}: it has {c.n_layer} blocks")
+    chosen = spaced_blocks(c.n_layer, n_layer or c.n_layer)
+    mixer = c.mixer
+    if mixer not in MIXERS:  # a pattern with a letter for each block
+        mixer = "".join(mixer[k] for k in chosen)
+    student = GPT(replace(c, n_layer=len(chosen), mixer=mixer,
+                          block_size=block_size or c.block_size))
+    for block, k in zip(student.blocks, chosen, strict=True):
+        block.load_state_dict(teacher.blocks[k].state_dict())
+    for part in ("embed", "norm", "head"):  # values are copied, so a tied head stays tied
+        getattr(student, part).load_state_dict(getattr(teacher, part).state_dict())
+    return student
+
+
+# --------------------------------------------------------------------------------------------------
+# Learning from the teacher's text, which asks for no common tokenizer. There are two ways:
+#
+# - The teacher continues prompts from a corpus, the best of what it wrote is kept (`generate`), and
+#   a student trains on it with the plain next-token loss. This is distillation of whole sequences
+#   (Kim & Rush 2016, arXiv 1606.07947).
+# - Step by step (Hsieh et al. 2023, arXiv 2305.02301): for each question the teacher has written a
+#   rationale. The student learns to give the label and, as a second task, the rationale.
+
+
+def draw_prompts(documents, enc, n: int, n_tokens: int, seed: int) -> list[list[int]]:
+    """n different prompts of n_tokens token ids each, from a list of texts. A prompt starts at the
+    beginning of a line: the line of a random character, of which each in the corpus is equally
+    likely. Raises BadInput where the corpus has too few."""
+    rng = random.Random(seed)
+    prompts = {}
+    lines = sum(text.count("\n") + 1 for text in documents)
+    draws = 100 * n if n <= lines else 0  # no draw can find more prompts than lines
+    for text in rng.choices(documents, [*map(len, documents)], k=draws):
+        start = text.rfind("\n", 0, rng.randrange(len(text))) + 1
+        ids = encode(enc, text[start:start + 32 * n_tokens])[:n_tokens]
+        cut = enc.decode(ids).endswith("\ufffd")  # the last character is not whole
+        if len(ids) == n_tokens and not cut:
+            prompts[tuple(ids)] = ids
+        if len(prompts) == n:
+            return list(prompts.values())
+    raise BadInput(f"--n_prompts={n} --prompt_tokens={n_tokens}: the corpus, of "
+                   f"{lines} lines, has fewer")
+
+
+def load_score(name: str):
+    """The user's function `module:function`: (prompts, completions) -> one number for each
+    completion, as TRL's reward functions. The module may be in the current folder. Raises
+    BadInput."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, "")  # the current folder
+    with reading(f"--score={name}: likelihood, none or module:function are needed"):
+        return getattr(importlib.import_module(module), function)
+
+
+def write_text(model, enc, prompts, n_tokens: int, temperatures=(1.0,), seeds=(0,), top_p=1.0,
+               score="likelihood", best: int = 0, batch: int = 64) -> list[dict]:
+    """Continues every prompt at every temperature with every seed, and keeps the best. Returns
+    records {prompt, text, temperature, seed, score}; text is the prompt and its completion.
+
+    prompts: lists of ids of one length. A completion has up to n_tokens tokens and ends before a
+    special token. Empty completions are dropped; texts that are equal up to white space are kept
+    once. score: `likelihood` (the completion's mean log-likelihood in nats per token), `none`, or a
+    function, see load_score; BadInput is raised where it returns anything but finite numbers. best:
+    keep so many of the highest score for each prompt; 0: all. Only temperature 1 with top_p 1
+    samples from the teacher's own distribution. batch: prompts at a time; it does not change the
+    text."""
+    device = model.head.weight.device
+    special = {*enc._special_tokens.values()}
+    use_cache = not isinstance(model, HFModel) or model.cache_name != ""
+    start = 1 + len(prompts[0])  # of the completion, after an end-of-text token and the prompt
+    kept = {}  # text with single spaces -> (its record, its token ids)
+    for first, temperature, seed in itertools.product(
+            range(0, len(prompts), batch), temperatures, seeds):
+        rows = [[enc.eot_token, *ids] for ids in prompts[first:first + batch]]
+        row_seeds = [derived_seed(seed, first + i, temperature) for i in range(len(rows))]
+        out = generate(model, torch.tensor(rows, device=device), n_tokens, temperature,
+                       top_p=top_p, seed=row_seeds, use_cache=use_cache)
+        for ids in out.tolist():
+            end = next((i for i in range(start, len(ids)) if ids[i] in special), len(ids))
+            prompt = enc.decode(ids[1:start])
+            text = enc.decode(ids[1:end]).rstrip("\ufffd")  # without an unfinished character
+            if text.strip() != prompt.strip():
+                record = {"prompt": prompt, "text": text, "temperature": temperature, "seed": seed}
+                kept.setdefault(" ".join(text.split()), (record, ids[:end]))
+    records = [record for record, _ in kept.values()]
+    scores = [None] * len(records)
+    if score == "likelihood":
+        sequences = [(ids[:-1], [IGNORE] * (start - 1) + ids[start:]) for _, ids in kept.values()]
+        scores = [total / n for total, n in log_likelihoods(model, sequences)]
+    elif score != "none":
+        scores = [float(s) for s in score(
+            prompts=[r["prompt"] for r in records],
+            completions=[r["text"][len(r["prompt"]):] for r in records])]
+        if len(scores) != len(records) or not all(map(math.isfinite, scores)):
+            raise BadInput(f"--score={score.__module__}:{score.__name__}: a finite number for each "
+                           f"completion is needed, not {scores[:4]}")
+    for r, value in zip(records, scores, strict=True):
+        r["score"] = value
+    if not best:
+        return records
+    ranked = sorted(records, key=lambda r: (r["prompt"], -r["score"]))
+    chosen = []
+    for _, of_prompt in itertools.groupby(ranked, key=lambda r: r["prompt"]):
+        chosen += itertools.islice(of_prompt, best)
+    return chosen
+
+
+def generate_command(a) -> str:
+    """`generate`: writes text.txt, for train.py, and samples.jsonl, one record of write_text per
+    line, into a.folder. Returns a line that says what was written."""
+    from train import find_files, read_documents, split_documents  # a command may look upwards
+
+    folder = new_folder(a.folder)
+    model, tokenizer = load_pretrained(a.teacher, a.device, flag="")
+    if 1 + a.prompt_tokens + a.tokens > model.context_limit:
+        raise BadInput(f"--prompt_tokens={a.prompt_tokens} --tokens={a.tokens}: longer, with the "
+                       f"end of text, than the teacher's context of {model.config.block_size}")
+    score = a.score if a.score in ("likelihood", "none") else load_score(a.score)
+    enc = tokenizer_from_dict(tokenizer)
+    # Without the held-out part: a student must not be evaluated on text that its teacher continued
+    documents, _ = split_documents(read_documents(*find_files(a.data), a.data))
+    prompts = draw_prompts([text for _, text in documents], enc, a.n_prompts, a.prompt_tokens,
+                           a.seeds[0])
+    temperatures, seeds = dict.fromkeys(a.temperatures), dict.fromkeys(a.seeds)  # each once
+    records = write_text(model, enc, prompts, a.tokens, temperatures, seeds, a.top_p, score, a.best)
+    with written_whole(folder) as tmp:
+        tmp.mkdir()
+        text = f"\n{END_OF_TEXT}\n".join(r["text"] for r in records)
+        (tmp / "text.txt").write_text(text, encoding="utf-8")
+        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+        (tmp / "samples.jsonl").write_text(lines, encoding="utf-8")
+    sampled = len(prompts) * len(temperatures) * len(seeds)
+    return f"{len(records)} of {sampled} samples in {folder / 'text.txt'}"
+
+
 TASKS = ("label", "rationale")
 
 
 class Task(Term):
-    """One of the two tasks of distilling step-by-step (Hsieh et al. 2023). A record is two
-    sequences, the question with its label and the question with the teacher's rationale, and
+    """One of the two tasks of distilling step-by-step. A record of the data is two sequences, the
+    question with its label and the question with the teacher's rationale, and
 
         L = (1 - w) * L_label + w * L_rationale,
 
@@ -563,157 +718,6 @@ class Records:
             for row, (_, answer) in enumerate(self.records[i]):
                 counts[row] += len(answer) + 1  # the end of text counts too
         return counts
-
-
-# --------------------------------------------------------------------------------------------------
-# A student that starts from its teacher's weights
-
-
-def spaced_blocks(n_teacher: int, n_student: int) -> list[int]:
-    """The teacher's blocks (as indices from 0) that become the student's: evenly spaced, with the
-    first and the last. 6 of 12: 0, 2, 4, 7, 9, 11, as in DistilBERT's code."""
-    return [round(i * (n_teacher - 1) / max(1, n_student - 1)) for i in range(n_student)]
-
-
-def init_from(teacher, n_layer: int = 0, block_size: int = 0, where: str = "--init_from") -> GPT:
-    """A new model that starts as a copy of a GPT: its architecture, embedding, final norm and head,
-    and n_layer of its blocks (0: all), evenly spaced. In float32, all parameters trainable.
-
-    block_size: its context; 0: the teacher's. where: the flag and its value, for the message.
-    Raises BadInput for an HFModel, and where the teacher has fewer blocks."""
-    if not isinstance(teacher, GPT):
-        raise BadInput(f"{where}: its architecture is not one of model.py's; it cannot be trained")
-    c = teacher.config
-    if not 0 <= n_layer <= c.n_layer:
-        raise BadInput(f"{where} --n_layer={n_layer}: it has {c.n_layer} blocks")
-    chosen = spaced_blocks(c.n_layer, n_layer or c.n_layer)
-    mixer = c.mixer
-    if mixer not in MIXERS:  # a pattern with a letter for each block
-        mixer = "".join(mixer[k] for k in chosen)
-    student = GPT(replace(c, n_layer=len(chosen), mixer=mixer,
-                          block_size=block_size or c.block_size))
-    for block, k in zip(student.blocks, chosen, strict=True):
-        block.load_state_dict(teacher.blocks[k].state_dict())
-    for part in ("embed", "norm", "head"):  # values are copied, so a tied head stays tied
-        getattr(student, part).load_state_dict(getattr(teacher, part).state_dict())
-    return student
-
-
-# --------------------------------------------------------------------------------------------------
-# Learning from the teacher's text. The teacher continues prompts from a corpus, the best of what it
-# wrote is kept, and a student trains on it. Plain next-token loss on such text is distillation of
-# whole sequences (Kim & Rush 2016, arXiv 1606.07947), and asks for no common tokenizer.
-
-
-def draw_prompts(documents, enc, n: int, n_tokens: int, seed: int) -> list[list[int]]:
-    """n different prompts of n_tokens token ids each, from a list of texts. A prompt starts at the
-    beginning of a line: the line of a random character, of which each in the corpus is equally
-    likely. Raises BadInput where the corpus has too few."""
-    rng = random.Random(seed)
-    prompts = {}
-    lines = sum(text.count("\n") + 1 for text in documents)
-    draws = 100 * n if n <= lines else 0  # no draw can find more prompts than lines
-    for text in rng.choices(documents, [*map(len, documents)], k=draws):
-        start = text.rfind("\n", 0, rng.randrange(len(text))) + 1
-        ids = encode(enc, text[start:start + 32 * n_tokens])[:n_tokens]
-        cut = enc.decode(ids).endswith("\ufffd")  # the last character is not whole
-        if len(ids) == n_tokens and not cut:
-            prompts[tuple(ids)] = ids
-        if len(prompts) == n:
-            return list(prompts.values())
-    raise BadInput(f"--n_prompts={n} --prompt_tokens={n_tokens}: the corpus, of "
-                   f"{lines} lines, has fewer")
-
-
-def load_score(name: str):
-    """The user's function `module:function`: (prompts, completions) -> one number for each
-    completion, as TRL's reward functions. The module may be in the current folder. Raises
-    BadInput."""
-    module, _, function = name.partition(":")
-    sys.path.insert(0, "")  # the current folder
-    with reading(f"--score={name}: likelihood, none or module:function are needed"):
-        return getattr(importlib.import_module(module), function)
-
-
-def write_text(model, enc, prompts, n_tokens: int, temperatures=(1.0,), seeds=(0,), top_p=1.0,
-               score="likelihood", best: int = 0, batch: int = 64) -> list[dict]:
-    """Continues every prompt at every temperature with every seed, and keeps the best. Returns
-    records {prompt, text, temperature, seed, score}; text is the prompt and its completion.
-
-    prompts: lists of ids of one length. A completion has up to n_tokens tokens and ends before a
-    special token. Empty completions are dropped; texts that are equal up to white space are kept
-    once. score: `likelihood` (the completion's mean log-likelihood in nats per token), `none`, or a
-    function, see load_score; BadInput is raised where it returns anything but finite numbers. best:
-    keep so many of the highest score for each prompt; 0: all. Only temperature 1 with top_p 1
-    samples from the teacher's own distribution. batch: prompts at a time; it does not change the
-    text."""
-    device = model.head.weight.device
-    special = {*enc._special_tokens.values()}
-    use_cache = not isinstance(model, HFModel) or model.cache_name != ""
-    start = 1 + len(prompts[0])  # of the completion, after an end-of-text token and the prompt
-    kept = {}  # text -> (its record, its token ids)
-    for first, temperature, seed in itertools.product(
-            range(0, len(prompts), batch), temperatures, seeds):
-        rows = [[enc.eot_token, *ids] for ids in prompts[first:first + batch]]
-        row_seeds = [derived_seed(seed, first + i, temperature) for i in range(len(rows))]
-        out = generate(model, torch.tensor(rows, device=device), n_tokens, temperature,
-                       top_p=top_p, seed=row_seeds, use_cache=use_cache)
-        for ids in out.tolist():
-            end = next((i for i in range(start, len(ids)) if ids[i] in special), len(ids))
-            prompt = enc.decode(ids[1:start])
-            text = enc.decode(ids[1:end]).rstrip("\ufffd")  # without an unfinished character
-            if text.strip() != prompt.strip():
-                record = {"prompt": prompt, "text": text, "temperature": temperature, "seed": seed}
-                kept.setdefault(" ".join(text.split()), (record, ids[:end]))
-    records = [record for record, _ in kept.values()]
-    scores = [None] * len(records)
-    if score == "likelihood":
-        sequences = [(ids[:-1], [IGNORE] * (start - 1) + ids[start:]) for _, ids in kept.values()]
-        scores = [total / n for total, n in log_likelihoods(model, sequences)]
-    elif score != "none":
-        scores = [float(s) for s in score(
-            prompts=[r["prompt"] for r in records],
-            completions=[r["text"][len(r["prompt"]):] for r in records])]
-        if len(scores) != len(records) or not all(map(math.isfinite, scores)):
-            raise BadInput(f"--score={score.__module__}:{score.__name__}: a finite number for each "
-                           f"completion is needed, not {scores[:4]}")
-    for r, value in zip(records, scores, strict=True):
-        r["score"] = value
-    if not best:
-        return records
-    ranked = sorted(records, key=lambda r: (r["prompt"], -r["score"]))
-    chosen = []
-    for _, of_prompt in itertools.groupby(ranked, key=lambda r: r["prompt"]):
-        chosen += itertools.islice(of_prompt, best)
-    return chosen
-
-
-def generate_command(a) -> str:
-    """`generate`: writes text.txt, for train.py, and samples.jsonl, one record of write_text per
-    line, into a.folder. Returns a line that says what was written."""
-    from train import find_files, read_documents, split_documents  # a command may look upwards
-
-    folder = new_folder(a.folder)
-    model, tokenizer = load_pretrained(a.teacher, a.device, flag="")
-    if 1 + a.prompt_tokens + a.tokens > model.context_limit:
-        raise BadInput(f"--prompt_tokens={a.prompt_tokens} --tokens={a.tokens}: longer, with the "
-                       f"end of text, than the teacher's context of {model.config.block_size}")
-    score = a.score if a.score in ("likelihood", "none") else load_score(a.score)
-    enc = tokenizer_from_dict(tokenizer)
-    # Without the held-out part: a student must not be evaluated on text that its teacher continued
-    documents, _ = split_documents(read_documents(*find_files(a.data), a.data))
-    prompts = draw_prompts([text for _, text in documents], enc, a.n_prompts, a.prompt_tokens,
-                           a.seeds[0])
-    temperatures, seeds = dict.fromkeys(a.temperatures), dict.fromkeys(a.seeds)  # each once
-    records = write_text(model, enc, prompts, a.tokens, temperatures, seeds, a.top_p, score, a.best)
-    with written_whole(folder) as tmp:
-        tmp.mkdir()
-        text = f"\n{END_OF_TEXT}\n".join(r["text"] for r in records)
-        (tmp / "text.txt").write_text(text, encoding="utf-8")
-        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-        (tmp / "samples.jsonl").write_text(lines, encoding="utf-8")
-    sampled = len(prompts) * len(temperatures) * len(seeds)
-    return f"{len(records)} of {sampled} samples in {folder / 'text.txt'}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -909,10 +913,11 @@ class HFModel(nn.Module):
     def trunk(self, idx, hidden=(), blocks=None):
         """As GPT.trunk, but all blocks are run."""
         last = self.config.n_layer if blocks is None else blocks
-        _, (*states, x) = self.forward(idx, (*hidden, last))
-        return x, tuple(states)
+        _, states = self.forward(idx, (*hidden, last))
+        return states[-1], states[:-1]
 
     def logits(self, x):
+        """As GPT.logits."""
         return self.head(x)[..., :self.config.vocab_size]
 
     def flops_per_token(self, backward=True, head=True, blocks=None, length=None) -> int:
@@ -963,7 +968,8 @@ def from_pretrained(kind: str, name: str, where: str, **settings):
 
 def tokenizer_from_hf(theirs, name: str, end: int | None, where: str) -> dict:
     """A tokenizers.Tokenizer in the form in which checkpoints hold it. model.HFEncoding runs it.
-    end: id of the token that ends a text, where that is not END_OF_TEXT."""
+    end: id of the token that ends a text, where that is not END_OF_TEXT. Raises BadInput where
+    there is none."""
     text = theirs.to_str()
     special = {t["content"]: t["id"] for t in json.loads(text)["added_tokens"] if t["special"]}
     special.setdefault(END_OF_TEXT, end)
@@ -1154,7 +1160,7 @@ def to_hf(model: GPT) -> tuple[dict, dict]:
         elif len(names) > 1:
             pieces = model.get_submodule(key.removesuffix(".weight")).pieces
             parts = w.split([*pieces.values()])
-        weights |= zip(names[-len(parts):], parts, strict=True)
+        weights |= zip(names[-len(parts):], parts, strict=True)  # without a gate, the last name
     return settings, weights
 
 
@@ -1171,7 +1177,7 @@ def tokenizer_to_hf(tokenizer: dict, where: str):
     if "json" in tokenizer:
         return enc.tokenizer
     converters = need_package("transformers.convert_slow_tokenizer", where)
-    # There, \w does not match the two zero-width joiners, so it is written out
+    # In `tokenizers`, \w does not match the two zero-width joiners, so it is written out
     word = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\u200c\u200d"
     pattern = tokenizer["pattern"].replace(r"\w", f"[{word}]").replace(r"\W", f"[^{word}]")
     special = sorted(tokenizer["special"], key=tokenizer["special"].get)
