@@ -843,7 +843,8 @@ def chunked_loss(loss, x, weight, *per_token, vocab_size: int, chunk: int = 1024
     device, dtype = x.device.type, product_dtype(x)
     full = torch.promote_types(dtype, torch.float32)
     need_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    part = max(32, 2**18 // len(weight)) if device == "cpu" else 512  # rows of 1 MB of logits
+    # Tokens whose gradient is computed at a time; on a CPU 1 MB of float32 logits
+    part = max(32, 2**18 // len(weight)) if device == "cpu" else 512
     loss_of_part = compiled_loss_of_logits() if compiled else loss_of_logits
     total = x.new_zeros((), dtype=full)
     sums = {}
@@ -1256,7 +1257,7 @@ def load_checkpoint(path, flag="") -> dict:
 
 
 def model_from_checkpoint(ckpt: dict) -> GPT:
-    """The model of a checkpoint from load_checkpoint, with its weights."""
+    """The model of a checkpoint from load_checkpoint, with its weights, on the CPU."""
     model = GPT(ModelConfig(**ckpt["model_config"]))
     model.load_state_dict(ckpt["model"])
     return model
@@ -1392,6 +1393,7 @@ def locked(folder, wait=False, flag=""):
 
 
 def remove(path: Path):
+    """Removes a file or a folder, if there is one."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -1520,20 +1522,19 @@ def listed(kind, count: int | None = None):
 
 
 def main(argv):
-    parser = Parser(
-        prog="model.py", description="Sample text from a checkpoint of train.py.")
+    parser = Parser(prog="model.py", description="Sample text from a checkpoint of train.py.")
     add = parser.add_argument
     add("checkpoint")
     add("--prompt", default="", help="text to continue; empty: start a new document")
     add("--tokens", type=between(int, 1, 10**6), default=200, help="tokens to sample")
-    add("--temperature", type=between(float, 0, 1e6), default=0.8, help="0: the likeliest "
-        "token")
-    add("--top_k", type=between(int, 0, 10**9), default=0, help="keep the k likeliest tokens; 0: "
-        "all")
-    add("--top_p", type=between(float, 1e-9, 1), default=1.0, help="keep the likeliest up to this "
-        "probability")
-    add("--seed", type=between(int, 0, 2**62), default=0, help="of the first sample; the others "
-        "add 1, 2, ...")
+    add("--temperature", type=between(float, 0, 1e6), default=0.8,
+        help="0: the likeliest token")
+    add("--top_k", type=between(int, 0, 10**9), default=0,
+        help="keep the k likeliest tokens; 0: all")
+    add("--top_p", type=between(float, 1e-9, 1), default=1.0,
+        help="keep the likeliest up to this probability")
+    add("--seed", type=between(int, 0, 2**62), default=0,
+        help="of the first sample; the others add 1, 2, ...")
     add("--samples", type=between(int, 1, 10**6), default=1, help="continuations of the prompt")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args(argv)
