@@ -42,7 +42,7 @@ import signal
 import sys
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import tiktoken
@@ -1244,14 +1244,25 @@ def load_checkpoint(path, flag="") -> dict:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if ckpt.get("format") != CHECKPOINT_FORMAT:
             raise BadInput("not a checkpoint of this version of nanolet")
-        weights, settings = ckpt["model"], ckpt["model_config"]
+        weights, settings, tokenizer = ckpt["model"], ckpt["model_config"], ckpt["tokenizer"]
+        blocks = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+        if blocks != settings["n_layer"] or settings["block_size"] > 2**24:  # before memory is used
+            raise ValueError(f"weights of {blocks} blocks, or a block_size above 2^24")
+        for f in fields(ModelConfig):
+            if f.type is not str and not 0 <= settings.get(f.name, 0) < math.inf:
+                raise ValueError(f"{f.name}={settings[f.name]}")
         with torch.device("meta"):  # compares names and shapes, and needs no memory
             # (a copy: torch would remember `assign` for the next load of the same dict)
             GPT(ModelConfig(**settings)).load_state_dict({**weights}, assign=True)
         if not all(w.isfinite().all() for w in weights.values()):
             raise ValueError("weights that are not finite")
-        enc = tokenizer_from_dict(ckpt["tokenizer"])
-        if not enc.eot_token < enc.n_vocab <= settings["vocab_size"]:
+        ranks = tokenizer["ranks"]
+        lacking = {f"{byte:02x}" for byte in range(256)} - ranks.keys()
+        if ranks and (lacking or len({*ranks.values()}) < len(ranks)):  # tiktoken would panic
+            raise ValueError("the tokenizer lacks a byte, or has a number twice")
+        enc = tokenizer_from_dict(tokenizer)
+        end = enc.eot_token
+        if end in ranks.values() or not 0 <= end < enc.n_vocab <= settings["vocab_size"]:
             raise ValueError(f"a tokenizer of {enc.n_vocab} tokens does not fit the model")
     return ckpt
 

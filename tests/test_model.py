@@ -651,15 +651,20 @@ class Trap:  # read without care, it writes a file
 NOT_CHECKPOINTS = {  # by an expression of the checkpoint c
     **{f"{name}={value}": f"c['model_config'].update({name}={value})" for name, values in {
         "n_embd": (64, 0, 10**9, "'x'"), "n_layer": (1, 10**9), "vocab_size": (0, 10**9),
-        "block_size": (-1,), "mixer": ("'AA'", "'MAX'", 3), "n_head": (5, 0),
-        "mlp": ("'gelu_'",), "n_experts": (4,), "odd": (1,)}.items() for value in values},
+        "block_size": (-1, 10**12), "mixer": ("'AA'", "'MAX'", 3), "n_head": (5, 0),
+        "mlp": ("'gelu_'",), "n_experts": (4,), "odd": (1,), "norm_eps": ("'x'", "math.nan"),
+        "depth_ratio": (-1,), "head_ratio": ("math.inf",)}.items() for value in values},
     **{f"without {name}": f"c.pop('{name}')" for name in ("model", "model_config", "tokenizer")},
 
     "a nan": "c['model']['norm.weight'].fill_(math.nan)",
     "a missing weight": "c['model'].pop('norm.weight')",
     "a strange weight": "c['model'].update(odd=torch.zeros(3))",
     "another shape": "c['model'].update({'norm.weight': torch.ones(33)})",
+    "a token twice": "c['tokenizer']['ranks'].update({'00': 5})",
+    "a billion blocks": "c['model_config'].update(n_layer=10**9, mixer='attention')",
     "no tokens": "c['tokenizer'].update(ranks={})", "no pattern": "c['tokenizer'].pop('pattern')",
+    "a missing byte": "c['tokenizer']['ranks'].pop('41')",
+    "a number twice": "c['tokenizer'].update(special={'<|endoftext|>': 5})",
     "no end of text": "c['tokenizer'].update(special={})",
     "a bad pattern": "c['tokenizer'].update(pattern='(')",
     "a large token": "c['tokenizer'].update(special={'<|endoftext|>': 10**6})",
