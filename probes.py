@@ -910,7 +910,7 @@ def read_batches(a, model, enc, n: int, characters=0) -> list:
         T = min(512, longest)
         contexts = [ids[i:i + T] for i in range(0, len(ids) - T + 1, T)]
     tokens = sum(map(len, contexts))
-    needed = 4 * model.config.n_embd  # half of them may be held out
+    needed = 4 * model.config.n_embd  # 4 a dimension, as some of them are held out
     require(tokens >= needed and len(contexts) >= n, f"{where}: {tokens:,} tokens in "
             f"{len(contexts)} contexts; at least {needed:,} in {n} contexts are needed")
     size = min(8, len(contexts) // n)
@@ -951,7 +951,9 @@ def save_figure(figure, path: str):
 
 
 def linearity_command(a) -> str:
-    """Show how linear each block of a model is."""
+    """Show how linear each block of a model is.
+
+    The columns are scores of linearity(). Half of the batches are fitted on."""
     pyplot = plotting(a.plot) if a.plot else None  # a wrong path is refused before the work
     model, enc, _ = open_model(a.checkpoint, a.device)
     batches = read_batches(a, model, enc, 2, a.characters)
@@ -1029,7 +1031,9 @@ def prune_command(a) -> str:
 
 
 def curvature_command(a) -> str:
-    """Show the extreme eigenvalues of the loss' Hessian, a row a checkpoint."""
+    """Show the extreme eigenvalues of the loss' Hessian, a row a checkpoint.
+
+    The loss is that of --text, on whole contexts of the model. See spectrum."""
     rows = [("checkpoint", "largest eigenvalues", "most negative", "error below", "trace", "rms")]
     for name in a.checkpoints:
         model, enc, _ = open_model(name, a.device, ours=True)
@@ -1142,9 +1146,9 @@ def main(argv):
         one.add_argument("--skip_first", action="store_true",
                          help="leave the first position of each context out")
     prune.add_argument("--blocks", nargs="+", type=positive(1), default=[1],
-                       help="how many blocks go, such as 1 2 3")
+                       help="how many blocks go; 1 2: models without one and without two")
     prune.add_argument("--orders", nargs="+", choices=ORDERS, default=["full"],
-                       help="which go first")
+                       help="by what the blocks that go are chosen: see prune_order")
     prune.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS[:3],
                        help="what happens to them; distill_all trains all parameters")
     prune.add_argument("--out_dir", default="", help="folder of the new "
