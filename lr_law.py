@@ -2,7 +2,7 @@
 
 The method is that of Zhou et al. 2026 (arXiv 2601.05049), three fits by least squares:
     L(lr) = L_min + C (ln lr - ln lr*)^2     a parabola, at one N and one D            (their eq. 2)
-    L(D)  = L_0 + A D^-gamma                 the horizon, at one N and one lr          (their eq. 4)
+    L(D)  = L_0 + A D^-gamma                 a power law, at one N and one lr          (their eq. 4)
     lr*   = exp(a) N^b D^c                   the law, over the lr* of all parabolas    (their eq. 6)
 The paper itself was not available to us, only summaries of it. Docstrings say what they leave open.
 
@@ -128,11 +128,9 @@ def linear_horizon(p, y) -> tuple[float, float, float]:
     Returns L_0, A and the sum of squared residuals. That sum is convex: if a constant would be
     negative, it is 0 at the constrained minimum, and the other one is fitted alone. They cannot
     both be negative, as y is positive."""
-    A = ((p - p.mean()) @ y) / ((p - p.mean()) @ p)
+    A = max(0.0, ((p - p.mean()) @ y) / ((p - p.mean()) @ p))
     L_0 = y.mean() - A * p.mean()
-    if A < 0:
-        L_0, A = y.mean(), 0.0
-    elif L_0 < 0:
+    if L_0 < 0:
         L_0, A = 0.0, (p @ y) / (p @ p)
     return L_0, A, ((y - L_0 - A * p) ** 2).sum()
 
@@ -353,7 +351,8 @@ def group_laws(optima, joint: dict) -> dict[str, dict]:
     """The law of each group by itself. joint: a law of all groups. Groups whose optima are too few,
     or do not determine an exponent that `joint` has, are left out."""
     laws = {}
-    for group in sorted({o.group for o in optima}, key=lambda name: (len(name), name)):
+    by_length = sorted({o.group for o in optima}, key=lambda name: (len(name), name))  # 32 < 128
+    for group in by_length:
         try:
             law = law_of([o for o in optima if o.group == group])
         except BadInput:
@@ -499,7 +498,7 @@ def sweep_command(args) -> str:
     return f"written to {args.csv}"
 
 
-DIVERGED = {"val_loss": math.inf, "flops": 0, "seconds": 0}
+DIVERGED = {"val_loss": math.inf, "flops": 0, "seconds": 0}  # stands for train.train's result
 
 
 def train_run(run, path, rows):
@@ -557,7 +556,10 @@ def target_flags(c, lr: float, ratio: float) -> dict:
         flags["multiplier_lr"] = c.multiplier_lr
         flags["multiplier_weight_decay"] = c.multiplier_weight_decay
     flags = {name: float(f"{value * ratio**-0.5:.4g}") for name, value in flags.items()}
-    for name in ("beta1", "beta2", "momentum") if c.optimizer == "muon" else ("beta1", "beta2"):
+    betas = ["beta1", "beta2"]
+    if c.optimizer == "muon":
+        betas.append("momentum")
+    for name in betas:
         flags[name] = max(0.0, 1 - float(f"{(1 - getattr(c, name)) / ratio:.4g}"))
     return flags
 
@@ -696,10 +698,12 @@ def coordcheck_command(args) -> str:
     lines = [f"RMS of the change after {args.steps} steps with {c.optimizer} at lr {c.lr:g}"]
     for title, sizes in tables.items():
         lines.append(f"{title:<23}" + "".join(f"{n:>10}" for n in sizes) + "     slope")
-        for param, kind in itertools.product(args.params, moved[args.params[0], base]):
-            values = [moved[param, size][kind] for size in sizes.values()]
-            lines.append(f"  {param:<10} {kind:<10}" + "".join(f"{v:>10.3g}" for v in values)
-                         + f"{slope([*sizes], values):>+10.2f}")
+        for param in args.params:
+            for kind in moved[param, base]:
+                values = [moved[param, size][kind] for size in sizes.values()]
+                cells = "".join(f"{value:>10.3g}" for value in values)
+                exponent = slope([*sizes], values)
+                lines.append(f"  {param:<10} {kind:<10}{cells}{exponent:>+10.2f}")
     return "\n".join(lines)
 
 
@@ -847,7 +851,8 @@ def report(law: dict, fitted: list[SimpleNamespace], left_out: int) -> list[str]
              f"swept learning rates; {left_out} diverged runs left out"]
     if fitted:
         lines.append(f"R^2 of the parabolas: median {np.median([f.r2 for f in fitted]):.3f}")
-    for f in fitted if len(fitted) <= 40 else []:
+    shown = fitted if len(fitted) <= 40 else []
+    for f in shown:
         note = "" if f.inside else "   <- no minimum inside the sweep: widen it"
         lines.append(f"  N {f.N:.3g}  D {f.D:.3g}  {f.group:>8}  lr* {f.lr:.3g}  loss {f.L_min:.4f}"
                      f"  C {f.C:.4f}  R^2 {f.r2:.3f}  {f.n} points{note}")
@@ -878,8 +883,9 @@ def cost_lines(title: str, found: dict) -> list[str]:
 
 
 def plot_fit(fitted, law, path):
-    """Left: losses over lr with their parabolas. Right: optima and the law over D. A color for
-    each N, and a tick for each learning rate and horizon of the table."""
+    """Writes a picture to `path`. Left: losses over lr, with their parabolas. Right: optima and the
+    law over D. Each N has a color, and each learning rate and horizon of the table has a tick.
+    fitted: see fit_slices; law: see fit_law."""
     from probes import plotting, save_figure
     figure, (left, right) = plotting(path).subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     D = np.geomspace(law["D"][0], 3 * law["D"][1], 30)
@@ -895,7 +901,8 @@ def plot_fit(fitted, law, path):
         right.loglog(D, law_rate(law, N, D), color=color, label=f"N = {N:.3g}")
         low, high = np.transpose([predict_law(law, N, horizon)["interval"] for horizon in D])
         right.fill_between(D, low, high, color=color, alpha=0.15)
-    lrs, horizons = {lr for f in fitted for lr in f.lrs}, {f.D for f in fitted}
+    lrs = {lr for f in fitted for lr in f.lrs}
+    horizons = {f.D for f in fitted}
     for axis, ticks in ((left, sorted(lrs)), (right, sorted(horizons))):
         axis.set_xticks(ticks, [f"{value:.3g}" for value in ticks], rotation=45)
         axis.set_xticks([], minor=True)
@@ -907,9 +914,9 @@ def plot_fit(fitted, law, path):
 
 def fit_command(args) -> str:
     """Parabolas and the law from a table of runs."""
-    D, columns = args.extrapolate, (args.N, args.D, args.lr, args.loss)
+    columns = (args.N, args.D, args.lr, args.loss)
     table, left_out = read_points(args.runs, columns, args.group)
-    points = table
+    points, D = table, args.extrapolate  # a D of 0: predict no losses
     if D:
         predicted = extrapolate(table, D)
         points = [point for point in table if point["D"] < D] + predicted
@@ -972,9 +979,9 @@ def numbers(text: str) -> list[float]:
     the value."""
     if ":" not in text:
         return listed(positive(1.0))(text)
-    low, high, count = text.split(":")
-    low, high, count = positive(1.0)(low), positive(1.0)(high), positive(1)(count)
-    return np.geomspace(low, high, count).tolist()
+    *ends, count = text.split(":")
+    low, high = map(positive(1.0), ends)
+    return np.geomspace(low, high, between(int, 1, 10_000)(count)).tolist()
 
 
 def layers_x_width(text: str) -> tuple[int, int]:
