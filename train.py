@@ -681,20 +681,17 @@ def train_teacher(t: "Config") -> str:
 
 def load_run(path: str) -> dict:
     """The checkpoint of --resume. Its `config` is made a Config whose stop is in steps, and its
-    progress is also in `state`, a State. Raises BadInput for a file without a run, or with values
-    that no run has. Run.load checks the rest."""
+    progress is also in `state`, a State. Raises BadInput for a file without a run, or with a flag's
+    value that is not allowed. Run.load checks the rest."""
     checkpoint = load_checkpoint(path, flag="--resume=")
     if not checkpoint.get("config"):
         raise BadInput(f"--resume={path}: holds a model without the state of a run; --init_from "
                        "starts a new run from it")
     with reading(f"--resume={path}"):
         c = Config(**{name: v for name, v in checkpoint["config"].items() if name in FLAGS})
-        # From text, because int(1.5) rounds without an error
-        state = State(**{f.name: f.type(str(checkpoint[f.name])) for f in fields(State)})
-        if not min(state.seconds, state.step, state.tokens, state.flops) >= 0:  # nor nan seconds
-            raise ValueError(f"negative progress, {state}")
         check_ranges(c)
-        return {**checkpoint, "config": with_stop_in_steps(c), "state": state}
+        state = State(**{f.name: checkpoint[f.name] for f in fields(State)})
+    return {**checkpoint, "config": with_stop_in_steps(c), "state": state}
 
 
 def with_stop_in_steps(c) -> "Config":
@@ -1049,9 +1046,12 @@ def split_documents(documents):
     """(training, held-out) documents. In the order of a hash of their names, documents are held out
     until they have 10 % of the characters. The last of them is cut, at a line end if one is near,
     and only its end is held out."""
+    def hashed(document):
+        return hashlib.sha256(os.fsencode(document[0])).digest()  # a name need not be unicode
+
     room = HELD_OUT * sum(len(text) for _, text in documents)  # characters still to be held out
     train, held_out = [], []
-    for name, text in sorted(documents, key=lambda d: hashlib.sha256(os.fsencode(d[0])).digest()):
+    for name, text in sorted(documents, key=hashed):
         cut = max(0, len(text) - math.ceil(room))
         if 0 < cut < len(text):
             cut = text.rfind("\n", cut - int(room / 10), cut) + 1 or cut  # 0: no line end is near
@@ -1095,11 +1095,13 @@ def write_shard(path: Path, documents, enc):
     each document, in llm.c's format (see open_shard). 512 pieces of text at a time are shared among
     the tokenizer's threads."""
     magic = 20240520 if enc.n_vocab <= 2**16 else 20240801
-    count, parts, characters = 0, cut_documents(documents), sum(len(text) for _, text in documents)
+    count = 0  # tokens
+    pieces = cut_documents(documents)
+    characters = sum(len(text) for _, text in documents)
     with open(path, "wb") as f, tqdm(total=characters, desc="tokenizing", unit="char",
                                      unit_scale=True, leave=False, disable=None) as progress:
         f.write(bytes(1024))  # the header, written at the end
-        while texts := list(itertools.islice(parts, 512)):
+        while texts := list(itertools.islice(pieces, 512)):
             encoded = enc.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
             tokens = []
             for text, ids in zip(texts, encoded):
@@ -1454,7 +1456,7 @@ def check_combinations(c, world: int):
     need(per_rank % min(c.micro_batch, per_rank) == 0, c, "micro_batch",
          f"does not divide the {per_rank} sequences of a rank")
     if learns_rationales(c):
-        need(c.micro_batch % 2 == per_rank % 2 == 0, c, "micro_batch batch_tokens distill",
+        need(c.micro_batch % 2 == 0 and per_rank % 2 == 0, c, "micro_batch batch_tokens distill",
              "must be even: a record is a pair of sequences")
     if c.let_loss == "logsum":
         need(world == 1 and sequences <= c.micro_batch, c, "let_loss micro_batch",
@@ -1490,9 +1492,6 @@ def check_run(c, world: int):
     resumed = c.resume and Path(c.resume).resolve() == checkpoint
     free = c.dry_run or not c.out_dir or not checkpoint.exists()
     need(free or resumed, c, "out_dir", "this folder has a run; --resume=auto continues it")
-    config = folder / "config.json"
-    ours = not config.exists() or b'"provenance"' in config.read_bytes()
-    need(ours, c, "out_dir", "this folder has a config.json of another program")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1517,6 +1516,7 @@ class Devices:
     bf16: bool = False
 
     def autocast(self):
+        """A context in which matrix products are in bf16, if they are to be."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def name(self) -> str:
@@ -1526,8 +1526,10 @@ class Devices:
 
     def peak_flops(self):
         """The peak of all devices together, or None if it is not known."""
-        return next((peak * self.world for part, peak in PEAK_FLOPS.items()
-                     if re.search(rf"\b{part}\b", self.name())), None)
+        for part, peak in PEAK_FLOPS.items():
+            if re.search(rf"\b{part}\b", self.name()):
+                return peak * self.world
+        return None
 
     def synchronize(self):
         if self.device.type == "cuda":
@@ -1564,10 +1566,11 @@ def set_up_devices(c) -> Devices:
         if not device_exists(kind):
             raise BadInput(f"--nproc_per_node: no {kind} on this machine; one process a GPU")
     device = torch.device(kind)
-    gpu = device.type == "cuda"
-    if gpu:
+    backend, device_id = "gloo", None
+    if device.type == "cuda":
+        backend, device_id = "nccl", device
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high")  # TF32 in what is left in fp32
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         # Keep freed memory (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): returning every activation to the
         # kernel and faulting it in again takes up to half of a step on a CPU.
@@ -1575,9 +1578,9 @@ def set_up_devices(c) -> Devices:
         libc.mallopt(-3, 1 << 30)
         libc.mallopt(-1, 2**31 - 1)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
-    bf16 = c.dtype == "bf16" or c.dtype == "auto" and has_fast_bf16(device)
-    return Devices(device, rank, world, bf16)
+        dist.init_process_group(backend, device_id=device_id)
+    automatic = c.dtype == "auto" and has_fast_bf16(device)
+    return Devices(device, rank, world, bf16=c.dtype == "bf16" or automatic)
 
 
 def compare_ranks(c, devices):
@@ -1664,6 +1667,7 @@ def provenance(devices) -> dict:
 
 
 def write_json(path: Path, value):
+    """Writes a file of JSON, whole or not at all."""
     with written_whole(path) as tmp:
         tmp.write_text(json.dumps(value, indent=1))
 
@@ -1691,10 +1695,13 @@ def drop_later_lines(out_dir: str, step: int):
     at this step, and all lines of later steps, which a killed run has left."""
     path = Path(out_dir) / "metrics.jsonl"
     if path.exists():
-        kept = [line for line in read_lines(out_dir) if line["step"] < step
-                or line["step"] == step and "val_loss" not in line]
+        kept = []
+        for line in read_lines(out_dir):
+            again = line["step"] == step and "val_loss" in line
+            if line["step"] <= step and not again:
+                kept.append(json.dumps(line) + "\n")
         with written_whole(path) as tmp:
-            tmp.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            tmp.write_text("".join(kept))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1709,7 +1716,8 @@ def boolean(text: str) -> bool:
 
 
 def make_parser() -> Parser:
-    """argparse's parser for the flags of Config. Its result has only the flags that are given."""
+    """argparse's parser for the flags of Config. Its result has only the flags that are given.
+    HEADINGS says at which flag a group begins."""
     parser = Parser(
         prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         usage="python train.py [--name=value ...]  or  torchrun --nproc_per_node=N train.py ...")
@@ -1718,7 +1726,7 @@ def make_parser() -> Parser:
     for name, f in FLAGS.items():
         if name in HEADINGS:
             group = parser.add_argument_group(HEADINGS[name])
-        switch = {"nargs": "?", "const": True} if f.type is bool else {}
+        switch = {"nargs": "?", "const": True} if f.type is bool else {}  # --qk_norm alone: True
         group.add_argument(f"--{name}", type=readers[f.type], metavar=f.type.__name__, **switch,
                            help=describe_flag(f))
     return parser
