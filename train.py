@@ -681,8 +681,8 @@ def train_teacher(t: "Config") -> str:
 
 def load_run(path: str) -> dict:
     """The checkpoint of --resume. Its `config` is made a Config whose stop is in steps, and its
-    progress is also in `state`, a State. Raises BadInput for a file without a run, or with a flag's
-    value that is not allowed. Run.load checks the rest."""
+    progress is also in `state`, a State. Raises BadInput for a file without a run, or with values
+    that no run has. Run.load checks the rest."""
     checkpoint = load_checkpoint(path, flag="--resume=")
     if not checkpoint.get("config"):
         raise BadInput(f"--resume={path}: holds a model without the state of a run; --init_from "
@@ -690,7 +690,10 @@ def load_run(path: str) -> dict:
     with reading(f"--resume={path}"):
         c = Config(**{name: v for name, v in checkpoint["config"].items() if name in FLAGS})
         check_ranges(c)
-        state = State(**{f.name: checkpoint[f.name] for f in fields(State)})
+        # From text, because int(1.5) rounds without an error
+        state = State(**{f.name: f.type(str(checkpoint[f.name])) for f in fields(State)})
+        if not min(state.seconds, state.step, state.tokens, state.flops) >= 0:  # nor nan seconds
+            raise ValueError(f"negative progress, {state}")
     return {**checkpoint, "config": with_stop_in_steps(c), "state": state}
 
 
@@ -851,14 +854,11 @@ def pretrained_tokenizer(c) -> dict:
 
 def token_lengths(enc) -> np.ndarray:
     """The number of bytes of text for each token id, 0 for special tokens."""
-    lengths = np.zeros(enc.n_vocab, np.int64)
     if isinstance(enc, HFEncoding):
-        pairs = enc.lengths()
+        lengths = dict(enc.lengths())
     else:
-        pairs = ((i, len(token)) for token, i in enc._mergeable_ranks.items())
-    for i, length in pairs:
-        lengths[i] = length
-    return lengths
+        lengths = {i: len(token) for token, i in enc._mergeable_ranks.items()}
+    return np.array([lengths.get(i, 0) for i in range(enc.n_vocab)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1042,16 +1042,19 @@ def read_documents(root: Path, files: list[Path], data: str) -> list[tuple[str, 
     return documents
 
 
+def hashed(text: str) -> bytes:
+    """A random number for a text, the same in every process: it decides what is held out. The text
+    may be a file's name, which need not be Unicode."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
+
+
 def split_documents(documents):
     """(training, held-out) documents. In the order of a hash of their names, documents are held out
     until they have 10 % of the characters. The last of them is cut, at a line end if one is near,
     and only its end is held out."""
-    def hashed(document):
-        return hashlib.sha256(os.fsencode(document[0])).digest()  # a name need not be unicode
-
     room = HELD_OUT * sum(len(text) for _, text in documents)  # characters still to be held out
     train, held_out = [], []
-    for name, text in sorted(documents, key=hashed):
+    for name, text in sorted(documents, key=lambda document: hashed(document[0])):
         cut = max(0, len(text) - math.ceil(room))
         if 0 < cut < len(text):
             cut = text.rfind("\n", cut - int(room / 10), cut) + 1 or cut  # 0: no line end is near
@@ -1145,6 +1148,9 @@ def open_shard(path: Path, n_vocab: int, flags="") -> np.ndarray:
             if len(array) % 2**32 != count:
                 raise BadInput(f"{len(array)} tokens, and {count} according to its header; "
                                "truncated?")
+        elif path.stat().st_size in (1024 + 2 * count, 1024 + 4 * count):
+            raise BadInput(f"the unknown magic number {magic} in its header; known: "
+                           f"{', '.join(map(str, SHARD_DTYPES))}")
         else:
             first = np.fromfile(path, np.uint32, 2**18)
             wide = (first < n_vocab).all()
@@ -1193,12 +1199,9 @@ def load_records(c) -> Data:
     records = read_records(c.data)
     tokenizer = make_tokenizer_for(c, (text for record in records for text in record))
     enc = tokenizer_from_dict(tokenizer)
-
-    def hashed(i):
-        return hashlib.sha256("".join(records[i]).encode(errors="surrogatepass")).digest()
-
     numbers = range(len(records))
-    held_out = {*sorted(numbers, key=hashed)[:math.ceil(HELD_OUT * len(records))]}
+    order = sorted(numbers, key=lambda i: hashed("".join(records[i])))
+    held_out = {*order[:math.ceil(HELD_OUT * len(records))]}
     train = [records[i] for i in numbers if i not in held_out]
     val = [records[i] for i in numbers if i in held_out]
     return Data(Records(train, enc, c.block_size, learns_rationales(c)),
@@ -1492,6 +1495,9 @@ def check_run(c, world: int):
     resumed = c.resume and Path(c.resume).resolve() == checkpoint
     free = c.dry_run or not c.out_dir or not checkpoint.exists()
     need(free or resumed, c, "out_dir", "this folder has a run; --resume=auto continues it")
+    config = folder / "config.json"  # of a pretrained model, for example
+    ours = not config.exists() or b'"provenance"' in config.read_bytes()
+    need(ours, c, "out_dir", "this folder has a config.json of another program")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -979,6 +979,9 @@ def finished(corpus, teacher, tmp_path_factory):
     model = load_checkpoint(teacher)
     bare = {k: model[k] for k in ("format", "model", "model_config", "tokenizer")}
     torch.save(bare, folder / "bare.pt")
+    for name, step in {"negative": -5, "word": "x", "nothing": None, "part": 1.5}.items():
+        torch.save({**model, "step": step}, folder / f"{name}.pt")
+    torch.save({**model, "seconds": math.nan}, folder / "nan.pt")
     for name, flags in {"odd": {"schedule": "odd"}, "five": {"data": 5}, "half": {"steps": 7.5},
                         "maybe": {"tie_embeddings": "x"}, "list": {"lr": [1.0]}}.items():
         torch.save({**model, "config": {**model["config"], **flags}}, folder / f"{name}.pt")
@@ -1045,8 +1048,9 @@ REFUSED = """
     --resume=AT/run/ckpt.pt --steps=9 | --resume=AT/bare.pt | RUN --optimizer=adamw
     RUN --n_layer=3 | RUN --mlp=gelu | RUN --block_size=16 | RUN --tie_embeddings=True
     (--steps=12 --vocab_size=300) --resume=AT/run/ckpt.pt --tokenizer=bpe
-    --resume=AT/odd.pt | --resume=AT/five.pt | --resume=AT/half.pt | --resume=AT/maybe.pt
-    --resume=AT/list.pt
+    --resume=AT/odd.pt | --resume=AT/negative.pt | --resume=AT/word.pt | --resume=AT/nothing.pt
+    --resume=AT/part.pt | --resume=AT/nan.pt
+    --resume=AT/five.pt | --resume=AT/half.pt | --resume=AT/maybe.pt | --resume=AT/list.pt
 """.strip().replace("\n", "|").split("|")
 PLACES = {"TAUGHT": "(--teacher=AT/bare.pt --let_student_layer=1)",
           "RUN": "(--steps=12) --resume=AT/run/ckpt.pt"}
@@ -1075,6 +1079,7 @@ BAD_DATA = {  # files; --data below their folder and further flags; words of the
     "too short": ({"a.txt": b"short line\n" * 20}, "a.txt", "held-out --block_size=32"),
     "too few pairs": ({"a.txt": b"ab\n" * 99}, " --tokenizer=bpe --vocab_size=300", "=300 258"),
     "shards and bpe": ({"a.bin": raw(FINE)}, " --tokenizer=bpe", "--tokenizer=bpe"),
+    "wrong magic": ({"a.bin": llm_c(FINE, magic=123)}, "", "a.bin 123 20240801"),
     "truncated": ({"a.bin": llm_c(FINE[:1500], count=2000)}, "", "a.bin 2000 1500"),
     "tokens of 64 bits": ({"a.bin": raw(FINE, "<i8")}, "", "a.bin 64"),
     "odd number of bytes": ({"a.bin": raw(FINE) + b"x"}, "", "a.bin"),
