@@ -260,8 +260,8 @@ def test_text_is_found_by_folder_glob_and_name_but_not_what_is_hidden(folder):
                         ("*/a.*", ["a.md"]), ("b.txt", ["b.txt"])):
         root, files = t.find_files(str(folder / data))
         assert [p.relative_to(root).as_posix() for p in files] == names
-    for link, target in (("sub/up", ""), ("same.txt", "b.txt"), ("far", "../far")):
-        (folder / link).symlink_to(folder / target)
+    for link, target in (("sub/up", ""), ("up", ""), ("same.txt", "b.txt"), ("far", "../far")):
+        (folder / link).symlink_to(folder / target)  # the first two would never end
     write_text(folder.parent / "far", {"f.txt": "f", "deep/g.txt": "g"})
     names = ["b.txt", "far/deep/g.txt", "far/f.txt", "sub/a.md"]
     root, files = t.find_files(str(folder))
@@ -273,32 +273,28 @@ def test_text_is_found_by_folder_glob_and_name_but_not_what_is_hidden(folder):
     assert not any({"test", "site-packages", "__pycache__"} & {*p.parts} for p in names)
 
 
-def test_tokens_are_made_once_and_again_where_a_file_of_the_cache_is_missing(
-        folder, tiny, cache, capsys):
+@pytest.mark.parametrize("damage", [
+    Path.unlink, lambda path: os.truncate(path, path.stat().st_size - 1),
+    lambda path: path.write_bytes(path.read_bytes().replace(b"5", b"6", 1)),
+    lambda path: path.write_bytes(b"[" * 100_000)], ids=["missing", "cut", "other", "deep"])
+def test_tokens_are_made_once_and_a_damaged_cache_is_named_and_made_again(
+        damage, folder, tiny, cache, capsys):
     write_text(folder, {f"{i}.txt": f"document {i} of 5\n" * 30 for i in range(9)})
     c = tiny(data=str(folder), tokenizer="bpe", vocab_size=260)
     before = t.load_data(c)
     expected = ids_of(before.train), ids_of(before.val), before.tokenizer
-    for name in ("train.bin", "val.bin", "tokenizer.json"):
+    for name in ("train.bin", "val.bin", "tokenizer.json", "checksums.json"):
         file, = cache.rglob(name)
         (file.parent / ".train.bin.0123456789abcdef.tmp").write_bytes(b"of a killed process")
-        file.unlink()
+        damage(file)
         capsys.readouterr()
-        for said in (str(file.parent), ""):
-            data = t.load_data(c)
-            assert (ids_of(data.train), ids_of(data.val), data.tokenizer) == expected
-            assert len(files_below(cache)) == 3 and said in (out := capsys.readouterr().out)
-            assert out.count("\n") == bool(said)
-
-
-@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.json"])
-def test_a_file_of_the_cache_that_was_cut_is_refused_by_name(name, folder, tiny, cache):
-    write_text(folder, {"a.txt": "some text\n" * 100})
-    t.load_data(tiny(data=str(folder)))
-    file, = cache.rglob(name)
-    os.truncate(file, file.stat().st_size - 2)
-    with pytest.raises(t.BadInput, match=f"--data={folder}: {file}"):
-        t.load_data(tiny(data=str(folder)))
+        data = t.load_data(c)
+        assert (ids_of(data.train), ids_of(data.val), data.tokenizer) == expected
+        said, made = capsys.readouterr().out, files_below(cache)
+        assert str(file.parent) in said and said.count("\n") == 1 and len(made) == 4
+        data = t.load_data(c)
+        assert (ids_of(data.train), ids_of(data.val), data.tokenizer) == expected
+        assert files_below(cache) == made and capsys.readouterr().out == ""
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits as POSIX has them")
@@ -325,7 +321,7 @@ def test_two_processes_with_one_process_id_share_a_cache(folder, tiny, cache):
     with ThreadPoolExecutor() as pool:
         runs = [*pool.map(lambda _: run_python("-c", code, *flags), range(2))]
     made = files_below(cache)
-    assert [run.returncode for run in runs] == [0, 0] and len(made) == 3
+    assert [run.returncode for run in runs] == [0, 0] and len(made) == 4
     assert documents_of(t.load_data(t.parse_flags(flags)), texts.values()) == sorted(texts.values())
     assert files_below(cache) == made
 
@@ -779,6 +775,20 @@ def test_a_resumed_run_takes_the_checkpoints_flags_and_folder(tiny, tmp_path):
     assert t.parse_flags([f"--out_dir={tmp_path}/run", "--resume=auto"]).lr == 0.003
     assert t.parse_flags([f"--out_dir={tmp_path}", "--resume=auto"]) == t.Config(
         out_dir=str(tmp_path))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks as POSIX has them")
+def test_a_checkpoint_is_not_read_for_resuming_while_another_process_holds_its_folder(tiny):
+    import fcntl
+    c = tiny()
+    checkpoint = Path(c.out_dir, "ckpt.pt")
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"of the other process, which will replace it")
+    handle = os.open(c.out_dir, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(t.BadInput, match=f"--out_dir={c.out_dir}: another process"):
+        t.train(t.replace(c, resume=str(checkpoint)))
+    os.close(handle)
 
 
 DECAY = dict(schedule="wsd_sqrt", decay_fraction=0.5)
