@@ -174,17 +174,22 @@ def linearity_penalty(states, kind="cosine"):
     return penalty / 2 if kind == "cosine" else penalty
 
 
-PENALTIES = ("cosine", "mse")  # the values of --linearity: the kinds of linearity_penalty
+# The values of --linearity. A new regularizer is a new entry: its name, and a function of
+# [h_0, ..., h_L], each (B, T, d).
+PENALTIES = {
+    "cosine": linearity_penalty,
+    "mse": functools.partial(linearity_penalty, kind="mse"),
+}
 
 
 class Linearity(Term):
-    """The term of the loss: the linearity_penalty of all states, times a weight that does not
-    change. The paper's weights: cosine 0.5; mse 0.5 and 2."""
+    """The term of the loss: one of PENALTIES, of all states, times a weight that does not change.
+    The paper's weights: cosine 0.5; mse 0.5 and 2."""
 
     name = "linearity"
 
-    def __init__(self, kind: str, weight: float, n_layer: int):
-        self.kind = kind
+    def __init__(self, penalty: str, weight: float, n_layer: int):
+        self.penalty = PENALTIES[penalty]
         self.constant = weight
         self.hidden = tuple(range(n_layer + 1))
 
@@ -192,7 +197,7 @@ class Linearity(Term):
         return self.constant
 
     def __call__(self, p):
-        loss = linearity_penalty([p.states[k] for k in self.hidden], self.kind)
+        loss = self.penalty([p.states[k] for k in self.hidden])
         return loss, {"linearity_loss": loss.detach()}
 
 
