@@ -1527,6 +1527,8 @@ def check_run(c, world: int):
     """Whether this machine has what the run needs, and --out_dir has no other run."""
     need(c.data != "", c, "data", "a file, a folder or a name is needed")
     need(c.device == "auto" or device_exists(c.device), c, "device", "no such device here")
+    if c.lr_law:
+        load_law(c.lr_law, "--lr_law")  # raises BadInput
     need(world == 1 or ":" not in c.device, c, "device", "each process takes a GPU of its own")
     folder = Path(c.out_dir or "runs").resolve()
     parent = next(p for p in [folder, *folder.parents] if p.exists())
