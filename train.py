@@ -292,6 +292,8 @@ def train(c) -> dict:
     Raises BadInput for wrong flags or files, before it makes the run's folder; NonFinite when the
     run diverges; OSError when a file cannot be written."""
     check(c, int(os.environ.get("WORLD_SIZE", 1)))
+    if c.lr_law:
+        load_law(c.lr_law, "--lr_law")  # a wrong file is refused before any work
     devices = set_up_devices(c)
     compare_ranks(c, devices)
     data = load_data(c)
@@ -1527,8 +1529,6 @@ def check_run(c, world: int):
     """Whether this machine has what the run needs, and --out_dir has no other run."""
     need(c.data != "", c, "data", "a file, a folder or a name is needed")
     need(c.device == "auto" or device_exists(c.device), c, "device", "no such device here")
-    if c.lr_law:
-        load_law(c.lr_law, "--lr_law")  # raises BadInput
     need(world == 1 or ":" not in c.device, c, "device", "each process takes a GPU of its own")
     folder = Path(c.out_dir or "runs").resolve()
     parent = next(p for p in [folder, *folder.parents] if p.exists())
