@@ -412,7 +412,7 @@ def check_horizon(optima, points, D: float, tolerance: float) -> dict[str, np.nd
     that are chosen by shorter runs only.
 
     optima: those of the shorter runs and of the predicted losses, in order of D. points: the table.
-    Empty if the table has no optima at D, or the shorter runs have too few for a law."""
+    Returns {} if the table has no optima at D, or the shorter runs have too few for a law."""
     shorter = [f for f in optima if f.D < D]
     longest = {(f.N, f.group): f.lr for f in shorter}  # a longer horizon replaces a shorter one
     predicted = {(f.N, f.group): f.lr for f in optima if f.D == D}
@@ -774,14 +774,14 @@ def read_points(path, names=("N", "D", "lr", "loss"), group="") -> tuple[list[di
     diverge. Raises BadInput."""
     groups = group.split(",") if group else []
 
-    def point(row):
+    def to_point(row):
         N, D, lr, loss = (float(row[name] or "nan") for name in names)  # empty: it diverged
         if not all(0 < value < math.inf for value in (N, D, lr)) or loss <= 0:
             raise BadInput("N, D, lr and loss must be positive")
         return {"N": N, "D": D, "lr": lr, "loss": loss, "flags": row.get("flags"),
                 "group": ",".join(row[name] for name in groups)}
 
-    points = read_table(path, [*names, *groups], point)
+    points = read_table(path, [*names, *groups], to_point)
     flags = {point.pop("flags") for point in points}
     if len(flags) > 1 and "flags" not in groups:
         raise BadInput(f"{path}: runs with different flags, which do not compare; --group=flags "

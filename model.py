@@ -651,7 +651,7 @@ class MoE(nn.Module):
         w, chosen = p.topk(self.k, dim=-1)  # (tokens, k)
         w = w / w.sum(-1, keepdim=True)
         chosen = chosen.flatten()  # the experts of all (token, choice) pairs
-        # As chosen.bincount(minlength=E), whose result the compiler cannot know the size of
+        # The same as chosen.bincount(minlength=E), in a form whose size the compiler knows
         self.counts = torch.zeros_like(self.load, dtype=torch.int64).scatter_add_(
             0, chosen, torch.ones_like(chosen))
         self.balance_loss = load_balancing_loss(p, self.load)
@@ -881,11 +881,11 @@ class Pass:
     """One forward pass, as the terms of the loss see it. A step has several, over micro-batches and
     ranks, and averages their losses.
 
-    `counted` is by what a term divides its sum over the counted targets of this pass. It is the
-    mean number of them in the passes of the step, and not this pass's own number: the average over
-    the passes is then the loss per counted token of the step, although passes differ in their
-    number. The list has one entry for ordinary data. Where records of several sequences are read
-    (see teacher.Records), it has one for each sequence of a record."""
+    A term divides its sum over the counted targets of this pass by `counted`. This is the mean
+    number of counted targets in the passes of the step, not the number in this pass. The average
+    over the passes is then the loss per counted token of the step, although passes differ in their
+    numbers. The list has one entry for ordinary data. Where a record has several sequences (see
+    teacher.Records), it has one for each of them."""
 
     model: nn.Module
     idx: torch.Tensor  # (B, T)

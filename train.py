@@ -1065,8 +1065,8 @@ def read_documents(root: Path, files: list[Path], data: str) -> list[tuple[str, 
 
 
 def hashed(text: str) -> bytes:
-    """A random number for a text, the same in every process: it decides what is held out. The text
-    may be a file's name, which need not be Unicode."""
+    """A hash of a text, the same in every process. What comes first in the order of these hashes is
+    held out. The text may be a file's name, which need not be Unicode."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
 
@@ -1256,7 +1256,7 @@ def load_records(c) -> Data:
 
 def flag(default, help, choices=None, least=None, most=None, needs=None):
     """A flag of Config. choices, least, most: the allowed values. needs: a Python expression of
-    flags and of `blocks`, the set of the mixers in the model ("attention", "mamba2"). Unless it
+    flags and of `mixers`, the set of those in the model ("attention", "mamba2"). Unless it
     holds, the flag has no effect, and only its default is accepted."""
     return field(default=default, metadata={"help": help, "choices": choices, "least": least,
                                             "most": most, "needs": needs})
@@ -1293,18 +1293,18 @@ class Config:
     n_embd: int = flag(ModelConfig.n_embd, "width of the residual stream", least=2, most=2**20)
     n_head: int = flag(ModelConfig.n_head, "query heads", least=1, most=2**16)
     n_kv_head: int = flag(ModelConfig.n_kv_head, "key and value heads, a divisor of n_head; 0: "
-                          "n_head", least=0, needs="'attention' in blocks")
+                          "n_head", least=0, needs="'attention' in mixers")
     mlp: str = flag(ModelConfig.mlp, "kind of MLP", ("swiglu", "relu2", "gelu"),
-                    needs="'attention' in blocks")
+                    needs="'attention' in mixers")
     qk_norm: bool = flag(ModelConfig.qk_norm, "RMSNorm on queries and keys",
-                         needs="'attention' in blocks")
+                         needs="'attention' in mixers")
     tie_embeddings: bool = flag(ModelConfig.tie_embeddings, "one matrix for embedding and head")
     d_state: int = flag(ModelConfig.d_state, "Mamba-2: state size per channel (N)", least=1,
-                        most=2**16, needs="'mamba2' in blocks")
+                        most=2**16, needs="'mamba2' in mixers")
     ssm_head_dim: int = flag(ModelConfig.ssm_head_dim, "Mamba-2: channels of a head (P)", least=1,
-                             needs="'mamba2' in blocks")
+                             needs="'mamba2' in mixers")
     n_experts: int = flag(ModelConfig.n_experts, "experts in place of each MLP; 0: a dense MLP",
-                          least=0, most=2**16, needs="'attention' in blocks")
+                          least=0, most=2**16, needs="'attention' in mixers")
     experts_per_token: int = flag(ModelConfig.experts_per_token, "experts that each token goes to",
                                   least=1, needs="n_experts > 0")
     param: str = flag("standard", "how initialization, learning rate, weight decay and multipliers "
@@ -1466,11 +1466,11 @@ def check_needs(c):
     if not c.init_from:  # otherwise start_from checks the architecture
         model_config(c, 1)  # raises BadInput
     kinds = {*MIXERS.get(c.mixer, c.mixer)}  # letters
-    blocks = set()
+    mixers = set()
     if kinds & {"A", "H"}:
-        blocks.add("attention")
+        mixers.add("attention")
     if kinds & {"M", "H"}:
-        blocks.add("mamba2")
+        mixers.add("mamba2")
     for name, f in FLAGS.items():
         needs = f.metadata["needs"]
         given = getattr(c, name) != f.default
@@ -1478,7 +1478,7 @@ def check_needs(c):
             given = False
         if needs and given:
             others = [n for n in FLAGS if n != name and re.search(rf"\b{n}\b", needs)]
-            holds = eval(needs, {**vars(c), "blocks": blocks})
+            holds = eval(needs, {**vars(c), "mixers": mixers})
             need(holds, c, " ".join([name, *others]), f"has no effect unless {needs}")
     if c.module_lr or c.multipliers != "none":
         check_modules(c, kinds)
