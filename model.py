@@ -228,7 +228,10 @@ def activation(kind: str, h):
     if kind == "swiglu":
         gate, up = h
         return F.silu(gate) * up
-    return F.relu(h[0]).square() if kind == "relu2" else F.gelu(h[0])
+    if kind == "gelu":
+        return F.gelu(h[0])
+    up = F.relu(h[0])
+    return up * up  # not up.square(), which autocast on CUDA computes in float32
 
 
 def up_pieces(kind: str, hidden: int) -> dict[str, int]:
@@ -823,7 +826,20 @@ class KnownGradients(torch.autograd.Function):
         return None, dx.to(ctx.dtype) * grad, dw * grad, None, None
 
 
-def chunked_loss(loss, x, weight, *per_token, vocab_size: int, chunk: int = 1024, compiled=False):
+def chunk_sizes(weight, compiled: bool) -> tuple[int, int]:
+    """Of chunked_loss: the tokens of a chunk, and those whose gradient is computed at a time. Its
+    result does not depend on them, but speed and memory do.
+
+    On a CPU 1 MB of float32 logits stays in its caches. On a GPU many tokens at a time take fewer
+    kernels, and fewer additions to dW. Compiled code does not write float32 logits to memory, so
+    there a chunk may be larger. (The speed on a GPU has not been measured.)"""
+    if weight.device.type == "cpu":
+        return 1024, max(32, 2**18 // len(weight))
+    chunk = 4096 if compiled else 1024
+    return chunk, chunk
+
+
+def chunked_loss(loss, x, weight, *per_token, vocab_size: int, chunk=None, compiled=False):
     """The sum over N tokens of a loss on their logits x W^T, without holding all logits at once.
 
     x: (N, C); weight: W, (V_pad, C), of which the first vocab_size rows are tokens; per_token:
@@ -832,19 +848,18 @@ def chunked_loss(loss, x, weight, *per_token, vocab_size: int, chunk: int = 1024
     tokens, 0-d, or that and a dict of further 0-d sums, which get no gradient. Returns (the sum,
     the dict). The gradients have the dtypes of x and weight.
 
-    One product forms the logits of `chunk` tokens. Autograd computes the gradient at these logits
-    at once, for a few tokens at a time, so that on a CPU they stay in its caches. The gradient
-    overwrites the logits, and two products give the chunk's share of dx and dW, which
-    KnownGradients hands on. So nothing is computed twice, and the loss cannot be differentiated
-    twice. The products run in the autocast dtype where autocast is on.
+    One product forms the logits of `chunk` tokens (see chunk_sizes). Autograd computes the gradient
+    at these logits at once, on a CPU for a few tokens at a time. The gradient takes the place of
+    the logits, and two products give the chunk's share of dx and dW, which KnownGradients hands on.
+    So nothing is computed twice, and the loss cannot be differentiated twice. The products run in
+    the autocast dtype where autocast is on.
 
-    compiled: torch.compile the loss with its gradient, one graph for each loss and shape, so that
-    float32 logits need not be written to memory. Its speed on CUDA has not been measured."""
+    compiled: torch.compile the loss with its gradient, one graph for each loss and shape."""
     device, dtype = x.device.type, product_dtype(x)
     full = torch.promote_types(dtype, torch.float32)
     need_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    # Tokens whose gradient is computed at a time; on a CPU 1 MB of float32 logits
-    part = max(32, 2**18 // len(weight)) if device == "cpu" else 512
+    default, part = chunk_sizes(weight, compiled)
+    chunk = chunk or default
     loss_of_part = compiled_loss_of_logits() if compiled else loss_of_logits
     total = x.new_zeros((), dtype=full)
     sums = {}
@@ -863,7 +878,11 @@ def chunked_loss(loss, x, weight, *per_token, vocab_size: int, chunk: int = 1024
                 total += value
                 sums = {name: sums.get(name, 0) + v for name, v in named.items()}
                 if need_grad:
-                    logits[j:j + part] = torch.autograd.grad(value, z)[0]
+                    gradient, = torch.autograd.grad(value, z)
+                    if len(z) == len(logits):
+                        logits = gradient
+                    else:
+                        logits[j:j + part] = gradient
             if need_grad:
                 dx[i:i + chunk] = logits @ w_low
                 dw += logits.T @ x_chunk

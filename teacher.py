@@ -428,7 +428,6 @@ class Distill(Term):
         h_T = teacher_state(self.teacher, p.idx).flatten(0, 1)  # (B T, d_T)
         targets = p.targets.flatten()
         tokens = sum(p.counted)
-        V_M = p.model.config.vocab_size
         V_T = self.teacher.config.vocab_size  # its head may have more rows
         dtype = product_dtype(x)
         # [weight], in some models of transformers [weight, bias]
@@ -440,8 +439,7 @@ class Distill(Term):
 
         # The logits of both models exist for one chunk at a time
         total, sums = chunked_loss(loss_of, x, p.model.head.weight, h_T.to(dtype), targets,
-                                   vocab_size=V_M, chunk=max(256, 2**21 // V_M),
-                                   compiled=p.model.compiled)
+                                   vocab_size=p.model.config.vocab_size, compiled=p.model.compiled)
         loss = total / tokens
         named = {name: value / tokens for name, value in sums.items()}
         if recipe.cosine_weight:

@@ -359,7 +359,8 @@ def bench_mixers(bench):
     embedding and head, forward and backward on the same number of tokens at every length."""
     device = bench.devices.device
     tokens, C = {"cpu": (256, 64), "gpu": (16384, 768), "small": (8192, 512)}[bench.scale]
-    shape = dict(vocab_size=64, block_size=tokens, n_embd=C, n_head=C // 64)
+    shape = dict(vocab_size=64, block_size=tokens, n_embd=C, n_head=C // 64,
+                 chunk_size=128 if bench.scale == "gpu" else 64)
     models = {"attention": ours.GPT(ours.ModelConfig(**shape, n_layer=2)),
               "mamba2": ours.GPT(ours.ModelConfig(**shape, n_layer=4, mixer="mamba2"))}
     models = {name: filled(model).to(device) for name, model in models.items()}
@@ -547,7 +548,7 @@ def bench_ranks(bench):
             if error := run_part(bench, "ranks", 100, ranks):
                 bench.report(name=f"{ranks} ranks", error=error)
         return
-    training = Training(bench.devices, **bench.flags)
+    training = Training(bench.devices, **SCALES["small"] if bench.cuda else bench.flags)
     training.net = torch.nn.parallel.DistributedDataParallel(
         training.model, gradient_as_bucket_view=True, broadcast_buffers=False)
     losses = [training.step() for _ in range(3)]
@@ -588,9 +589,11 @@ def bench_124m(bench):
                          mfu=training.flops() / wall / peak if peak else None, ms=1e3 * wall,
                          cpu_ms=1e3 * cpu, first_s=first,
                          peak_mb=bench.devices.peak_memory() / 1e6)
-            if (optimizer, micro_batch, compile) == cases[0]:
-                profile(bench, training)
             del training
+    with bench.guard("profile"):  # last, as an error of the profiler can end the process
+        training = Training(bench.devices, True, **bench.flags)
+        training.step()
+        profile(bench, training)
 
 
 def profile(bench, training, most=12):
@@ -610,12 +613,13 @@ def profile(bench, training, most=12):
 
 def bench_tests(bench):
     run = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "-rfE", "--tb=line", "-p",
-                          "no:cacheprovider", "tests"], capture_output=True, text=True, cwd=ROOT)
+                          "no:cacheprovider", "tests"], capture_output=True, text=True, cwd=ROOT,
+                         env={**os.environ, "COLUMNS": "300"})  # room for what went wrong
     lines = (run.stdout.strip() or run.stderr.strip() or "no output").splitlines()
     bench.report(name="pytest -m gpu", exit_code=run.returncode, result=lines[-1])
     for line in lines:
         if line.startswith(("FAILED", "ERROR")):
-            bench.report(name=line[:160])
+            bench.report(name=line[:300])
 
 
 def bench_gpu(bench):
@@ -655,7 +659,7 @@ def run_part(bench, part: str, limit: float, ranks=0) -> str:
         timer.cancel()
         errors.seek(0)
         last = (errors.read().strip().splitlines() or [f"exit code {code}"])[-1]
-    if code == -signal.SIGTERM:
+    if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
         return f"stopped after {limit:.0f} s"
     return last if code else ""
 

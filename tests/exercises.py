@@ -362,7 +362,6 @@ EQUIVALENT = {
     ("Attention.forward", "T >= 1"): "one query and one key: causal or not is the same",
     ("RMSNormOnCPU.backward", "flatten("): "autograd sums the gradient over what is left",
     ("ssd", "K * Q >= T"): "fills up with no tokens",
-    ("chunked_loss", "part = m"): "the number of rows at a time changes the speed alone",
     ("chunked_loss", "if not compiled"): "the same loss, compiled",
     ("pick", "+1"): "there are two axes, of which the last is axis 1",
     ("pick", "top_k <= "): "keeps all tokens",
