@@ -385,7 +385,7 @@ class Claim:
     first. best: {row: pattern}, see best_of. derive: a function that adds rows to the results;
     note: what they are, and what else a reader of the table needs.
     gpu: flags that --scale=gpu adds to every run, `--steps=x3` for 3 times its steps; empty: there
-    is no such size."""
+    is no such size. gpu_runs: patterns of the runs that this size has, by default all."""
 
     question: str
     paper: str
@@ -399,6 +399,7 @@ class Claim:
     picture: object = None
     seeds: int = 3
     gpu: str = ""
+    gpu_runs: str = "*"
 
 
 ONE = {"loss": last("val_loss")}
@@ -489,22 +490,25 @@ CLAIMS["let-own"] = Claim(
     "Does a teacher of our own, smaller than the student and no better, speed it up?",
     LET + "; LET is before RKD and SALT",
     {"plain": OWN + "--let_weight=0", "teacher": SMALL_TEACHER,
-     **{f"let_{w}": OWN + f"--let_weight={w}" for w in (0.1, 1, 3, 10, 30)},
+     **{f"let_{w}": OWN + f"--let_weight={w}" for w in (0.1, 1, 3, 10, 30, 100, 300)},
      **{d: OWN + f"--distill={d}" for d in ("salt", "rkd", "kd")},
      "plain_rkd_flops": OWN + "--let_weight=0 --steps=323",
-     "adamw_plain": OWN + ADAMW + "--lr=0.003 --let_weight=0",
+     **{f"adamw_plain@{lr}": OWN + ADAMW + f"--lr={lr} --let_weight=0"
+        for lr in (0.001, 0.003, 0.006)},
      **{f"adamw_let_{w}": OWN + ADAMW + f"--lr=0.003 --let_weight={w}" for w in (0.1, 3, 30)},
      **{f"adamw_{d}": OWN + ADAMW + f"--lr=0.003 --distill={d}" for d in ("salt", "rkd")}},
     {"LET from a smaller teacher, at its best weight, ends lower than plain training":
      "loss: let_best - plain < 0",
      "at weight 0.1 too": "loss: let_0.1 - plain < 0",
-     "with AdamW too": "loss: adamw_let_30 - adamw_plain < 0",
-     "weight 30 ends higher than the best: it over-aligns": "loss: let_30 - let_best > 0",
+     "with AdamW too, plain training at the best of three learning rates":
+     "loss: adamw_let_30 - adamw_plain < 0",
+     "weight 300 ends higher than the best: it over-aligns": "loss: let_300 - let_best > 0",
      "LET ends lower than RKD": "loss: let_best - rkd < 0",
      "LET ends lower than SALT": "loss: let_best - salt < 0",
      "RKD ends lower than plain training of its FLOPs": "loss: rkd - plain_rkd_flops < 0"},
-    LOSS, best={"let_best": "let_[0-9]*"},
-    picture=curves("plain", "let_3", "let_30", "rkd"), gpu=GPU)
+    LOSS, best={"let_best": "let_[0-9]*", "adamw_plain": "adamw_plain@*"},
+    picture=curves("plain", "let_3", "let_30", "rkd"), gpu=GPU,
+    gpu_runs="plain teacher let_3 let_30 rkd salt")
 CLAIMS["let-pairs"] = Claim(
     "Which pair of layers is best? The teacher's letter comes first: Late, Middle, Early.",
     "LET, arXiv 2602.05393: L2E has the lowest perplexity of the six; every M2* is worse than L2*",
@@ -672,7 +676,8 @@ CLAIMS["multipliers-gain"] = Claim(
      "loss: muon_vector - muon_none < 0",
      "with AdamW, each at its best learning rate": "loss: adamw_vector - adamw_none < 0"},
     ONE, reference="muon_none@0.012", seeds=5,
-    best={f"{o}_{side}": f"{o}_{side}@*" for o in ("muon", "adamw") for side in SIDES}, gpu=GPU)
+    best={f"{o}_{side}": f"{o}_{side}@*" for o in ("muon", "adamw") for side in SIDES}, gpu=GPU,
+    gpu_runs="muon_*@0.003 muon_*@0.006 muon_*@0.012")
 CLAIMS["multipliers-features"] = Claim(
     "Do multipliers spread the norms of rows, that is, the scales of features?",
     LRM + "row norms of qkv, gate and ssm are very alike without, and broad with them",

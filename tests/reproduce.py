@@ -35,7 +35,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -326,6 +326,19 @@ def write_real_text(folder, seed: int, n: int = 400, size: int = 475):
 # A claim's results
 
 
+def of_size(claim: Claim, size: str) -> Claim:
+    """The claim with the runs that it has at --scale, and the rules and best rows of these."""
+    if size == "cpu":
+        return claim
+    runs = {name: flags for name, flags in claim.runs.items()
+            if any(fnmatch(name, pattern) for pattern in claim.gpu_runs.split())}
+    best = {row: pattern for row, pattern in claim.best.items()
+            if any(fnmatch(name, pattern) for name in runs)}
+    gone = (claim.runs.keys() | claim.best) - (runs.keys() | best)
+    rules = {sentence: rule for sentence, rule in claim.rules.items() if not gone & {*rule.split()}}
+    return replace(claim, runs=runs, best=best, rules=rules)
+
+
 def runs_of(claim: Claim, seeds, root: Path, size: str) -> dict:
     """{name: {seed: Run}}; a run that all seeds share stands under the first seed alone."""
     more = claim.gpu if size == "gpu" else ""
@@ -432,8 +445,8 @@ def flags_of(text: str) -> str:
     return " ".join({word.partition("=")[0]: word for word in text.split()}.values())
 
 
-def write(name: str, claim: Claim, found: dict, folder: Path, picture: str):
-    """CLAIM.md and CLAIM.json."""
+def write(name: str, claim: Claim, found: dict, stem: Path, picture: str):
+    """stem.md and stem.json."""
     tests = [f"- {sentence}: {describe(t)}; `{t['rule']}`: "
              f"**{t['verdict'] or 'no verdict: fewer than 3 seeds'}**"
              for sentence, t in found["tests"].items()]
@@ -465,7 +478,6 @@ Flags of the runs:
 
 {chr(10).join(f'    {run}: {flags_of(flags)}' for run, flags in claim.runs.items())}
 {MODULE_DECAY if any("--module_decay" in flags for flags in claim.runs.values()) else ""}"""
-    stem = folder / (name + ("-gpu" if suffix else ""))
     for suffix, content in ((".md", text), (".json", json.dumps(found, indent=1))):
         with written_whole(Path(f"{stem}{suffix}")) as tmp:
             tmp.write_text(content)
@@ -473,7 +485,7 @@ Flags of the runs:
 
 def reproduce(name: str, a) -> str:
     """Makes, measures and writes a claim; returns a line that says what came out."""
-    claim = CLAIMS[name]
+    claim = of_size(CLAIMS[name], a.scale)
     if a.scale == "gpu" and not claim.gpu:
         return f"{name}: has no size for --scale=gpu"
     seeds = a.seeds or list(range(claim.seeds))
@@ -489,14 +501,15 @@ def reproduce(name: str, a) -> str:
     found = conclude(name, claim, results, spent, a.scale, seeds)
     found["device"] = f"torch {torch.__version__} on {devices_of(every)}"
     RESULTS.mkdir(exist_ok=True)
+    stem = name + ("-gpu" if a.scale == "gpu" else "")
     picture = ""
     if claim.picture:
         try:
-            claim.picture(runs, results, str(RESULTS / f"{name}.png"))
-            picture = f"\n![{claim.question}]({name}.png)\n"
+            claim.picture(runs, results, str(RESULTS / f"{stem}.png"))
+            picture = f"\n![{claim.question}]({stem}.png)\n"
         except BadInput as e:
             print(e, file=sys.stderr)
-    write(name, claim, found, RESULTS, picture)
+    write(name, claim, found, RESULTS / stem, picture)
     return f"{name}: {found['verdict'] or 'no verdict: fewer than 3 seeds'}"
 
 
