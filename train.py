@@ -226,10 +226,9 @@ def forward(run, batch, synchronize: bool) -> Pass:
         counted = [float((targets != IGNORE).sum())]
     if dist.is_initialized():
         run.net.require_backward_grad_sync = synchronize
-    hidden = tuple(sorted({k for term in run.terms if term.weight(step) for k in term.hidden}))
     with run.devices.autocast():
-        x, states = run.net(idx, hidden=hidden)
-    return Pass(run.model, idx, targets, x, dict(zip(hidden, states)), counted, step)
+        x, states = run.net(idx, hidden=run.hidden)
+    return Pass(run.model, idx, targets, x, dict(zip(run.hidden, states)), counted, step)
 
 
 class NonFinite(Failed):
@@ -342,6 +341,9 @@ class Run:
         self.c = c = learning_rate_by_law(c, self.model)
         torch.manual_seed(c.seed + 1)  # LET's projection depends on it
         self.terms = make_terms(c, self.model, teacher)
+        # The residual states that terms need. They stay the same when a term is dropped, as other
+        # ones would make torch.compile compile the model again.
+        self.hidden = tuple(sorted({k for term in self.terms for k in term.hidden}))
         freeze_gains(self.model, c.frozen_gains)
         self.optimizers = make_optimizers(c, self.model, self.terms, devices)
         if resumed is not None:

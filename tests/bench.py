@@ -91,6 +91,7 @@ class Training:
             teacher = ours.GPT(train.model_config(shape, c.vocab_size)).to(device)
             teacher.eval().requires_grad_(False)
         self.terms = train.make_terms(c, self.model, teacher)
+        self.hidden = tuple(sorted({k for term in self.terms for k in term.hidden}))
         self.optimizers = train.make_optimizers(c, self.model, self.terms, devices)
         if compile:
             self.model.compile(dynamic=False)
