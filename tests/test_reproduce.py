@@ -94,9 +94,8 @@ def test_a_changed_flag_makes_another_run_and_order_or_claim_do_not(tmp_path):
 
 
 def test_every_claim_has_sound_flags_and_rules(tmp_path):
-    at_sizes = [(name, r.of_size(claim, size)) for size in ("cpu", "gpu")
-                for name, claim in r.CLAIMS.items()]
-    for name, claim in at_sizes:
+    for size, name in r.itertools.product(("cpu", "gpu"), r.CLAIMS):
+        claim = r.of_size(r.CLAIMS[name], size)
         assert claim.rules and claim.reference in {"", *claim.runs}, name
         made_later = {*claim.best} | {"law", "let", "plain", "none", "scalar", "total", "active",
                                       "at_0.024", "at_0.006", "law_rate", "mup_rate",

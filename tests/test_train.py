@@ -1151,6 +1151,15 @@ def test_ranks_must_share_the_sequences_and_have_a_gpu_each(flags, world, names,
     assert all(name in str(error.value) for name in names.split())
 
 
+def test_a_rank_that_resumes_another_file_is_named(tiny, tmp_path, monkeypatch):
+    torch.save(0, path := tmp_path / "0.pt")
+    monkeypatch.setattr(t.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(t.dist, "all_gather_object", lambda found, own: found.__setitem__(
+        slice(None), [own, own | {str(path): [1]}]))
+    with pytest.raises(t.BadInput, match="0.pt: .* on rank 1"):
+        t.compare_ranks(tiny(resume=str(path)), SimpleNamespace(world=2, bf16=False, name=str))
+
+
 def test_the_commands_of_the_readme_are_understood(monkeypatch):
     monkeypatch.setattr(t, "load_pretrained", lambda *_, **__: (conftest.tiny_model(), {}))
     text = (conftest.ROOT / "README.md").read_text().replace("\\\n", " ")
