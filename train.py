@@ -137,7 +137,7 @@ class State:
     step: int = 0
     tokens: int = 0
     flops: int = 0  # of the model, the teacher and the other terms
-    seconds: float = 0.0  # of training, without evaluation and saving
+    seconds: float = 0.0  # of training, compilation included, without evaluation and saving
     val_loss: float = math.nan  # at the last evaluation
     bits_per_byte: float = math.nan
 
