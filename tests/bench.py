@@ -13,7 +13,8 @@ Parts
     mixers   attention against Mamba-2 by length; decoding
     nanogpt  a step of nanoGPT's model and optimizer (of --nanogpt=CHECKOUT, or as below), and ours
     race     the time to the loss that nanoGPT reaches with its own recipe for a CPU, on --data
-    ranks    a step, and Muon in it, on 1, 2 and 4 processes (gloo; with CUDA all on one GPU)
+    ranks    a step, and Muon in it, on 1, 2 and 4 processes (gloo; with CUDA the small model, all
+             ranks on one GPU)
     124m     CUDA: GPT-2's shape: tokens/s, MFU, compiled and eager, micro-batches, a profile
     tests    pytest -m gpu
     gpu      CUDA: the parts of GPU_PARTS, each in a process of its own that is stopped at its time
