@@ -827,12 +827,12 @@ class KnownGradients(torch.autograd.Function):
 
 
 def chunk_sizes(weight, compiled: bool) -> tuple[int, int]:
-    """Of chunked_loss: the tokens of a chunk, and those whose gradient is computed at a time. Its
-    result does not depend on them, but speed and memory do.
+    """(tokens of a chunk, tokens whose gradient is computed at a time), for chunked_loss. They
+    change its speed and memory, and its result by rounding alone.
 
-    On a CPU 1 MB of float32 logits stays in its caches. On a GPU many tokens at a time take fewer
-    kernels, and fewer additions to dW. Compiled code does not write float32 logits to memory, so
-    there a chunk may be larger. (The speed on a GPU has not been measured.)"""
+    On a CPU the second number gives 1 MB of float32 logits, which stays in the caches. On a GPU
+    many tokens at a time need fewer kernels and fewer additions to dW. Compiled code does not write
+    float32 logits to memory, so its chunks can be larger. The speed on a GPU is not measured."""
     if weight.device.type == "cpu":
         return 1024, max(32, 2**18 // len(weight))
     chunk = 4096 if compiled else 1024
@@ -848,11 +848,11 @@ def chunked_loss(loss, x, weight, *per_token, vocab_size: int, chunk=None, compi
     tokens, 0-d, or that and a dict of further 0-d sums, which get no gradient. Returns (the sum,
     the dict). The gradients have the dtypes of x and weight.
 
-    One product forms the logits of `chunk` tokens (see chunk_sizes). Autograd computes the gradient
-    at these logits at once, on a CPU for a few tokens at a time. The gradient takes the place of
-    the logits, and two products give the chunk's share of dx and dW, which KnownGradients hands on.
-    So nothing is computed twice, and the loss cannot be differentiated twice. The products run in
-    the autocast dtype where autocast is on.
+    One product forms the logits of `chunk` tokens (default: see chunk_sizes). Autograd computes the
+    gradient at these logits at once, on a CPU for a few tokens at a time. The gradient takes the
+    place of the logits, and two products give the chunk's share of dx and dW, which KnownGradients
+    hands on. So nothing is computed twice, and the loss cannot be differentiated twice. The
+    products run in the autocast dtype where autocast is on.
 
     compiled: torch.compile the loss with its gradient, one graph for each loss and shape."""
     device, dtype = x.device.type, product_dtype(x)
@@ -880,7 +880,7 @@ def chunked_loss(loss, x, weight, *per_token, vocab_size: int, chunk=None, compi
                 if need_grad:
                     gradient, = torch.autograd.grad(value, z)
                     if len(z) == len(logits):
-                        logits = gradient
+                        logits = gradient  # without a copy
                     else:
                         logits[j:j + part] = gradient
             if need_grad:

@@ -210,6 +210,11 @@ def loop(run, signals: set) -> dict:
     return run.result(signals)
 
 
+def states_of(terms: list) -> tuple:
+    """The numbers of the residual states that the terms need."""
+    return tuple(sorted({k for term in terms for k in term.hidden}))
+
+
 def forward(run, batch, synchronize: bool) -> Pass:
     """The model's forward pass over a batch, with the residual states that the terms need.
     synchronize: whether the backward pass averages the gradients over the ranks; the last pass of a
@@ -341,9 +346,7 @@ class Run:
         self.c = c = learning_rate_by_law(c, self.model)
         torch.manual_seed(c.seed + 1)  # LET's projection depends on it
         self.terms = make_terms(c, self.model, teacher)
-        # The residual states that terms need. They stay the same when a term is dropped, as other
-        # ones would make torch.compile compile the model again.
-        self.hidden = tuple(sorted({k for term in self.terms for k in term.hidden}))
+        self.hidden = states_of(self.terms)  # never changed, so that the model is compiled once
         freeze_gains(self.model, c.frozen_gains)
         self.optimizers = make_optimizers(c, self.model, self.terms, devices)
         if resumed is not None:

@@ -92,7 +92,7 @@ class Training:
             teacher = ours.GPT(train.model_config(shape, c.vocab_size)).to(device)
             teacher.eval().requires_grad_(False)
         self.terms = train.make_terms(c, self.model, teacher)
-        self.hidden = tuple(sorted({k for term in self.terms for k in term.hidden}))
+        self.hidden = train.states_of(self.terms)
         self.optimizers = train.make_optimizers(c, self.model, self.terms, devices)
         if compile:
             self.model.compile(dynamic=False)
@@ -361,8 +361,8 @@ def bench_mixers(bench):
     embedding and head, forward and backward on the same number of tokens at every length."""
     device = bench.devices.device
     tokens, C = {"cpu": (256, 64), "gpu": (16384, 768), "small": (8192, 512)}[bench.scale]
-    shape = dict(vocab_size=64, block_size=tokens, n_embd=C, n_head=C // 64,
-                 chunk_size=128 if bench.scale == "gpu" else 64)
+    chunk = 128 if bench.scale == "gpu" else 64  # torch 2.11 cannot compile 256 for CUDA
+    shape = dict(vocab_size=64, block_size=tokens, n_embd=C, n_head=C // 64, chunk_size=chunk)
     models = {"attention": ours.GPT(ours.ModelConfig(**shape, n_layer=2)),
               "mamba2": ours.GPT(ours.ModelConfig(**shape, n_layer=4, mixer="mamba2"))}
     models = {name: filled(model).to(device) for name, model in models.items()}

@@ -384,8 +384,8 @@ class Claim:
     columns: {name: measurement}. reference: the run that others are compared with, by default the
     first. best: {row: pattern}, see best_of. derive: a function that adds rows to the results;
     note: what they are, and what else a reader of the table needs.
-    gpu: flags that --scale=gpu adds to every run, `--steps=x3` for 3 times its steps; empty: there
-    is no such size. gpu_runs: patterns of the runs that this size has, by default all."""
+    gpu: flags that --scale=gpu gives to every run but `teacher`, which gets GPU_TEACHER; empty:
+    there is no such size. gpu_runs: patterns of the runs that this size has, by default all."""
 
     question: str
     paper: str
@@ -437,7 +437,9 @@ NOTES = {  # columns, as patterns, and what they are
     "*_factor": "product of the scalar multipliers",
     "kept speed": "pairs solved, in % of the teacher's; its time of a forward pass over the run's",
     "bits": "bits per byte of held-out files of the default data"}
-GPU = "--n_layer=12 --n_embd=512 --n_head=8 --batch_tokens=8192 --micro_batch=32 --steps=x3"
+LARGER = "--batch_tokens=8192 --micro_batch=32 --steps=x3 "  # x3: 3 times the run's own steps
+GPU = LARGER + "--n_layer=12 --n_embd=512 --n_head=8"
+GPU_TEACHER = LARGER + "--n_layer=6 --n_embd=256 --n_head=4"  # half, as --teacher=auto makes it
 
 # Flags that several runs share. GOOD is a teacher that is better than its students; SMALL_TEACHER,
 # as --teacher=auto makes it, is not.
@@ -485,7 +487,7 @@ CLAIMS["let-smollm2"] = Claim(
      "RKD ends lower than plain training of its seconds": "loss: rkd - plain_rkd_seconds < 0",
      "LET solves more pairs than plain training": "python: let_best - plain > 0"},
     LOSS | {"python": python, "all seconds": last("seconds")}, best={"let_best": "let_[0-9]*"},
-    picture=curves("plain", "let_1", "rkd"), gpu=GPU)
+    picture=curves("plain", "let_1", "rkd"), seeds=5, gpu=GPU)
 CLAIMS["let-own"] = Claim(
     "Does a teacher of our own, smaller than the student and no better, speed it up?",
     LET + "; LET is before RKD and SALT",

@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from claims import CLAIMS, HEADINGS, NOTES, Claim  # noqa: E402
+from claims import CLAIMS, GPU_TEACHER, HEADINGS, NOTES, Claim  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import lr_law  # noqa: E402
@@ -157,19 +157,28 @@ class Run:
             (self.folder / "done.json").read_text())
 
 
-def resolve(runs: dict, name: str, seed: int, root: Path, more: str = "") -> Run:
-    """The run `name` of a claim at a seed, with the runs that it needs. more: flags for all runs
-    that train; where flags name the same twice, the last one counts."""
+def last_flags(text: str, more: str = "") -> str:
+    """The words of a run, with the flags of `more`. Of two flags with one name the last counts;
+    --steps=x3 means 3 times the steps before it."""
+    words = {}
+    for word in f"{text} {more}".split():
+        name, _, value = word.partition("=")
+        if name == "--steps" and value.startswith("x"):
+            before = int(words[name].partition("=")[2])
+            word = f"--steps={round(float(value[1:]) * before)}"
+        words[name] = word
+    return " ".join(words.values())
+
+
+def resolve(runs: dict, name: str, seed: int, root: Path) -> Run:
+    """The run `name` of a claim at a seed, with the runs that it needs."""
     text = runs[name]
     trains = text.startswith("--")
     others = {o for o in re.findall(r"{([\w-]+)}", text) if o not in ("seed", "out")}
-    needs = {other: resolve(runs, other, seed, root, more) for other in sorted(others)}
+    needs = {other: resolve(runs, other, seed, root) for other in sorted(others)}
     seeded = "{seed}" in text or trains and "--seed=" not in text
     if trains:
-        flags, changes = (dict(w.split("=", 1) for w in t.split()) for t in (text, more))
-        if changes.get("--steps", "").startswith("x"):
-            changes["--steps"] = round(float(changes["--steps"][1:]) * int(flags["--steps"]))
-        text = " ".join(f"{flag}={value}" for flag, value in sorted((flags | changes).items()))
+        text = " ".join(sorted(last_flags(text).split()))  # their order makes no other run
     hashed = functools.reduce(lambda t, o: t.replace(f"{{{o}}}", needs[o].key), needs, text)
     key = hashlib.sha256(hashed.encode()).hexdigest()[:12]
     text = functools.reduce(lambda t, o: t.replace(f"{{{o}}}", needs[o].made), needs, text)
@@ -330,7 +339,8 @@ def of_size(claim: Claim, size: str) -> Claim:
     """The claim with the runs that it has at --scale, and the rules and best rows of these."""
     if size == "cpu":
         return claim
-    runs = {name: flags for name, flags in claim.runs.items()
+    runs = {name: last_flags(flags, GPU_TEACHER if name == "teacher" else claim.gpu)
+            for name, flags in claim.runs.items()
             if any(fnmatch(name, pattern) for pattern in claim.gpu_runs.split())}
     best = {row: pattern for row, pattern in claim.best.items()
             if any(fnmatch(name, pattern) for name in runs)}
@@ -339,10 +349,9 @@ def of_size(claim: Claim, size: str) -> Claim:
     return replace(claim, runs=runs, best=best, rules=rules)
 
 
-def runs_of(claim: Claim, seeds, root: Path, size: str) -> dict:
+def runs_of(claim: Claim, seeds, root: Path) -> dict:
     """{name: {seed: Run}}; a run that all seeds share stands under the first seed alone."""
-    more = claim.gpu if size == "gpu" else ""
-    found = {name: {seed: resolve(claim.runs, name, seed, root, more) for seed in seeds}
+    found = {name: {seed: resolve(claim.runs, name, seed, root) for seed in seeds}
              for name in claim.runs}
     return {name: {s: r for i, (s, r) in enumerate(by_seed.items()) if i == 0 or r.seed is not None}
             for name, by_seed in found.items()}
@@ -440,17 +449,12 @@ def notes(claim: Claim, results: dict) -> str:
     return "\n".join(lines)
 
 
-def flags_of(text: str) -> str:
-    """Flags as they count: of two with one name the last."""
-    return " ".join({word.partition("=")[0]: word for word in text.split()}.values())
-
-
 def write(name: str, claim: Claim, found: dict, stem: Path, picture: str):
     """stem.md and stem.json."""
     tests = [f"- {sentence}: {describe(t)}; `{t['rule']}`: "
              f"**{t['verdict'] or 'no verdict: fewer than 3 seeds'}**"
              for sentence, t in found["tests"].items()]
-    suffix = " --scale=gpu" if found["scale"] == "gpu" else ""
+    scale = " --scale=gpu" if found["scale"] == "gpu" else ""
     seeds = ",".join(map(str, found["seeds"]))
     text = f"""# {name}
 
@@ -465,7 +469,7 @@ The paper: {claim.paper}.
 A rule holds if the 95 % t-interval over seeds, in brackets, lies on its side of the bound; it does
 not hold if the interval lies on the other side. Differences and ratios are paired by seed.
 
-    python tests/reproduce.py {name} --seeds={seeds}{suffix}
+    python tests/reproduce.py {name} --seeds={seeds}{scale}
 
 {table_of_results(claim, found['results'])}
 
@@ -476,10 +480,10 @@ The runs shared the machine with other work: their seconds are a rough guide.
 {picture}
 Flags of the runs:
 
-{chr(10).join(f'    {run}: {flags_of(flags)}' for run, flags in claim.runs.items())}
+{chr(10).join(f'    {run}: {last_flags(flags)}' for run, flags in claim.runs.items())}
 {MODULE_DECAY if any("--module_decay" in flags for flags in claim.runs.values()) else ""}"""
-    for suffix, content in ((".md", text), (".json", json.dumps(found, indent=1))):
-        with written_whole(Path(f"{stem}{suffix}")) as tmp:
+    for ending, content in ((".md", text), (".json", json.dumps(found, indent=1))):
+        with written_whole(Path(f"{stem}{ending}")) as tmp:
             tmp.write_text(content)
 
 
@@ -489,7 +493,7 @@ def reproduce(name: str, a) -> str:
     if a.scale == "gpu" and not claim.gpu:
         return f"{name}: has no size for --scale=gpu"
     seeds = a.seeds or list(range(claim.seeds))
-    runs = runs_of(claim, seeds, a.out, a.scale)
+    runs = runs_of(claim, seeds, a.out)
     every = closure(run for by_seed in runs.values() for run in by_seed.values())
     i, n = a.shard
     last_ones = [run for run in every if not any(run in other.needs for other in every)]
@@ -536,7 +540,7 @@ def list_claims(root: Path) -> str:
     run. Claims share runs: the total counts each once."""
     rows, every = [], []
     for name, claim in CLAIMS.items():
-        runs = runs_of(claim, range(claim.seeds), root, "cpu")
+        runs = runs_of(claim, range(claim.seeds), root)
         runs = closure(run for by_seed in runs.values() for run in by_seed.values())
         every += runs
         found = known_result(name)

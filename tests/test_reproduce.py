@@ -114,14 +114,14 @@ def test_killed_and_restarted_every_run_is_made_once(toy, folder):
     script = f"""import sys; sys.path.insert(0, {str(Path(r.__file__).parent)!r})
 import reproduce as r
 claim = r.Claim("", "", {toy.runs!r}, {{}}, {{}})
-runs = r.runs_of(claim, [0], r.Path({str(folder)!r}), "cpu")
+runs = r.runs_of(claim, [0], r.Path({str(folder)!r}))
 r.make([by_seed[0] for by_seed in runs.values()], 1)"""
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     while not list(folder.glob("*/log.txt")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)  # its run goes on, and keeps its lock
     process.wait()
-    runs = [by_seed[0] for by_seed in r.runs_of(toy, [0], folder, "cpu").values()]
+    runs = [by_seed[0] for by_seed in r.runs_of(toy, [0], folder).values()]
     r.make(runs, 2)
     logs = [run.folder / "log.txt" for run in runs]
     before = [log.stat().st_mtime_ns for log in logs]
@@ -134,7 +134,7 @@ r.make([by_seed[0] for by_seed in runs.values()], 1)"""
 def test_a_diverged_run_is_finished_and_has_an_infinite_loss(toy, folder):
     flags = toy.runs["plain"] + "--lr=1e6 --weight_decay=1e38"
     claim = r.Claim("", "", {"diverges": flags}, {}, claims.ONE)
-    runs = r.runs_of(claim, [0], folder, "cpu")
+    runs = r.runs_of(claim, [0], folder)
     r.make([runs["diverges"][0]], 1)
     assert r.measure(claim, runs)["diverges"]["loss"] == {0: math.inf}
 
